@@ -1,0 +1,208 @@
+"""Which images lie under a folder: each once, in a stable order, under an id that can always be turned back into a path.
+
+An id is the path relative to the folder, with `/` between parts, in UTF-8. Bytes that are not UTF-8 (file names are bytes
+on Linux) become `%FF`, and a `%` that would read like such an escape becomes `%25`; every other name stays as it is.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ssl_kit.core.errors import UserError
+
+# Files with these endings are taken for images (decoding tells); others only if their first bytes say so.
+EXTENSIONS = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .apng .gif .webp .tif .tiff .bmp .dib .ppm .pgm .pbm .pnm .jp2 .j2k .avif .mpo".split()
+)
+# No signature for TIFF (raw camera files share it), BMP and PPM (two letters that any text may begin with).
+_SIGNATURES = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|\0\0\0\x0cjP  |....ftypavi[fs]", re.DOTALL
+)
+_SIGNATURE_BYTES = 16
+_ESCAPE = re.compile(r"%(?=[0-9A-Fa-f]{2})")
+_ESCAPED = re.compile(rb"%([0-9A-Fa-f]{2})")
+MAX_FILE_BYTES = 2 * 2**30  # more than the largest image that is decoded takes uncompressed
+
+
+@dataclass
+class Listing:
+    """What was found under a folder: sorted ids of images, and what else was seen, for messages."""
+
+    ids: list[str] = field(default_factory=list)
+    others: Counter[str] = field(default_factory=Counter)  # extension -> number of files that are no images
+    links: int = 0  # further names of files or folders that are listed already
+    unreadable: list[str] = field(default_factory=list)  # folders that could not be listed
+
+
+def list_images(root: Path | str) -> Listing:
+    """Lists the images under `root`, any nesting; the work is one `scandir` per folder and no `stat` per file.
+
+    Hidden names (a leading dot) are left out; pipes, sockets and devices are never opened. A file or folder with several
+    names (symbolic or hard links) is listed once, under its first real name. A link to a folder that contains it is a
+    loop and not followed. `root` itself may be a link.
+    """
+    walk = _Walk(os.fsencode(root))
+    walk.run()
+    return walk.result()
+
+
+class _Walk:
+    """Real folders first, linked ones after, so that a real name wins over a link whatever the order on disk."""
+
+    def __init__(self, root: bytes) -> None:
+        self.root = root
+        self.listing = Listing()
+        self.files: list[tuple[bool, str, tuple[int, int]]] = []  # came by a link?, id, (device, inode)
+        self.folders: set[tuple[int, int]] = set()
+        self.linked: list[bytes] = []  # links to folders, relative to root
+
+    def run(self) -> None:
+        self.tree(b"", by_link=False)
+        while self.linked:
+            self.linked.sort(reverse=True)
+            self.tree(self.linked.pop(), by_link=True)
+
+    def result(self) -> Listing:
+        listing, seen = self.listing, set()
+        for _, name, identity in sorted(self.files):
+            if identity in seen:
+                listing.links += 1
+            else:
+                seen.add(identity)
+                listing.ids.append(name)
+        listing.ids.sort()
+        return listing
+
+    def tree(self, top: bytes, *, by_link: bool) -> None:
+        pending = [top]
+        while pending:
+            relative = pending.pop()
+            path = os.path.join(self.root, relative) if relative else self.root
+            try:
+                status = os.stat(path)
+                entries = sorted(os.scandir(path), key=lambda entry: entry.name)
+            except OSError:
+                self.listing.unreadable.append(escape(relative))
+                continue
+            if (status.st_dev, status.st_ino) in self.folders:
+                self.listing.links += 1
+                continue
+            self.folders.add((status.st_dev, status.st_ino))
+            pending += self.folder(relative, entries, status.st_dev, by_link)
+
+    def folder(self, relative: bytes, entries: list[os.DirEntry[bytes]], device: int, by_link: bool) -> list[bytes]:
+        """Takes in one folder's files; returns its real sub-folders, last first."""
+        inside = []
+        prefix = relative + b"/" if relative else b""
+        for entry in entries:
+            if entry.name.startswith(b"."):
+                continue
+            if entry.is_symlink():
+                self.link(prefix + entry.name, entry)
+            elif entry.is_dir(follow_symlinks=False):
+                inside.append(prefix + entry.name)
+            elif entry.is_file(follow_symlinks=False):
+                self.file(prefix + entry.name, entry, (device, entry.inode()), by_link)
+        return inside[::-1]
+
+    def link(self, relative: bytes, entry: os.DirEntry[bytes]) -> None:
+        try:
+            status = entry.stat()
+        except OSError:  # dangling, or a link to itself
+            self.listing.others["(broken link)"] += 1
+            return
+        if stat.S_ISREG(status.st_mode):
+            self.file(relative, entry, (status.st_dev, status.st_ino), True)
+        elif stat.S_ISDIR(status.st_mode):
+            target = os.path.realpath(entry.path)
+            if os.path.commonpath([target, os.path.realpath(os.path.dirname(entry.path))]) == target:
+                self.listing.links += 1
+            else:
+                self.linked.append(relative)
+
+    def file(self, relative: bytes, entry: os.DirEntry[bytes], identity: tuple[int, int], by_link: bool) -> None:
+        extension = os.path.splitext(entry.name)[1].decode("utf-8", "replace").lower()
+        if extension in EXTENSIONS or _has_signature(entry.path):
+            self.files.append((by_link, escape(relative), identity))
+        else:
+            self.listing.others[extension or "(no extension)"] += 1
+
+
+def _has_signature(path: bytes) -> bool:
+    try:
+        return _SIGNATURES.match(read_regular(path, _SIGNATURE_BYTES)) is not None
+    except OSError:
+        return False
+
+
+def read_regular(path: bytes, limit: int | None = None) -> bytes:
+    """The bytes of a regular file (the first `limit`, or all); never waits on a pipe or device that took its place.
+
+    Raises:
+        OSError: as `open`, and for anything but a regular file of at most `MAX_FILE_BYTES`.
+    """
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError("not a regular file")
+        if status.st_size > MAX_FILE_BYTES and limit is None:
+            raise OSError(f"file of {status.st_size:,} bytes; the limit is {MAX_FILE_BYTES:,}")
+        wanted = status.st_size if limit is None else limit
+        data = os.read(handle, wanted)
+        while 0 < len(data) < wanted and (more := os.read(handle, wanted - len(data))):
+            data += more
+        return data
+    finally:
+        os.close(handle)
+
+
+def escape(name: bytes) -> str:
+    """The id of a path; `unescape` gives the same bytes back."""
+    try:
+        text = name.decode("utf-8")
+    except UnicodeDecodeError:
+        text = name.decode("utf-8", "surrogateescape")
+        text = _ESCAPE.sub("%25", text)
+        return "".join(f"%{ord(c) - 0xDC00:02X}" if "\udc80" <= c <= "\udcff" else c for c in text)
+    return _ESCAPE.sub("%25", text) if "%" in text else text
+
+
+def unescape(name: str) -> bytes:
+    """The path that has this id, as bytes."""
+    data = name.encode("utf-8")
+    return _ESCAPED.sub(lambda found: bytes([int(found[1], 16)]), data) if b"%" in data else data
+
+
+def folder_of_images(path: Path) -> Listing:
+    """`list_images`, or the error a user needs: no such folder, or no images in it (with what was there instead)."""
+    if not path.exists():
+        raise UserError(f"no such folder: {path}{_nearest(path)}")
+    listing = list_images(path)
+    if not listing.ids:
+        seen = ", ".join(f"{count:,} {extension}" for extension, count in listing.others.most_common(8))
+        unreadable = f" {len(listing.unreadable):,} folders could not be read." if listing.unreadable else ""
+        wanted = "wanted .jpg, .png, .webp, .tif, .bmp, .gif ..."
+        raise UserError(f"no images in {path}: {'saw ' + seen if seen else 'it has no files'}; {wanted}{unreadable}")
+    return listing
+
+
+def _nearest(path: Path) -> str:
+    """What exists of a path that does not: its nearest parent and the most similar name there."""
+    import difflib
+
+    missing = path.absolute()
+    while not missing.parent.exists():
+        missing = missing.parent
+    try:
+        names = os.listdir(missing.parent)
+    except OSError:
+        names = []
+    close = difflib.get_close_matches(missing.name, names, 1)
+    similar = f"; did you mean {missing.parent / close[0]}?" if close else ""
+    return f" ({missing.parent} exists, but has no {missing.name!r}{similar})"
