@@ -1,0 +1,274 @@
+"""Nearest neighbours by FAISS: exact search, kNN scores, indexes with measured recall. Only this file imports faiss.
+
+Search is exact and blocked: a queries x gallery matrix is never held. Similarity is the cosine throughout: vectors
+are L2-normalised copies, zero vectors stay zero. Letters: Q queries, N gallery rows, D dimensions, K neighbours,
+C classes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch  # noqa: F401  before faiss, always: two OpenMP runtimes, and this order is the one that works
+
+import faiss  # isort: skip
+
+from ssl_kit.evaluation.result import Result, classification_metrics, holdout, labelled, made_by
+
+if TYPE_CHECKING:
+    from ssl_kit.embeddings import Embeddings
+
+KS = (1, 5, 10, 20, 50, 100, 200)
+TEMPERATURES = (0.02, 0.07, 0.1, 0.2, 0.5, 1.0, None)  # None: unweighted
+CUSTOMARY = ((20, 0.07), (200, 0.1))  # (k, temperature) of DINO / DINOv2 and of InstDisc / lightly
+_BLOCK_BYTES = 64 * 2**20
+
+
+def normalised(vectors: np.ndarray) -> np.ndarray:
+    """(N, D) float32 rows of length 1; rows of zeros stay zero."""
+    vectors = np.ascontiguousarray(vectors, dtype=np.float32)
+    lengths = np.sqrt(np.einsum("nd,nd->n", vectors, vectors))[:, None]
+    return vectors / np.where(lengths > 0, lengths, 1)
+
+
+def search(
+    gallery: np.ndarray,
+    queries: np.ndarray,
+    k: int,
+    *,
+    metric: Literal["ip", "l2"] = "ip",
+    threads: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k nearest gallery rows of every query, exactly, best first; equal scores are ordered by the lower id.
+
+    Args:
+        gallery: (N, D), float32 for no copy.
+        queries: (Q, D).
+        k: neighbours wanted, at least 1; at most N are returned.
+        metric: "ip" inner product (larger is nearer) or "l2" squared distance (smaller is nearer).
+        threads: default: all that OpenMP offers.
+
+    Returns:
+        Scores (Q, K) float32 and ids (Q, K) int64, K = min(k, N).
+    """
+    gallery = np.ascontiguousarray(gallery, dtype=np.float32)
+    queries = np.ascontiguousarray(queries, dtype=np.float32)
+    assert k >= 1 and len(gallery) and gallery.shape[1] == queries.shape[1], (k, gallery.shape, queries.shape)
+    k = min(k, len(gallery))
+    # one more than wanted: which of several equal scores FAISS keeps at the end of the list is its own affair
+    more = min(k + 1, len(gallery))
+    kind = faiss.METRIC_INNER_PRODUCT if metric == "ip" else faiss.METRIC_L2
+    with _threads(threads):
+        scores, ids = faiss.knn(queries, gallery, more, metric=kind)
+    nearness = scores if metric == "ip" else -scores
+    order = np.lexsort((ids, -nearness), axis=1)
+    nearness, ids = np.take_along_axis(nearness, order, 1), np.take_along_axis(ids, order, 1)
+    if more > k:
+        cut = np.flatnonzero(nearness[:, k - 1] == nearness[:, k])
+        for start, block in _blocks(len(cut), 4 * len(gallery)):
+            rows = cut[start : start + block]
+            nearness[rows, :k], ids[rows, :k] = _lowest_ids(gallery, queries[rows], k, metric)
+    nearness, ids = nearness[:, :k], ids[:, :k]
+    return (nearness if metric == "ip" else -nearness), ids
+
+
+def _lowest_ids(gallery: np.ndarray, queries: np.ndarray, k: int, metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """The same search by brute force for the few queries whose k-th and next score are equal: (B, k), (B, k)."""
+    scores_BN = queries @ gallery.T
+    if metric == "l2":
+        squares = np.einsum("nd,nd->n", gallery, gallery) + np.einsum("nd,nd->n", queries, queries)[:, None]
+        scores_BN = -np.maximum(squares - 2 * scores_BN, 0)
+    nearness = np.empty((len(queries), k), dtype=np.float32)
+    ids = np.empty((len(queries), k), dtype=np.int64)
+    for row, scores in enumerate(scores_BN):
+        last = np.partition(scores, -k)[-k]
+        above = np.flatnonzero(scores > last)
+        chosen = np.concatenate((above, np.flatnonzero(scores == last)[: k - len(above)]))
+        chosen = chosen[np.lexsort((chosen, -scores[chosen]))]
+        nearness[row], ids[row] = scores[chosen], chosen
+    return nearness, ids
+
+
+def _blocks(count: int, bytes_per_row: int) -> Iterator[tuple[int, int]]:
+    """(start, rows) of blocks that keep `bytes_per_row` times the rows below 64 MB."""
+    block = max(1, _BLOCK_BYTES // bytes_per_row)
+    for start in range(0, count, block):
+        yield start, block
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
+def vote(
+    cosines: np.ndarray, labels: np.ndarray, num_classes: int, ks: Sequence[int], temperature: float | None
+) -> np.ndarray:
+    """The class with the largest sum of exp(cos / T) over the k nearest neighbours; equal sums: the lowest class.
+
+    Wu et al. 2018, https://arxiv.org/abs/1805.01978, section 3.4; weights are taken relative to the nearest
+    neighbour, which changes no vote and cannot overflow.
+
+    Args:
+        cosines: (Q, K), best first.
+        labels: (Q, K) int64 in [0, C) of the neighbours.
+        num_classes: C.
+        ks: ascending, each at most K.
+        temperature: T; None counts every neighbour alike.
+
+    Returns:
+        (len(ks), Q) int64.
+    """
+    predictions = np.empty((len(ks), len(cosines)), dtype=np.int64)
+    for start, block in _blocks(len(cosines), 8 * num_classes):
+        rows = slice(start, start + block)
+        near, classes = cosines[rows].astype(np.float64), labels[rows]
+        weights = np.ones_like(near) if temperature is None else np.exp((near - near[:, :1]) / temperature)
+        cells = np.arange(len(near))[:, None] * num_classes + classes
+        votes = np.zeros(len(near) * num_classes)
+        done = 0
+        for position, k in enumerate(ks):
+            step = slice(done, k)  # only the neighbours that the larger k adds
+            votes += np.bincount(cells[:, step].ravel(), weights[:, step].ravel(), minlength=len(votes))
+            predictions[position, rows] = votes.reshape(len(near), num_classes).argmax(axis=1)
+            done = k
+    return predictions
+
+
+def knn_predict(
+    train_vectors: np.ndarray,
+    train_labels: np.ndarray,
+    test_vectors: np.ndarray,
+    *,
+    k: int = 20,
+    temperature: float | None = 0.07,
+    num_classes: int | None = None,
+) -> np.ndarray:
+    """(Q,) int64: the weighted vote of the k nearest training vectors by cosine; see `vote`.
+
+    Args:
+        train_vectors: (N, D).
+        train_labels: (N,) int64, all known.
+        test_vectors: (Q, D).
+        k: neighbours; at most N vote.
+        temperature: T; None counts every neighbour alike.
+        num_classes: default: the largest training label + 1.
+    """
+    num_classes = num_classes or int(train_labels.max()) + 1
+    cosines, ids = search(normalised(train_vectors), normalised(test_vectors), k)
+    return vote(cosines, train_labels[ids], num_classes, [cosines.shape[1]], temperature)[0]
+
+
+def knn_accuracy(
+    train_vectors: np.ndarray,
+    train_labels: np.ndarray,
+    test_vectors: np.ndarray,
+    test_labels: np.ndarray,
+    *,
+    k: int = 20,
+    temperature: float | None = 0.07,
+) -> float:
+    """Top-1 of `knn_predict` as a fraction, for the monitor during training: no choice, no interval."""
+    predictions = knn_predict(train_vectors, train_labels, test_vectors, k=k, temperature=temperature)
+    return float((predictions == test_labels).mean())
+
+
+def knn(
+    train: Embeddings,
+    test: Embeddings,
+    *,
+    k: int | None = None,
+    temperature: float | None = 0.07,
+    seed: int = 0,
+    features: str = "encoder",
+) -> Result:
+    """Top-1, balanced accuracy and macro-F1 of a cosine kNN vote, with 95 % intervals.
+
+    Args:
+        train: the gallery; rows without a label are left out.
+        test: the queries, read once; rows without a label are left out.
+        k: neighbours; None chooses k among `KS` and the temperature among `TEMPERATURES` on a held-out fifth of train.
+        temperature: T of exp(cos / T); None counts every neighbour alike. Not used when k is None.
+        seed: of the held-out split and the bootstrap.
+        features: what the vectors are, for the record.
+    """
+    return knn_rows(train, test, [(k, temperature)], seed=seed, features=features)[0]
+
+
+def knn_rows(
+    train: Embeddings,
+    test: Embeddings,
+    rows: Sequence[tuple[int | None, float | None]] = ((None, None), *CUSTOMARY),
+    *,
+    seed: int = 0,
+    features: str = "encoder",
+) -> list[Result]:
+    """Several kNN scores from one search of the test set; `rows` are (k, temperature) as in `knn`.
+
+    By default the chosen row first, then the customary ones.
+    """
+    started = time.perf_counter()
+    gallery, gallery_labels = labelled(train, "train")
+    queries, query_labels = labelled(test, "test")
+    gallery = normalised(gallery)
+    num_classes = int(max(len(train.classes), gallery_labels.max() + 1, query_labels.max() + 1))
+    settings = [_settled(gallery, gallery_labels, num_classes, k, temperature, seed=seed) for k, temperature in rows]
+    cosines, ids = search(gallery, normalised(queries), max(entry["k"] for entry in settings))
+    seconds = (time.perf_counter() - started) / len(rows)
+    counts = {"num_train": len(gallery), "num_test": len(queries), "dim": gallery.shape[1], "seed": seed}
+    results = []
+    for entry in settings:
+        predictions = vote(cosines, gallery_labels[ids], num_classes, [entry["k"]], entry["temperature"])[0]
+        metrics = classification_metrics(query_labels, predictions, num_classes, seed=seed)
+        record = Result("knn", features, metrics, {**entry, **counts}, made_by(train, test), seconds, predictions)
+        results.append(record)
+    return results
+
+
+def _settled(
+    gallery: np.ndarray, labels: np.ndarray, num_classes: int, k: int | None, temperature: float | None, *, seed: int
+) -> dict[str, Any]:
+    """The k and temperature of one row, chosen here when k is None, and how they came about."""
+    if k is not None:
+        return {"k": min(k, len(gallery)), "temperature": temperature, "chosen": False}
+    k, temperature, accuracy = choose_k(gallery, labels, num_classes, seed=seed)
+    return {"k": k, "temperature": temperature, "chosen": True, "held_out_top1": accuracy, "held_out": 0.2}
+
+
+def choose_k(
+    gallery: np.ndarray, labels: np.ndarray, num_classes: int, *, seed: int = 0
+) -> tuple[int, float | None, float]:
+    """k among `KS` and temperature among `TEMPERATURES` with the best top-1 on a held-out fifth of the training set.
+
+    Equal scores: the smallest k, then the first temperature.
+
+    Args:
+        gallery: (N, D) normalised training vectors.
+        labels: (N,) int64.
+        num_classes: C.
+        seed: of the split.
+
+    Returns:
+        k, temperature, top-1 on the held-out part.
+    """
+    fitted, held = holdout(labels, seed=seed)
+    ks = sorted({min(k, len(fitted)) for k in KS})
+    cosines, ids = search(gallery[fitted], gallery[held], ks[-1])
+    neighbour_labels = labels[fitted][ids]
+    accuracy_TK = np.array(
+        [
+            (vote(cosines, neighbour_labels, num_classes, ks, temperature) == labels[held]).mean(axis=1)
+            for temperature in TEMPERATURES
+        ]
+    )
+    best_k, best_t = np.unravel_index(accuracy_TK.T.argmax(), accuracy_TK.T.shape)
+    return ks[best_k], TEMPERATURES[best_t], float(accuracy_TK[best_t, best_k])
