@@ -1,0 +1,148 @@
+"""The executor on the CPU: stored images and `Params` in, float views out, split over a pool of threads.
+
+The kernel (`ssl_kit/views/kernel.py`) releases the GIL. It is compiled on the first call after installation and loaded
+from numba's disk cache by later processes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+
+import numpy as np
+
+from ssl_kit.core.errors import UserError
+from ssl_kit.views import sample as columns
+from ssl_kit.views.sample import Params
+
+Images = np.ndarray | Sequence[np.ndarray] | tuple[np.ndarray, np.ndarray]
+
+
+def apply_host(
+    images: Images, params: Params, size: tuple[int, int], *, out: np.ndarray | None = None, threads: int = 1
+) -> np.ndarray:
+    """Makes one view per image.
+
+    Args:
+        images: (N, H, W, C) uint8; or a list of (H_i, W_i, C) uint8; or `(array, rows)`, the images `array[rows]`
+            of a big array without the copy.
+        params: (N, COLUMNS) float32 of `sample`; boxes may be fractional (images decoded at a reduced scale).
+        size: (h, w) of the views.
+        out: (N, C, h, w) float32 to write to, or uint8 for rounded 0..255.
+        threads: the images are split over so many threads; the result does not depend on it.
+
+    Returns:
+        (N, C, h, w) float32 in [0, 1], or `out`.
+
+    Raises:
+        UserError: a shape or dtype that does not fit, a box outside its image, colour operations for C != 3.
+    """
+    addresses, heights, widths, channels, kept = _describe(images)
+    params = np.require(params, np.float32, ["C", "W"])
+    _check(params, heights, widths, channels, size)
+    shape = (len(addresses), channels, *size)
+    if out is None:
+        out = np.empty(shape, np.float32)
+    if out.shape != shape or out.dtype not in (np.float32, np.uint8) or not out.flags.c_contiguous:
+        raise UserError(f"out is {out.dtype} {out.shape}; wanted float32 or uint8 {shape}, C-contiguous")
+    count = len(addresses)
+    parts = 1 if threads <= 1 else min(count, 4 * threads)
+    edges = [count * part // max(1, parts) for part in range(parts + 1)]
+    jobs = [
+        (addresses[a:b], heights[a:b], widths[a:b], channels, params[a:b], out[a:b])
+        for a, b in zip(edges[:-1], edges[1:], strict=True)
+    ]
+    if len(jobs) == 1:
+        _run(*jobs[0])
+    elif jobs:
+        list(_pool(os.getpid(), threads).map(lambda job: _run(*job), jobs))
+    del kept  # the addresses above point into it
+    return out
+
+
+_ROUNDED_AT_ONCE = 16  # images; uint8 output goes through a float buffer of this many
+
+
+def _run(
+    addresses: np.ndarray, heights: np.ndarray, widths: np.ndarray, channels: int, params: Params, out: np.ndarray
+) -> None:
+    from ssl_kit.views.kernel import make_views  # numba takes a second to import
+
+    if out.dtype == np.float32:
+        make_views(addresses, heights, widths, channels, params, out)
+        return
+    for a in range(0, len(addresses), _ROUNDED_AT_ONCE):
+        part = slice(a, a + _ROUNDED_AT_ONCE)
+        views = np.empty(out[part].shape, np.float32)
+        make_views(addresses[part], heights[part], widths[part], channels, params[part], views)
+        views *= 255
+        views += 0.5
+        out[part] = views
+
+
+@lru_cache(maxsize=4)
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Held for the process; keyed by its id because threads do not survive a fork."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="views")
+
+
+def _describe(images: Images) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, object]:
+    """Addresses, heights, widths (N,) int64 and the channels of images, and what must stay alive meanwhile."""
+    if isinstance(images, np.ndarray):
+        return _describe_rows(images, np.arange(len(images)))
+    if isinstance(images, tuple) and len(images) == 2 and images[0].ndim == 4:
+        return _describe_rows(images[0], np.asarray(images[1], np.int64))
+    kept = []
+    for position, image in enumerate(images):
+        if image.ndim != 3 or image.dtype != np.uint8 or image.size == 0:
+            raise UserError(f"image {position} is {image.dtype} {image.shape}; wanted uint8 (height, width, channels)")
+        kept.append(np.ascontiguousarray(image))
+    channels = {image.shape[2] for image in kept}
+    if len(channels) > 1:
+        raise UserError(f"the images have {sorted(channels)} channels; wanted one number for all of them")
+    sizes = np.array([image.shape[:2] for image in kept], np.int64).reshape(-1, 2)
+    addresses = np.array([image.ctypes.data for image in kept], np.int64)
+    return addresses, sizes[:, 0].copy(), sizes[:, 1].copy(), channels.pop() if channels else 3, kept
+
+
+def _describe_rows(array: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, object]:
+    if array.ndim != 4 or array.dtype != np.uint8 or 0 in array.shape[1:]:
+        raise UserError(f"images are {array.dtype} {array.shape}; wanted uint8 (images, height, width, channels)")
+    if len(rows) and not 0 <= rows.min() <= rows.max() < len(array):
+        raise UserError(f"rows {rows.min()} to {rows.max()} were asked for; the array has {len(array)} images")
+    array = np.ascontiguousarray(array)
+    addresses = array.ctypes.data + rows.astype(np.int64) * array.strides[0]
+    heights, widths = (np.full(len(rows), side, np.int64) for side in array.shape[1:3])
+    return addresses, heights, widths, array.shape[3], array
+
+
+def _check(params: Params, heights: np.ndarray, widths: np.ndarray, channels: int, size: tuple[int, int]) -> None:
+    if params.shape != (len(heights), columns.COLUMNS):
+        raise UserError(f"params have the shape {params.shape}; wanted {(len(heights), columns.COLUMNS)}")
+    if min(size) < 1:
+        raise UserError(f"size is {size}; wanted (height, width) of at least 1 pixel")
+    if not np.isfinite(params).all():
+        raise UserError("params hold NaN or infinity; wanted the numbers that sample() draws")
+    top, left, height, width = params[:, : columns.WIDTH + 1].T
+    slack = 1e-3  # pixels: boxes scaled to a reduced image carry rounding
+    inside = (top >= -slack) & (left >= -slack) & (height > 0) & (width > 0)
+    inside &= (top + height <= heights + slack) & (left + width <= widths + slack)
+    if not inside.all():
+        n = int(np.argmin(inside))
+        box = tuple(params[n, : columns.WIDTH + 1].tolist())
+        raise UserError(
+            f"box {box} of image {n} (top, left, height, width) leaves its {heights[n]} x {widths[n]} pixels"
+        )
+    if channels != 3:
+        used = {
+            "saturation": (params[:, columns.SATURATION] != 1).any(),
+            "hue": (params[:, columns.HUE] != 0).any(),
+            "gray": (params[:, columns.GRAY] != 0).any(),
+        }
+        names = [name for name, on in used.items() if on]
+        if names:
+            raise UserError(f"{', '.join(names)} need 3 channels (red, green, blue), the images have {channels}")
+    if size[0] != size[1] and (params[:, columns.TURNS] % 2 == 1).any():
+        raise UserError(f"quarter turns need a square view, size is {size}")
