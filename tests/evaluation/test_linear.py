@@ -1,0 +1,107 @@
+"""The probe against scikit-learn at the same l2, and honesty of the choice of l2."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+
+from ssl_kit.evaluation.linear import Basis, fit_logistic, linear_probe
+
+
+def clusters(count, dim=24, num_classes=4, seed=0):
+    """Overlapping classes with correlated, badly scaled, offset features, one of them constant."""
+    rng = np.random.default_rng(seed)
+    fixed = np.random.default_rng(99)
+    centres, mixing = fixed.standard_normal((num_classes, dim)), fixed.standard_normal((dim, dim))
+    labels = rng.integers(0, num_classes, count)
+    features = (0.45 * centres[labels] + rng.standard_normal((count, dim))) @ mixing * np.logspace(-2, 2, dim) + 5
+    features[:, 3] = 7.0
+    return features.astype(np.float32), labels
+
+
+def as_embeddings(vectors, labels, num_classes=4):
+    return SimpleNamespace(vectors=vectors, labels=labels, classes=tuple("abcdefghij"[:num_classes]), info={})
+
+
+def standardised(train, test):
+    mean, std = train.mean(axis=0, dtype=np.float64), train.std(axis=0, dtype=np.float64)
+    std[std == 0] = 1
+    return (train - mean) / std, (test - mean) / std
+
+
+@pytest.mark.parametrize("l2", [1e-5, 1e-3, 1e-1])
+def test_equals_scikit_learn_at_the_same_l2(l2):
+    (train, labels), (test, test_labels) = clusters(1_500), clusters(2_000, seed=1)
+    x, x_test = standardised(train, test)
+    reference = LogisticRegression(C=1 / (l2 * len(x)), tol=1e-8, max_iter=5_000).fit(x, labels)
+    loss = -reference.predict_log_proba(x)[np.arange(len(x)), labels].mean()
+    result = linear_probe(as_embeddings(train, labels), as_embeddings(test, test_labels), l2=l2)
+    assert result.settings["objective"] == pytest.approx(loss + l2 / 2 * (reference.coef_**2).sum(), abs=1e-4)
+    assert result.metrics["top1"] == pytest.approx((reference.predict(x_test) == test_labels).mean(), abs=0.002)
+    assert (result.predictions == reference.predict(x_test)).mean() > 0.995
+    assert result.settings["converged"]
+
+
+def test_candidates_solved_together_equal_each_alone():
+    train, labels = clusters(800)
+    basis = Basis.of(train)
+    x, y = basis.apply(train), torch.from_numpy(labels)
+    path = (1.0, 1e-2, 1e-5)
+    together = fit_logistic(x, y, 4, path, basis.variances)
+    alone = [fit_logistic(x, y, 4, [l2], basis.variances).objective[0] for l2 in path]
+    assert together.objective == pytest.approx(alone, abs=2e-6)
+
+
+def test_fewer_images_than_dimensions():
+    train, labels = clusters(40, dim=100)
+    result = linear_probe(as_embeddings(train, labels), as_embeddings(train, labels), l2=1e-4)
+    x, _ = standardised(train, train)
+    reference = LogisticRegression(C=1 / (1e-4 * len(x)), tol=1e-8, max_iter=5_000).fit(x, labels)
+    loss = -reference.predict_log_proba(x)[np.arange(len(x)), labels].mean()
+    assert result.settings["objective"] == pytest.approx(loss + 5e-5 * (reference.coef_**2).sum(), abs=1e-4)
+    assert result.metrics["top1"] == 1.0
+
+
+def test_rotated_basis_is_standardised_and_uncorrelated():
+    train, _ = clusters(2_000)
+    basis = Basis.of(train)
+    covariance = np.cov(basis.apply(train).numpy().T, bias=True)
+    assert basis.rotation.shape == (24, 23)  # the constant feature is gone
+    assert np.allclose(covariance, np.diag(basis.variances), atol=1e-3)
+    assert basis.variances.sum() == pytest.approx(23, rel=1e-4)
+
+
+def test_chosen_l2_is_the_best_on_the_held_out_part_and_beats_the_worst():
+    (train, labels), (test, test_labels) = clusters(150, dim=60), clusters(2_000, dim=60, seed=1)
+    result = linear_probe(as_embeddings(train, labels), as_embeddings(test, test_labels))
+    held_out, candidates = result.settings["held_out_top1"], result.settings["l2_candidates"]
+    assert result.settings["l2"] == candidates[int(np.argmax(held_out))]
+    assert list(candidates) == sorted(candidates, reverse=True)  # so that equal scores give the largest
+
+
+def test_shuffled_test_labels_change_no_choice_and_score_chance():
+    (train, labels), (test, test_labels) = clusters(800), clusters(2_000, seed=1)
+    honest = linear_probe(as_embeddings(train, labels), as_embeddings(test, test_labels))
+    noise = np.random.default_rng(2).integers(0, 4, len(test_labels))
+    shuffled = linear_probe(as_embeddings(train, labels), as_embeddings(test, noise))
+    assert shuffled.settings == honest.settings
+    assert np.array_equal(shuffled.predictions, honest.predictions)
+    assert abs(shuffled.metrics["top1"] - 0.25) < 3 * np.sqrt(0.1875 / 2_000)
+    assert honest.metrics["top1"] > 0.6
+
+
+def test_random_training_labels_score_chance():
+    (train, labels), (test, test_labels) = clusters(800), clusters(2_000, seed=1)
+    noise = np.random.default_rng(2).integers(0, 4, len(labels))
+    result = linear_probe(as_embeddings(train, noise), as_embeddings(test, test_labels))
+    assert abs(result.metrics["top1"] - 0.25) < 0.08  # a random boundary: wider than the binomial error
+
+
+def test_probe_leaves_the_features_alone():
+    (train, labels), (test, test_labels) = clusters(200), clusters(200, seed=1)
+    before = train.copy(), test.copy()
+    linear_probe(as_embeddings(train, labels), as_embeddings(test, test_labels))
+    assert np.array_equal(before[0], train)
+    assert np.array_equal(before[1], test)
