@@ -1,11 +1,12 @@
-"""Which images lie under a folder: each once, in a stable order, under an id that can always be turned back into a path.
+"""Which images lie under a folder: each once, in a stable order, under an id that can be turned back into its path.
 
-An id is the path relative to the folder, with `/` between parts, in UTF-8. Bytes that are not UTF-8 (file names are bytes
-on Linux) become `%FF`, and a `%` that would read like such an escape becomes `%25`; every other name stays as it is.
+An id is the path relative to the folder, with `/` between parts, in UTF-8. Bytes that are not UTF-8 (names are bytes on
+Linux) become `%FF`, and a `%` that would read like such an escape becomes `%25`; every other name stays as it is.
 """
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import stat
@@ -13,11 +14,14 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ssl_kit.core.console import say, warn
 from ssl_kit.core.errors import UserError
 
 # Files with these endings are taken for images (decoding tells); others only if their first bytes say so.
 EXTENSIONS = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .apng .gif .webp .tif .tiff .bmp .dib .ppm .pgm .pbm .pnm .jp2 .j2k .avif .mpo".split()
+    f".{name}"
+    for names in ("jpg jpeg jpe jfif mpo png apng gif webp avif", "jp2 j2k tif tiff bmp dib ppm pgm pbm pnm")
+    for name in names.split()
 )
 # No signature for TIFF (raw camera files share it), BMP and PPM (two letters that any text may begin with).
 _SIGNATURES = re.compile(
@@ -42,9 +46,9 @@ class Listing:
 def list_images(root: Path | str) -> Listing:
     """Lists the images under `root`, any nesting; the work is one `scandir` per folder and no `stat` per file.
 
-    Hidden names (a leading dot) are left out; pipes, sockets and devices are never opened. A file or folder with several
-    names (symbolic or hard links) is listed once, under its first real name. A link to a folder that contains it is a
-    loop and not followed. `root` itself may be a link.
+    Hidden names (a leading dot) are left out; pipes, sockets and devices are never opened. A file or folder with
+    several names (symbolic or hard links) is listed once, under its first real name. A link to a folder that contains
+    it is a loop and not followed. `root` itself may be a link.
     """
     walk = _Walk(os.fsencode(root))
     walk.run()
@@ -182,20 +186,21 @@ def unescape(name: str) -> bytes:
 def folder_of_images(path: Path) -> Listing:
     """`list_images`, or the error a user needs: no such folder, or no images in it (with what was there instead)."""
     if not path.exists():
-        raise UserError(f"no such folder: {path}{_nearest(path)}")
+        raise UserError(f"no such folder or file: {path}{_nearest(path)}")
     listing = list_images(path)
+    if listing.links:
+        say(f"{path}: {listing.links:,} links to files or folders that are listed already were left out")
+    if listing.unreadable:
+        warn(f"{path}: {len(listing.unreadable):,} folders cannot be read, first {listing.unreadable[0]!r}")
     if not listing.ids:
         seen = ", ".join(f"{count:,} {extension}" for extension, count in listing.others.most_common(8))
-        unreadable = f" {len(listing.unreadable):,} folders could not be read." if listing.unreadable else ""
         wanted = "wanted .jpg, .png, .webp, .tif, .bmp, .gif ..."
-        raise UserError(f"no images in {path}: {'saw ' + seen if seen else 'it has no files'}; {wanted}{unreadable}")
+        raise UserError(f"no images in {path}: {'saw ' + seen if seen else 'it has no files'}; {wanted}")
     return listing
 
 
 def _nearest(path: Path) -> str:
     """What exists of a path that does not: its nearest parent and the most similar name there."""
-    import difflib
-
     missing = path.absolute()
     while not missing.parent.exists():
         missing = missing.parent

@@ -34,10 +34,11 @@ def available_memory() -> int:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-        free.append(
-            int(Path("/sys/fs/cgroup/memory.max").read_text()) - int(Path("/sys/fs/cgroup/memory.current").read_text())
-        )
-    except (OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        cache = (group / "memory.stat").read_text().split("inactive_file ")[1].split()[0]  # given back when needed
+        free.append(limit - used + int(cache))
+    except (OSError, ValueError, IndexError):
         pass  # not Linux, or no limit ("max")
     if not free and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         free.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)  # macOS tells only the total
@@ -76,6 +77,7 @@ def load_images(
     count: int,
     read: Callable[[int], bytes],
     channels: int,
+    *,
     threads: int,
     mean_bytes: float,
     label: str,

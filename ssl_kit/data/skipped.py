@@ -36,8 +36,8 @@ class Skipped:
             return
         first = "; ".join(f"{name!r}: {reason}" for name, reason in self.rows[:3])
         raise UserError(
-            f"{len(self.rows):,} of {self.total:,} images could not be decoded, more than the {self.max_bad:.1%} allowed"
-            f" ({first}). Remove or repair them, or allow more with --max-bad"
+            f"{len(self.rows):,} of {self.total:,} images could not be decoded, more than the {self.max_bad:.1%}"
+            f" allowed ({first}). Remove or repair them, or allow more with --max-bad"
         )
 
 

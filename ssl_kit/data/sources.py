@@ -10,6 +10,7 @@ open_labelled("cifar10")          train/ + test/ sub-folders as given, otherwise
 from __future__ import annotations
 
 import io
+import os
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from ssl_kit.core.console import say
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.random import permutation
 from ssl_kit.data.decode import BadImageError, image_size
+from ssl_kit.data.labels import encode, folder_labels, split_folders, stratified
 from ssl_kit.data.listing import folder_of_images, read_regular, unescape
 from ssl_kit.data.loading import Images, available_cores, estimate_bytes, fits_in_memory, load_images
 from ssl_kit.data.skipped import Skipped
@@ -28,8 +30,7 @@ from ssl_kit.data.tables import builtin, is_builtin, read_table
 
 Data: TypeAlias = str | Path | np.ndarray | tuple[np.ndarray, np.ndarray]
 
-TRAIN_NAMES = ("train", "training")
-TEST_NAMES = ("test", "val", "valid", "validation")
+_TEST_FRACTION = 0.2  # of a labelled source that has no test folder
 
 
 @dataclass
@@ -74,12 +75,13 @@ class Source:
         Raises:
             BadImageError: the file has gone, cannot be read, or is no regular file any more.
         """
-        if self.root is None:
-            return _png(self._in_memory()[row])
-        return _read_file(self.root, self.ids[row])
+        if self.root is not None:
+            return _read_file(self.root, self.ids[row])
+        assert self.images is not None, "a source without files has its images in memory"
+        return _png(self.images[row])
 
     def size(self, row: int) -> tuple[int, int]:
-        """(height, width) of image `row`, upright, from the header when it is not in memory; may raise BadImageError."""
+        """(height, width) of image `row`, upright; from the file's header (`BadImageError`) if it is not in memory."""
         if self.images is not None:
             return self.images[row].shape[0], self.images[row].shape[1]
         return image_size(self.read(row))
@@ -97,10 +99,6 @@ class Source:
         if images is not None:
             images = images[rows] if isinstance(images, np.ndarray) else [images[row] for row in rows]
         return replace(self, ids=[self.ids[row] for row in rows], labels=self.labels[rows], images=images)
-
-    def _in_memory(self) -> Images:
-        assert self.images is not None, "a source without files has its images in memory"
-        return self.images
 
 
 def open_source(
@@ -128,6 +126,8 @@ def open_source(
     Raises:
         UserError: nothing there, no images, too few, too many bad ones, or no labels where they are needed.
     """
+    if channels not in (1, 3) and not isinstance(data, np.ndarray | tuple):
+        raise UserError(f"channels {channels}: files are decoded to 3 (RGB) or 1 (grey); other numbers need arrays")
     if limit is not None and limit < 2:
         raise UserError(f"--limit {limit}: at least 2 images are needed")
     source = _listed(data, channels, max_bad, labelled)
@@ -135,10 +135,10 @@ def open_source(
         source = source.subset(np.sort(permutation(0, 0, len(source))[:limit]))
         source.bad = Skipped(len(source), max_bad)
     _at_least_two(source)
-    if source.images is None:
-        source = _decoded(source, in_memory, threads or available_cores())
     if labelled:
         _needs_labels(source)
+    if source.images is None:
+        source = _decoded(source, in_memory, threads or available_cores())
     say(_found(source))
     return source
 
@@ -155,42 +155,26 @@ def open_labelled(
     """Opens a labelled source as (train, test); arguments as `open_source`, `limit` is for both parts together.
 
     A folder with `train/` and `test/` (or `val/`, `valid/`, `validation/`) gives those, with the class names of both.
-    Everything else is split 80 : 20, stratified, by a fixed seed: the same rows in every run.
+    Everything else is split 80 : 20, stratified, by a fixed seed: the same rows in every run. Images without a label
+    are left out.
     """
-    pair = _pair(data)
+    pair = split_folders(Path(data)) if isinstance(data, str | Path) else None
     if pair is None:
         whole = open_source(
             data, limit=limit, channels=channels, in_memory=in_memory, max_bad=max_bad, labelled=True, threads=threads
         )
-        whole = whole.subset(whole.labels >= 0)
-        test = stratified(whole.labels, 0.2)
-        return _part(whole, ~test, "train"), _part(whole, test, "test")
+        test = stratified(whole.labels, _TEST_FRACTION)
+        train = ~test & (whole.labels >= 0)
+        return _part(whole, train, "train"), _part(whole, test & (whole.labels >= 0), "test")
     sizes = [len(folder_of_images(folder).ids) for folder in pair] if limit is not None else [0, 0]
-    parts = []
-    for folder, size in zip(pair, sizes, strict=True):
-        share = max(2, round(limit * size / sum(sizes))) if limit is not None else None
-        parts.append(
-            open_source(
-                folder,
-                limit=share,
-                channels=channels,
-                in_memory=in_memory,
-                max_bad=max_bad,
-                labelled=True,
-                threads=threads,
-            )
+    shares = [max(2, round(limit * size / sum(sizes))) if limit is not None else None for size in sizes]
+    one, two = (
+        open_source(
+            folder, limit=share, channels=channels, in_memory=in_memory, max_bad=max_bad, labelled=True, threads=threads
         )
-    return _shared_classes(parts[0], parts[1])
-
-
-def stratified(labels: np.ndarray, fraction: float, seed: int = 0) -> np.ndarray:
-    """(N,) bool: True for a pseudo-random `fraction` of each class, rounded to the nearest, never a whole class."""
-    chosen = np.zeros(len(labels), dtype=bool)
-    order = permutation(seed, 0, len(labels))
-    for label in np.unique(labels):
-        rows = order[labels[order] == label]
-        chosen[rows[: min(round(fraction * len(rows)), len(rows) - 1)]] = True
-    return chosen
+        for folder, share in zip(pair, shares, strict=True)
+    )
+    return _shared_classes(one, two)
 
 
 def _listed(data: Data, channels: int, max_bad: float, labelled: bool) -> Source:
@@ -200,20 +184,20 @@ def _listed(data: Data, channels: int, max_bad: float, labelled: bool) -> Source
     if isinstance(data, tuple):
         return _from_arrays(data[0], np.asarray(data[1]), channels, "arrays")
     text, path = str(data), Path(data)
+    if "://" in text:
+        raise UserError(f"{text}: addresses are not read yet; wanted a folder, a .csv or .parquet, or 'mnist5k'")
     if path.suffix == ".tar" or ".tar." in path.name or ("{" in text and ".." in text and not path.exists()):
         raise UserError(f"{text}: tar shards are not read yet; unpack them into a folder, or list the files in a .csv")
     if is_builtin(text) and not path.exists():
         return _from_arrays(*builtin(text), channels, text)
     if path.suffix.lower() in (".csv", ".parquet") and path.is_file():
         ids, names = read_table(path)
-        labels, classes = _encode(names)
+        labels, classes = encode(names)
         return Source(text, ids, labels, classes, channels, None, path.parent, Skipped(len(ids), max_bad))
     if path.is_file():
-        raise UserError(
-            f"{path} is a file; wanted a folder, a .csv or .parquet with a column 'path', or a built-in set"
-        )
+        raise UserError(f"{path} is a file; wanted a folder, a .csv or .parquet with a column 'path', or 'mnist5k'")
     ids = folder_of_images(path).ids
-    labels, classes = _folder_labels(ids, labelled)
+    labels, classes = folder_labels(ids, asked=labelled)
     return Source(text, ids, labels, classes, channels, None, path, Skipped(len(ids), max_bad))
 
 
@@ -228,7 +212,9 @@ def _decoded(source: Source, in_memory: Literal["auto"] | bool, threads: int) ->
     say(f"{source.name}: {why}: images are {'decoded once, into RAM' if keep else 'decoded when needed'}")
     if not keep:
         return source
-    images, rows, bad = load_images(len(source), read, source.channels, threads, needed / len(source), "decode")
+    images, rows, bad = load_images(
+        len(source), read, source.channels, threads=threads, mean_bytes=needed / len(source), label="decode"
+    )
     for row, reason in bad:
         source.bad.add(ids[row], reason)
     source.bad.check()
@@ -240,7 +226,7 @@ def _decoded(source: Source, in_memory: Literal["auto"] | bool, threads: int) ->
 def _from_arrays(images: np.ndarray, names: np.ndarray | None, channels: int, name: str) -> Source:
     if images.ndim not in (3, 4) or images.dtype not in (np.uint8, np.uint16):
         raise UserError(
-            f"{name}: got an array {images.shape} of {images.dtype}; wanted (N, H, W) or (N, H, W, C) of uint8 or uint16"
+            f"{name}: got {images.dtype} of shape {images.shape}; wanted uint8 or uint16, (N, H, W) or (N, H, W, C)"
         )
     if names is not None and names.shape != (len(images),):
         raise UserError(f"{name}: {len(images):,} images but labels of shape {names.shape}; wanted one label per image")
@@ -254,68 +240,26 @@ def _from_arrays(images: np.ndarray, names: np.ndarray | None, channels: int, na
         images = ((luma + 32768) >> 16).astype(np.uint8)[..., None]
     elif images.shape[-1] != channels:
         raise UserError(f"{name}: images of {images.shape[-1]} channels; wanted {channels} (or 1 or 3)")
-    labels, classes = _encode(None if names is None else [str(value) for value in names])
-    labels = labels if names is not None else np.full(len(images), -1, dtype=np.int64)
+    labels, classes = encode([None] * len(images) if names is None else [str(value) for value in names])
     width = len(str(max(len(images) - 1, 0)))
     ids = [f"{row:0{width}d}" for row in range(len(images))]
     return Source(name, ids, labels, classes, channels, images, None, Skipped(len(images), 0.0))
 
 
-def _encode(names: list[str | None] | list[str] | None) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Label names (None = unknown) -> positions (N,) int64 in the sorted class names; numbers sort as numbers."""
-    if names is None:
-        return np.zeros(0, dtype=np.int64), ()
-    known = {name for name in names if name is not None}
-    numbers = all(name.isascii() and name.lstrip("-").isdigit() for name in known)
-    classes = tuple(sorted(known, key=int) if numbers else sorted(known))
-    position: dict[str | None, int] = {name: row for row, name in enumerate(classes)}
-    return np.array([position.get(name, -1) for name in names], dtype=np.int64), classes
-
-
-def _folder_labels(ids: list[str], labelled: bool) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Labels from the first part of the ids, when they are asked for or the folders look like classes."""
-    parts = [name.split("/", 1) for name in ids]
-    names = [part[0] if len(part) == 2 else None for part in parts]
-    if not labelled and not _class_like(ids, names):
-        return np.full(len(ids), -1, dtype=np.int64), ()
-    return _encode(names)
-
-
-def _class_like(ids: list[str], names: list[str | None]) -> bool:
-    folders = set(names)
-    if None in folders or len(folders) < 2 or any(name.count("/") != 1 for name in ids):
-        return False
-    splits = {*TRAIN_NAMES, *TEST_NAMES}
-    return not any(str(name).lower() in splits for name in folders) and len(ids) >= 2 * len(folders)
-
-
-def _pair(data: Data) -> tuple[Path, Path] | None:
-    """The train and test sub-folders of a folder that has both."""
-    if not isinstance(data, str | Path) or not Path(data).is_dir():
-        return None
-    found = [
-        next((Path(data) / n for n in names if (Path(data) / n).is_dir()), None) for names in (TRAIN_NAMES, TEST_NAMES)
-    ]
-    return (found[0], found[1]) if found[0] is not None and found[1] is not None else None
-
-
 def _shared_classes(train: Source, test: Source) -> tuple[Source, Source]:
-    """Both parts with the sorted union of their classes, so that one number means one class in both."""
-    classes = _encode([*train.classes, *test.classes])[1]
+    """Both parts with the classes of train, so that one number means one class in both, and without unknown labels."""
     if missing := [name for name in test.classes if name not in train.classes]:
-        raise UserError(
-            f"{test.name}: classes {missing[:5]} do not occur in {train.name}; wanted the same class folders"
-        )
-    where = {name: row for row, name in enumerate(classes)}
-    both = []
-    for part in (train, test):
-        table = np.array([*(where[name] for name in part.classes), -1], dtype=np.int64)  # label -1 stays -1
-        both.append(replace(part, labels=table[part.labels], classes=classes).subset(part.labels >= 0))
-    return both[0], both[1]
+        raise UserError(f"{test.name}: classes {missing[:5]} do not occur in {train.name}; wanted the same classes")
+    where = {name: row for row, name in enumerate(train.classes)}
+    table = np.array([*(where[name] for name in test.classes), -1], dtype=np.int64)  # label -1 stays -1
+    test = replace(test, labels=table[test.labels], classes=train.classes)
+    return _part(train, train.labels >= 0, None), _part(test, test.labels >= 0, None)
 
 
-def _part(whole: Source, rows: np.ndarray, name: str) -> Source:
-    return replace(whole.subset(rows), name=f"{whole.name}:{name}")
+def _part(whole: Source, rows: np.ndarray, name: str | None) -> Source:
+    if rows.all():
+        return whole  # no copy of the pixels
+    return replace(whole.subset(rows), name=f"{whole.name}:{name}" if name else whole.name)
 
 
 def _needs_labels(source: Source) -> None:
@@ -335,16 +279,16 @@ def _at_least_two(source: Source) -> None:
 
 
 def _found(source: Source) -> str:
-    size = "x".join(str(side) for side in source.images.shape[1:3]) if isinstance(source.images, np.ndarray) else ""
+    size = " of " + "x".join(map(str, source.images.shape[1:3])) if isinstance(source.images, np.ndarray) else ""
     per_class = Counter(source.labels[source.labels >= 0].tolist()).values()
     labels = f", {len(source.classes)} classes of {min(per_class):,}..{max(per_class):,}" if per_class else ""
+    unknown = int((source.labels < 0).sum()) if per_class else 0
+    without = f", {unknown:,} without a label" if unknown else ""
     bad = f", {len(source.skipped):,} skipped" if source.skipped else ""
-    return f"{source.name}: {len(source):,} images{' of ' + size if size else ''}{labels}{bad}"
+    return f"{source.name}: {len(source):,} images{size}{labels}{without}{bad}"
 
 
 def _read_file(root: Path, name: str) -> bytes:
-    import os
-
     try:
         return read_regular(os.path.join(os.fsencode(root), unescape(name)))
     except OSError as error:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import difflib
+import math
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +36,9 @@ def read_table(path: Path) -> tuple[list[str], list[str | None]]:
     if len(ids) < len(columns["path"]) or "" in ids:
         raise UserError(f"{path} has rows with an empty 'path'; wanted one image file per row")
     if len(set(ids)) < len(ids):
-        again = next(name for row, name in enumerate(ids) if name in set(ids[:row]))
+        again, times = Counter(ids).most_common(1)[0]
         raise UserError(
-            f"{path} names {len(ids) - len(set(ids)):,} paths more than once, first {again!r}; wanted each once"
+            f"{path}: {len(ids):,} rows, {len(set(ids)):,} paths ({again!r} {times} times); wanted each once"
         )
     names = columns.get("label", [None] * len(ids))
     return ids, [name or None for name in names]
@@ -45,10 +47,11 @@ def read_table(path: Path) -> tuple[list[str], list[str | None]]:
 def _read_csv(path: Path) -> dict[str, list[str | None]]:
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         try:
-            rows = list(csv.DictReader(file))
+            reader = csv.DictReader(file)
+            rows = list(reader)
         except csv.Error as error:
             raise UserError(f"{path} is not a CSV file: {error}") from error
-    return {name: [row[name] for row in rows] for name in (rows[0] if rows else ()) if name is not None}
+    return {name: [row[name] for row in rows] for name in reader.fieldnames or ()}
 
 
 def _read_parquet(path: Path) -> dict[str, list[str | None]]:
@@ -62,8 +65,16 @@ def _read_parquet(path: Path) -> dict[str, list[str | None]]:
         raise UserError(f"{path} cannot be read as Parquet: {error}") from error
     if "path" not in names:
         return {name: [] for name in names}
-    columns = {name: table[name].to_pylist() for name in table.column_names}
-    return {name: [None if value is None else str(value) for value in values] for name, values in columns.items()}
+    return {name: [_text(value) for value in table[name].to_pylist()] for name in table.column_names}
+
+
+def _text(value: object) -> str | None:
+    """A cell as a CSV file has it: nulls and NaN are empty, whole floats (pandas' integers with gaps) are integers."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "surrogateescape")
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def is_builtin(name: str) -> bool:
