@@ -1,0 +1,228 @@
+"""`write_report`: run folders in, one HTML file out. Reads files only, so it can be written while training runs."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ssl_kit.report import charts
+from ssl_kit.report.page import render, write_page
+from ssl_kit.report.reading import Run, number, read_run
+from ssl_kit.report.scores import ENCODER, Verdict, dimension_curve, feature_name, score_tables, verdict
+
+_NEIGHBOURS_SHOWN = 10  # per strip
+_LEGEND = 40  # classes with a button above the map, the most frequent ones
+
+
+class Fact(NamedTuple):
+    """An entry of the facts strip; `note` stands below the value in small, `title` shows on hover."""
+
+    label: str
+    value: str
+    note: str = ""
+    title: str = ""
+
+
+class Step(NamedTuple):
+    """The next command to type, and why."""
+
+    command: str
+    why: str
+
+
+def write_report(runs: Sequence[Path | str], out: Path | str) -> dict[str, Any]:
+    """Writes the report of one run, or of several side by side.
+
+    Args:
+        runs: run folders, at least one.
+        out: the HTML file, replaced in one step.
+
+    Returns:
+        `{"report": path, "bytes": size, "runs": [{"name", "state", "verdict"}]}`.
+
+    Raises:
+        UserError: one of `runs` is no run folder.
+    """
+    assert runs, "a report needs a run"
+    read = [read_run(folder) for folder in runs]
+    cards = [_card(run) for run in read]
+    alone = read[0] if len(read) == 1 else None
+    curves = charts.curve_charts(read)
+    dimensions = charts.dimension_chart(alone) if alone else None
+    extra = {"map": charts.map_model(alone.map)} if alone and alone.map else {}
+    script, divs = charts.embed([*curves, *([dimensions] if dimensions else [])], extra)
+    page = render(
+        "template.html",
+        title=" and ".join(run.name for run in read) + ": report",
+        cards=cards,
+        shape_of=charts.shape_of,
+        pictures=[(run.name, picture) for run in read for picture in run.pictures[: None if alone else 1]],
+        curves=curves,
+        tables=score_tables(read),
+        dimensions=dimensions,
+        dimension_table=_dimension_table(alone) if alone else None,
+        neighbours=_strips(alone.neighbours) if alone and alone.neighbours else None,
+        map=_map_context(alone.map) if alone and alone.map else None,
+        hints=_hints(read[0]),
+        divs=divs,
+        script=script,
+        bokeh=charts.bokeh_js() if divs else "",
+    )
+    write_page(out, page)
+    told = [{"name": card["name"], "state": card["verdict"].state, "verdict": _told(card["verdict"])} for card in cards]
+    return {"report": str(out), "bytes": Path(out).stat().st_size, "runs": told}
+
+
+def _told(judged: Verdict) -> str:
+    return f"{judged.word}: {judged.sentence}"
+
+
+def _card(run: Run) -> dict[str, Any]:
+    """What the page says about one run."""
+    judged = verdict(run)
+    method = str(run.info.get("method") or "").rpartition(".")[2]
+    eyebrow = [method, str(run.info.get("status") or ""), str(run.info.get("started") or "")]
+    return {
+        "name": run.name,
+        "eyebrow": [part for part in eyebrow if part],
+        "verdict": judged,
+        "facts": facts(run),
+        "next": next_step(run, judged),
+        "problems": run.problems,
+        "command": str(run.info.get("command") or ""),
+        "made": _made(run),
+        "recipe": run.recipe,
+        "skipped": run.skipped,
+        "num_skipped": run.num_skipped,
+    }
+
+
+def facts(run: Run) -> list[Fact]:
+    """The facts strip; what run.json does not say is left out."""
+    info, data = run.info, run.info.get("data")
+    data = data if isinstance(data, dict) else {}
+    found = []
+    if data.get("root"):
+        root = str(data["root"])
+        found.append(Fact("data", "/".join(Path(root).parts[-2:]) or root, title=root))
+    images, skipped = number(data.get("images")), number(data.get("skipped")) or float(run.num_skipped)
+    if images is not None:
+        found.append(Fact("images", f"{images:,.0f}", f"{skipped:,.0f} skipped" if skipped else "none skipped"))
+    epochs, seconds = number(info.get("epochs")), number(info.get("seconds"))
+    if epochs is not None:
+        found.append(Fact("epochs", f"{epochs:,.4g}"))
+    if seconds is not None:
+        found.append(Fact("time", duration(seconds)))
+    speed, waiting = number(info.get("images_per_second")), number(info.get("waiting_share"))
+    if speed is not None:
+        found.append(Fact("images per second", f"{speed:,.0f}"))
+    if waiting is not None:
+        found.append(Fact("waiting for data", f"{100 * waiting:.0f} %", "of the time"))
+    if info.get("device"):
+        found.append(Fact("device", str(info["device"])))
+    if info.get("seed") is not None:
+        found.append(Fact("seed", str(info["seed"])))
+    return found
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `14 min 30 s` or `3 h 05 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def next_step(run: Run, judged: Verdict) -> Step:
+    """What to type next, from how far the run is and what was found."""
+    folder, status, data = shlex.quote(str(run.folder)), run.info.get("status"), _data_root(run)
+    if status == "interrupted":
+        return Step(f"ssl-kit pretrain {data} --run {folder} --resume", "continues where the run was cut off")
+    if judged.state in ("stuck", "collapsed"):
+        return Step(
+            f"ssl-kit views {data} -c {folder}/recipe.yaml --out views.png",
+            "are the views still recognisable? Then try another learning rate or temperature",
+        )
+    if not any(record.get("features") == ENCODER for record in run.results):
+        why = "once training has ended" if status in ("starting", "running") else "is it better than raw pixels?"
+        return Step(f"ssl-kit evaluate {folder} LABELLED", why)
+    return Step(f"ssl-kit embed {folder} {data} --out EMB", "then index and search it")
+
+
+def _data_root(run: Run) -> str:
+    data = run.info.get("data")
+    root = data.get("root") if isinstance(data, dict) else None
+    return shlex.quote(str(root)) if root else "DATA"
+
+
+def _hints(run: Run) -> dict[str, str]:
+    folder = shlex.quote(str(run.folder))
+    return {
+        "pretrain": f"ssl-kit pretrain {_data_root(run)} --run {folder}",
+        "evaluate": f"ssl-kit evaluate {folder} LABELLED",
+    }
+
+
+def _made(run: Run) -> list[tuple[str, str]]:
+    """Rows of "versions, seed, hashes"."""
+    info, data = run.info, run.info.get("data")
+    rows: dict[str, Any] = {name: info.get(name) for name in ("method", "seed", "device", "started", "git", "wandb")}
+    if isinstance(data, dict):
+        rows |= {"data": data.get("root"), "data fingerprint": data.get("fingerprint")}
+    for record in run.results:
+        if record.get("features") == ENCODER and record["made_by"].get("encoder_sha256"):
+            rows["encoder sha256"] = record["made_by"]["encoder_sha256"]
+    versions = info.get("versions")
+    rows |= versions if isinstance(versions, dict) else {}
+    return [(str(name), str(value)) for name, value in rows.items() if value is not None]
+
+
+def _dimension_table(run: Run) -> dict[str, Any]:
+    """Rows by dimension, with the bytes that a float32 vector takes; columns by features."""
+    _, curves = dimension_curve(run)
+    dims = sorted({dim for curve in curves.values() for dim in curve})
+    rows = [(dim, 4 * dim, [curve.get(dim) for curve in curves.values()]) for dim in dims]
+    return {"names": [feature_name(features) for features in curves], "rows": rows}
+
+
+def _strips(value: dict[str, Any]) -> dict[str, Any]:
+    """The query strips as the page shows them: the encoder's row first, ten neighbours, right or wrong where known."""
+    labels, names = value["labels"], sorted(value["found"], key=lambda name: name != ENCODER)
+    queries, right, asked = [], Counter[str](), Counter[str]()
+    for position, query in enumerate(value["queries"]):
+        rows = []
+        for name in names:
+            hits = [_hit(value, place, labels[query]) for place in value["found"][name][position][:_NEIGHBOURS_SHOWN]]
+            same = sum(hit["mark"] == "right" for hit in hits)
+            if labels[query] >= 0:
+                right[name] += same
+                asked[name] += len(hits)
+            told = f", {same} of {len(hits)} of the same class" if labels[query] >= 0 else ""
+            rows.append({"name": feature_name(name), "told": told, "hits": hits})
+        name = value["classes"][labels[query]] if labels[query] >= 0 else f"query {position + 1}"
+        queries.append({"name": name, "image": value["images"][query], "rows": rows})
+    told = [f"{right[name]} of {asked[name]} by {feature_name(name)}" for name in names if asked[name]]
+    return {"queries": queries, "told": f"Of the query's class: {', '.join(told)}." if told else ""}
+
+
+def _hit(value: dict[str, Any], place: int, asked: int) -> dict[str, str]:
+    label = value["labels"][place]
+    mark = "" if asked < 0 else "right" if label == asked else "wrong"
+    name = value["classes"][label] if label >= 0 else "unlabelled"
+    return {"name": name, "image": value["images"][place], "mark": mark}
+
+
+def _map_context(value: dict[str, Any]) -> dict[str, Any]:
+    counts = Counter(label for label in value["labels"] if label >= 0)
+    shown = sorted(label for label, _ in counts.most_common(_LEGEND))
+    told = value["projection"].rstrip(".") or f"{len(value['labels']):,} images in the plane"
+    return {
+        "legend": [(label, charts.shape_of(label), value["classes"][label], counts[label]) for label in shown],
+        "count": f"{len(value['labels']):,}",
+        "told": told + ".",
+    }

@@ -1,0 +1,353 @@
+"""From result records to what the report shows: score tables, dimension curves, the verdict in one sentence.
+
+A later record replaces an earlier one with the same evaluation, features, test set and settings.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ssl_kit.report.reading import Run, number
+
+ENCODER = "encoder"
+FEATURES = {
+    ENCODER: "this encoder",
+    "random_init": "same network, untrained",
+    "pixels": "raw pixels",
+    "pca": "PCA of pixels",
+}
+BASELINES = {"pixels": "raw pixels", "random_init": "the same network untrained", "pca": "PCA of the pixels"}
+EVALUATIONS = {
+    "knn": ("kNN", "Nearest neighbours by cosine vote on the label; nothing is trained."),
+    "linear": ("Linear probe", "A linear classifier on frozen features; l2 is chosen on a held-out part of train."),
+    "finetune": ("Fine-tuning", "The whole network trained on the labels."),
+    "attentive": ("Attentive probe", "Attention pooling and a linear classifier on frozen features."),
+    "few_shot": ("Few-shot", "A classifier from a few labelled images per class."),
+    "retrieval": ("Retrieval", "Are the nearest images of the same class?"),
+    "health": ("Health, without labels", "Effective rank: how many directions the features really use."),
+}
+METRICS = {
+    "top1": "Top-1",
+    "balanced_accuracy": "Balanced accuracy",
+    "macro_f1": "Macro-F1",
+    "map": "mAP",
+    "effective_rank": "Effective rank",
+    "alignment": "Alignment",
+    "uniformity": "Uniformity",
+}
+HEADLINES = ("knn", "linear", "finetune", "attentive")  # the first one measured is the headline
+HEADLINES_BY_METHOD = {
+    "MAE": ("finetune", "attentive", "linear", "knn")
+}  # kNN does not judge MAE (design, three rules)
+_MAX_COLUMNS = 5
+
+
+@dataclass(frozen=True)
+class Score:
+    """A value with its 95 % interval, where it has one."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+    @property
+    def text(self) -> str:
+        """Fractions with three decimals, everything larger with four significant digits."""
+        return f"{self.value:.3f}" if abs(self.value) < 10 else f"{self.value:.4g}"
+
+    @property
+    def interval(self) -> str:
+        """`[0.700, 0.726]`, empty without an interval."""
+        return "" if self.low is None or self.high is None else f"[{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a score table; `scores` are in the order of the table's metrics, None where not measured."""
+
+    name: str
+    detail: str
+    is_encoder: bool
+    scores: list[Score | None]
+
+
+@dataclass(frozen=True)
+class Table:
+    """The scores of one evaluation under one setting, the encoder first, then the baselines from the best on.
+
+    `axis` (low, high) is the scale of the interval plot of the first metric, None when it has no interval. `others`
+    are tables of the same evaluation and test set under other settings, shown folded.
+    """
+
+    title: str
+    note: str
+    setting: str
+    metrics: list[str]
+    rows: list[Row]
+    axis: tuple[float, float] | None
+    others: list[Table] = field(default_factory=list)
+
+    @property
+    def summary(self) -> str:
+        """The setting and the encoder's first metric, for a table that is folded away."""
+        ours = next((row.scores[0] for row in self.rows if row.is_encoder and row.scores), None)
+        return f"{self.setting or self.title}: {f'encoder {ours.text} {ours.interval}' if ours else 'baselines only'}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`state` picks the lamp: learning, weak, stuck, collapsed, running or unknown. `word` and `sentence` say it."""
+
+    state: str
+    word: str
+    sentence: str
+    reason: str = ""
+    rows: list[Row] = field(default_factory=list)
+    axis: tuple[float, float] | None = None
+    metric: str = ""
+
+
+def feature_name(features: str) -> str:
+    """The words for a record's `features`."""
+    kind, _, name = features.partition(":")
+    return f"pretrained {name}" if kind == "pretrained" and name else FEATURES.get(features, features)
+
+
+def score(record: dict[str, Any], metric: str) -> Score | None:
+    """A metric of a record, None where it is missing or not a finite number."""
+    metrics = record["metrics"]
+    value = number(metrics.get(metric))
+    if value is None:
+        return None
+    return Score(value, number(metrics.get(f"{metric}_low")), number(metrics.get(f"{metric}_high")))
+
+
+def full_size(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records at the features' own dimension: per evaluation and features the largest `dim`.
+
+    PCA of the pixels stands beside the encoder, so the encoder's dimension is taken where it was measured.
+    """
+    own: dict[tuple[str, str], float] = {}
+    for record in records:
+        key = (record["evaluation"], str(record.get("features")))
+        own[key] = max(own.get(key, -math.inf), _dim(record))
+    measured = {(record["evaluation"], str(record.get("features")), _dim(record)) for record in records}
+    for evaluation in {name for name, features in own if features == "pca"}:
+        wanted = own.get((evaluation, ENCODER))
+        if wanted is not None and (evaluation, "pca", wanted) in measured:
+            own[evaluation, "pca"] = wanted
+    return [record for record in records if _dim(record) == own[record["evaluation"], str(record.get("features"))]]
+
+
+def score_tables(runs: Sequence[Run]) -> list[Table]:
+    """A table per evaluation and setting; with several runs each encoder row carries its run's name."""
+    groups: dict[tuple[str, str, str], dict[tuple[str, str], tuple[Run, dict[str, Any]]]] = {}
+    for run in runs:
+        latest = {}
+        for record in full_size(run.results):
+            key = (str(record["evaluation"]), _test_set(record), _setting(record))
+            latest[key, str(record.get("features"))] = record
+        for (key, features), record in latest.items():
+            # pixels and PCA are the same for every run on the same data: one row is enough
+            owner = json.dumps(record["metrics"]) if features in ("pixels", "pca") else str(run.folder)
+            groups.setdefault(key, {})[owner, features] = (run, record)
+    order = list(EVALUATIONS)
+    known = sorted(groups, key=lambda key: order.index(key[0]) if key[0] in order else len(order))
+    several_tests = len({test for _, test, _ in groups if test}) > 1
+    tables: dict[tuple[str, str], Table] = {}
+    for key in sorted(known, key=lambda key: not _is_chosen(groups[key])):
+        table = _table(key, list(groups[key].values()), len(runs) > 1, several_tests)
+        if key[:2] in tables:
+            tables[key[:2]].others.append(table)
+        else:
+            tables[key[:2]] = table
+    return [tables[key] for key in dict.fromkeys(key[:2] for key in known)]
+
+
+def _is_chosen(members: dict[tuple[str, str], tuple[Run, dict[str, Any]]]) -> bool:
+    return any(record["settings"].get("chosen") for _, record in members.values())
+
+
+def _table(
+    key: tuple[str, str, str], members: list[tuple[Run, dict[str, Any]]], several_runs: bool, several_tests: bool
+) -> Table:
+    evaluation, test, setting = key
+    metrics = _metric_names(record for _, record in members)
+    rows = []
+    for run, record in members:
+        features = str(record.get("features"))
+        name = feature_name(features)
+        if several_runs and features not in ("pixels", "pca"):
+            name = f"{run.name}: {'encoder' if features == ENCODER else name}"
+        scores = [score(record, metric) for metric in metrics]
+        rows.append(Row(name, _detail(record), features == ENCODER, scores))
+    rows.sort(key=lambda row: (not row.is_encoder, -(row.scores[0].value if row.scores and row.scores[0] else 0.0)))
+    title, note = EVALUATIONS.get(evaluation, (evaluation.replace("_", " ").capitalize(), ""))
+    title = f"{title}, on {test}" if several_tests and test else title
+    return Table(title, note, setting, [metric_name(metric) for metric in metrics], rows, axis_of(rows))
+
+
+def dimension_curve(run: Run) -> tuple[str, dict[str, dict[int, Score]]]:
+    """Top-1 by the number of dimensions, for the features measured at two or more.
+
+    Returns:
+        The evaluation's name and features -> dimensions -> score; both empty where nothing was measured.
+    """
+    method = str(run.info.get("method") or "").rpartition(".")[2]
+    for evaluation in HEADLINES_BY_METHOD.get(method, HEADLINES):
+        curves: dict[str, dict[int, Score]] = {}
+        for record in run.results:
+            value, dim = score(record, "top1"), record["settings"].get("dim")
+            if record["evaluation"] != evaluation or value is None or not isinstance(dim, int) or dim < 1:
+                continue
+            curve = curves.setdefault(str(record.get("features")), {})
+            if dim not in curve or record["settings"].get("chosen", True):
+                curve[dim] = value
+        curves = {name: dict(sorted(curve.items())) for name, curve in curves.items() if len(curve) > 1}
+        if curves:
+            return evaluation, dict(sorted(curves.items(), key=lambda item: item[0] != ENCODER))
+    return "", {}
+
+
+def axis_of(rows: Iterable[Row]) -> tuple[float, float] | None:
+    """The scale of an interval plot: the intervals of the first metric, rounded outwards to tenths."""
+    first = [row.scores[0] for row in rows if row.scores and row.scores[0] and row.scores[0].low is not None]
+    ends = [end for one in first for end in (one.low, one.high, one.value) if end is not None]
+    if not ends:
+        return None
+    low, high = math.floor(10 * min(ends)) / 10, math.ceil(10 * max(ends)) / 10
+    return low, high if high > low else low + 0.1
+
+
+def metric_name(metric: str) -> str:
+    """The words for a metric's name."""
+    return METRICS.get(metric, metric.replace("_", " ").capitalize())
+
+
+def verdict(run: Run) -> Verdict:
+    """The sentence at the top: from the scores when the run was evaluated, otherwise from run.json."""
+    told = run.info.get("verdict")
+    told = told if isinstance(told, dict) else {}
+    state, reason = str(told.get("state") or "unknown"), str(told.get("reason") or "")
+    judged = _judged(run)
+    if judged is None:
+        return _unjudged(run, state, reason)
+    if state in ("collapsed", "stuck") and judged.state != "learning":
+        return Verdict(state, state.capitalize(), judged.sentence, reason, judged.rows, judged.axis, judged.metric)
+    return judged
+
+
+def _unjudged(run: Run, state: str, reason: str) -> Verdict:
+    status = str(run.info.get("status") or "")
+    if state in ("learning", "stuck", "collapsed"):
+        return Verdict(state, state.capitalize(), reason or "No score yet.")
+    if status in ("starting", "running"):
+        sentence = reason or "No score yet: curves appear after the first steps, scores after the first evaluation."
+        return Verdict("running", "Starting" if status == "starting" else "Training", sentence)
+    return Verdict("unknown", "Not judged yet", reason or "No score yet: evaluate the encoder on labelled images.")
+
+
+def _judged(run: Run) -> Verdict | None:
+    """Compares the encoder with its baselines on the headline evaluation; None if there is no encoder score."""
+    method = str(run.info.get("method") or "").rpartition(".")[2]
+    for evaluation in HEADLINES_BY_METHOD.get(method, HEADLINES):
+        latest: dict[str, dict[str, Any]] = {}
+        for record in full_size([one for one in run.results if one["evaluation"] == evaluation]):
+            features = str(record.get("features"))
+            # the row whose k was chosen on train is the figure to quote; a customary one only without it
+            if features not in latest or record["settings"].get("chosen", True):
+                latest[features] = record
+        if ENCODER in latest and score(latest[ENCODER], "top1"):
+            return _compared(evaluation, latest, judges=evaluation != "knn" or method != "MAE")
+    return None
+
+
+def _compared(evaluation: str, latest: dict[str, dict[str, Any]], *, judges: bool) -> Verdict:
+    ours = score(latest[ENCODER], "top1")
+    assert ours is not None
+    others = {name: value for name in BASELINES if name in latest and (value := score(latest[name], "top1"))}
+    title = EVALUATIONS[evaluation][0]
+    title = title if title.isupper() or title == "kNN" else title[0].lower() + title[1:]
+    gaps = [_gap(ours.value - other.value, BASELINES[name]) for name, other in others.items()]
+    sentence = f"{title} {_short(ours)}{', ' if gaps else ''}{_listed(gaps)}."
+    rows = [Row(feature_name(name), "", name == ENCODER, [one]) for name, one in [(ENCODER, ours), *others.items()]]
+    rows[1:] = sorted(rows[1:], key=lambda row: -(row.scores[0].value if row.scores[0] else 0.0))
+    state, word, reason = _state(ours, list(others.values()))
+    if not judges and state != "learning":
+        state, word, reason = "unknown", "Not judged yet", "kNN does not judge a masked autoencoder: fine-tuning does."
+    return Verdict(state, word, sentence, reason, rows, axis_of(rows), f"{title}, top-1")
+
+
+def _state(ours: Score, others: list[Score]) -> tuple[str, str, str]:
+    if not others:
+        return "unknown", "No baseline", "There is nothing to compare with: baselines are missing."
+    best = max(others, key=lambda other: other.value)
+    if (ours.low if ours.low is not None else ours.value) > (best.high if best.high is not None else best.value):
+        return "learning", "Learning", ""
+    if (ours.high if ours.high is not None else ours.value) < (best.low if best.low is not None else best.value):
+        return "stuck", "Worse than its baselines", "What it learnt is of less use than the best baseline."
+    return "weak", "No clear gain", "The interval touches that of the best baseline."
+
+
+def _short(one: Score) -> str:
+    interval = "" if one.low is None or one.high is None else f" [{one.low:.2f}, {one.high:.2f}]"
+    return f"{one.value:.2f}{interval}"
+
+
+def _gap(difference: float, name: str) -> str:
+    if abs(difference) < 0.005:
+        return f"level with {name}"
+    return f"{abs(difference):.2f} {'above' if difference > 0 else 'below'} {name}"
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return " and ".join(parts) if len(parts) < 3 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def _metric_names(records: Iterable[dict[str, Any]]) -> list[str]:
+    # metrics with an interval or a known name first; NAME_low and NAME_high belong to NAME
+    names = {name: None for record in records for name in record["metrics"]}
+    bases = [name for name in names if not (name.endswith(("_low", "_high")) and name.rpartition("_")[0] in names)]
+    known = list(METRICS)
+    bases.sort(key=lambda name: known.index(name) if name in known else len(known))
+    return bases[:_MAX_COLUMNS]
+
+
+def _dim(record: dict[str, Any]) -> float:
+    dim = number(record["settings"].get("dim"))
+    return math.inf if dim is None else dim
+
+
+def _test_set(record: dict[str, Any]) -> str:
+    test = record["made_by"].get("test")
+    if isinstance(test, dict):
+        test = test.get("root") or test.get("name") or json.dumps(test, sort_keys=True, default=str)
+    return str(test or "")
+
+
+def _setting(record: dict[str, Any]) -> str:
+    """The words that name a row group: rows of one group differ in their features only."""
+    settings = record["settings"]
+    parts = [str(settings["protocol"])] if settings.get("protocol") else []
+    if settings.get("chosen"):
+        parts.append("k and temperature chosen on " + str(settings.get("chosen_on") or "a held-out part of train"))
+    else:
+        parts += [
+            f"{name} = {settings[name]}" for name in ("k", "temperature", "shots", "fraction") if name in settings
+        ]
+    return ", ".join(parts)
+
+
+def _detail(record: dict[str, Any]) -> str:
+    """What a row's own settings were: its dimension and whatever was chosen for it."""
+    settings = record["settings"]
+    parts = [f"{settings['dim']:,} dimensions"] if isinstance(settings.get("dim"), int) else []
+    if settings.get("chosen"):
+        parts += [f"k {settings.get('k')}", f"temperature {settings.get('temperature')}"]
+    elif "l2" in settings:
+        parts.append(f"l2 {settings['l2']}")
+    return ", ".join(parts)

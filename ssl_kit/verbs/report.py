@@ -1,0 +1,42 @@
+"""`ssl-kit report`: run folders in, one page out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ssl_kit.core.console import next_command, say
+from ssl_kit.core.errors import UserError
+
+
+def report(runs: list[str], *, out: str | None = None) -> dict[str, Any]:
+    """Writes one self-contained HTML page about a run, or about several side by side.
+
+    The page reads only what the run folders hold and loads nothing: it opens offline, in light and dark.
+
+    Args:
+        runs: one or more run folders.
+        out: the HTML file to write; one run without it writes RUN/report.html, several need it.
+
+    Returns:
+        `{"report": path, "bytes": size, "runs": [{"name", "state", "verdict"}]}`.
+
+    Raises:
+        UserError: no run, a folder that is no run, or several runs without `out`.
+    """
+    from ssl_kit.report.report import write_report
+
+    folders = [runs] if isinstance(runs, str | Path) else list(runs)
+    if not folders:
+        raise UserError("got no run folder: give one or more, as in `ssl-kit report runs/NAME`")
+    if out is None and len(folders) > 1:
+        raise UserError(f"got {len(folders)} run folders and no --out: say where to write, as in --out compare.html")
+    if out is not None and Path(out).is_dir():
+        raise UserError(f"--out {out} is a folder: give the name of the HTML file")
+    target = Path(out) if out is not None else Path(folders[0]) / "report.html"
+    written = write_report(folders, target)
+    for run in written["runs"]:
+        say(f"{run['name']}: {run['verdict']}")
+    say(f"wrote {target} ({written['bytes'] / 1e6:.1f} MB)")
+    next_command(f"open {target.resolve().as_uri()}")
+    return written
