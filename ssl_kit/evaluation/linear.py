@@ -2,10 +2,10 @@
 
     objective(W, b) = mean cross-entropy of softmax(Z W + b) + l2 / 2 ||W||^2        (scikit-learn: l2 = 1 / (C N))
 
-What makes it fast. (1) The features are rotated into the eigenbasis of their covariance. The penalty does not notice
-a rotation, but the Hessian becomes nearly diagonal, about c s_i + l2 for the i-th eigenvalue s_i, so L-BFGS started
-from that diagonal needs tens of passes over the data, not hundreds. (2) All l2 candidates share each pass: their
-weights stand side by side in one matrix product. Letters: N rows, D dimensions, C classes, L candidates, M memory.
+What makes it fast. (1) L-BFGS starts from the inverse of S / C + l2 I, S the second moment of the features: the
+Hessian at equal probabilities, by a Cholesky factor per candidate. That takes tens of passes over the data where the
+identity takes hundreds. (2) All l2 candidates share each pass: their weights stand side by side in one matrix
+product. Letters: N rows, D dimensions, C classes, L candidates, A candidates that are not finished yet.
 """
 
 from __future__ import annotations
@@ -19,13 +19,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_kit.core.spectrum import second_moment
+from ssl_kit.core.random import permutation
 from ssl_kit.evaluation.result import Result, classification_metrics, holdout, labelled, made_by
 
 if TYPE_CHECKING:
     from ssl_kit.embeddings import Embeddings
 
 L2_PATH = tuple(10.0**exponent for exponent in range(-6, 2))
+_SCALING_ROWS = 4_096
+_CURVATURE_ROWS = 20_000  # a sample of so many rows preconditions as well as all of them
+_STREAM_CURVATURE = 100_003  # of core/random.py
+_RIDGE = 1e-6  # of the preconditioner alone, relative to the largest variance: its moment has float32 products
 _MEMORY = 10  # pairs that L-BFGS remembers
 _BLOCK_LOGITS = 2**19  # logits computed at once: 2 MB stay in the cache between product, softmax and product
 _STATE_BYTES = 2**29  # of the L-BFGS pairs; more candidates than fit are solved one after another
@@ -61,40 +65,37 @@ class LogisticFit:
 
 
 @dataclass
-class Basis:
-    """Standardises features and rotates them into the eigenbasis of their correlation matrix.
+class Scaling:
+    """Zero mean and unit variance for each feature of the training set.
 
     Attributes:
         mean: (D,) float32.
-        rotation: (D, R) float32: the eigenvectors divided by each feature's standard deviation.
-        variances: (R,) float32, the eigenvalues; directions without variance are dropped (their weights would be 0).
+        scale: (D,) float32, 1 / standard deviation; 0 for constant features, so that they have no say.
     """
 
     mean: np.ndarray
-    rotation: np.ndarray
-    variances: np.ndarray
+    scale: np.ndarray
 
     @classmethod
-    def of(cls, features: np.ndarray) -> Basis:
-        """The basis of features (N, D)."""
-        covariance = second_moment(features, centred=True)
-        deviation = np.sqrt(np.diag(covariance))
-        scale = np.where(deviation > 0, 1 / np.where(deviation > 0, deviation, 1), 0)
-        correlation = torch.from_numpy(covariance * scale[:, None] * scale[None])
-        variances, vectors = (part.numpy() for part in torch.linalg.eigh(correlation))
-        keep = variances > 1e-10 * len(variances)
-        mean = features.mean(axis=0, dtype=np.float64).astype(np.float32)
-        rotation = (vectors[:, keep] * scale[:, None]).astype(np.float32)
-        return cls(mean, rotation, variances[keep].astype(np.float32))
+    def of(cls, features: np.ndarray) -> Scaling:
+        """The scaling of features (N, D)."""
+        mean = features.mean(axis=0, dtype=np.float64)
+        squares = np.zeros_like(mean)
+        for start in range(0, len(features), _SCALING_ROWS):
+            squares += np.square(features[start : start + _SCALING_ROWS] - mean).sum(axis=0)
+        deviation = np.sqrt(squares / len(features))
+        varies = deviation > 1e-6 * np.abs(mean)  # below: the rounding of a constant
+        scale = np.where(varies, 1 / np.where(varies, deviation, 1), 0)
+        return cls(mean.astype(np.float32), scale.astype(np.float32))
 
     def apply(self, features: np.ndarray) -> Tensor:
-        """(N, D) to (N, R) float32."""
-        rotated = torch.empty(len(features), self.rotation.shape[1])
-        rotation = torch.from_numpy(self.rotation)
-        for start in range(0, len(features), 4096):
-            rows = torch.from_numpy(features[start : start + 4096] - self.mean)
-            torch.mm(rows.float(), rotation, out=rotated[start : start + 4096])
-        return rotated
+        """(N, D) float32, a copy."""
+        scaled = np.empty(features.shape, dtype=np.float32)
+        for start in range(0, len(features), _SCALING_ROWS):
+            rows = slice(start, start + _SCALING_ROWS)
+            np.subtract(features[rows], self.mean, out=scaled[rows])
+            scaled[rows] *= self.scale
+        return torch.from_numpy(scaled)
 
 
 def linear_probe(
@@ -119,21 +120,22 @@ def linear_probe(
     vectors, labels = labelled(train, "train")
     test_vectors, test_labels = labelled(test, "test")
     num_classes = int(max(len(train.classes), labels.max() + 1, test_labels.max() + 1))
-    basis = Basis.of(vectors)
-    rotated, targets = basis.apply(vectors), torch.from_numpy(labels)
-    candidates = (float(l2),) if isinstance(l2, int | float) else tuple(sorted(map(float, l2), reverse=True))
+    scaling = Scaling.of(vectors)
+    scaled, targets = scaling.apply(vectors), torch.from_numpy(labels)
+    moment = curvature(scaled)
+    candidates = [float(l2)] if isinstance(l2, int | float) else sorted(map(float, l2), reverse=True)
     settings: dict[str, object] = {"l2_candidates": candidates}
     start = None
     best = 0
     if len(candidates) > 1:
         fitted, held = (torch.from_numpy(rows) for rows in holdout(labels, seed=seed))
-        path = fit_logistic(rotated[fitted], targets[fitted], num_classes, candidates, basis.variances)
-        accuracies = (path.predict(rotated[held]) == labels[held]).mean(axis=1)
+        path = fit_logistic(scaled[fitted], targets[fitted], num_classes, candidates, moment)
+        accuracies = (path.predict(scaled[held]) == labels[held]).mean(axis=1)
         best = int(accuracies.argmax())
         start = (path.weights[best : best + 1], path.bias[best : best + 1])
         settings |= {"held_out": 0.2, "held_out_top1": accuracies.tolist(), "at_edge": best in (0, len(candidates) - 1)}
-    final = fit_logistic(rotated, targets, num_classes, candidates[best : best + 1], basis.variances, start=start)
-    predictions = final.predict(basis.apply(test_vectors))[0]
+    final = fit_logistic(scaled, targets, num_classes, candidates[best : best + 1], moment, start=start)
+    predictions = final.predict(scaling.apply(test_vectors))[0]
     metrics = classification_metrics(test_labels, predictions, num_classes, seed=seed)
     settings |= {
         "l2": candidates[best],
@@ -153,7 +155,7 @@ def fit_logistic(
     labels: Tensor,
     num_classes: int,
     l2: Sequence[float],
-    variances: np.ndarray,
+    moment: Tensor,
     *,
     start: tuple[Tensor, Tensor] | None = None,
     max_passes: int = 300,
@@ -162,20 +164,21 @@ def fit_logistic(
     """Minimises the objective at the top of this file for every l2.
 
     Args:
-        features: (N, D) float32, centred; D nearly uncorrelated columns converge fastest (`Basis`).
+        features: (N, D) float32, centred.
         labels: (N,) int64 in [0, C).
         num_classes: C.
         l2: (L,) penalties, all positive.
-        variances: (D,) of the columns, for the preconditioner.
+        moment: (D, D) of the features or a sample of them (`curvature`); it sets the speed, not the solution.
         start: weights (1, C, D) and bias (1, C) to begin from; zeros otherwise.
         max_passes: over the data, at most.
         tolerance: a candidate is done when the decrease that its quadratic model promises is below this.
     """
-    state_bytes = 2 * _MEMORY * 4 * (features.shape[1] + 1) * num_classes
+    dim = features.shape[1]
+    state_bytes = 4 * (2 * _MEMORY * (dim + 1) * num_classes + dim * dim)
     group = max(1, _STATE_BYTES // state_bytes)
     fits = []
     for first in range(0, len(l2), group):
-        solver = _Solver(features, labels, num_classes, l2[first : first + group], variances, start=start)
+        solver = _Solver(features, labels, num_classes, l2[first : first + group], moment, start=start)
         fits.append(solver.run(max_passes, tolerance))
     return LogisticFit(
         torch.cat([fit.weights for fit in fits]),
@@ -184,6 +187,17 @@ def fit_logistic(
         sum(fit.passes for fit in fits),
         np.concatenate([fit.converged for fit in fits]),
     )
+
+
+def curvature(features: Tensor, seed: int = 0) -> Tensor:
+    """(D, D) float64 second moment of centred features (N, D); of a seeded sample of rows when N is large."""
+    count = max(_CURVATURE_ROWS, 4 * features.shape[1])
+    if count < len(features):
+        features = features[torch.from_numpy(np.sort(permutation(seed, 0, len(features), _STREAM_CURVATURE)[:count]))]
+    moment = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64)
+    for rows in features.split(_SCALING_ROWS):
+        moment += rows.T @ rows  # float32 products, float64 sums
+    return moment / len(features)
 
 
 class _Solver:
@@ -199,19 +213,20 @@ class _Solver:
         labels: Tensor,
         num_classes: int,
         l2: Sequence[float],
-        variances: np.ndarray,
+        moment: Tensor,
         *,
         start: tuple[Tensor, Tensor] | None = None,
     ):
-        self.features, self.labels, self.num_classes = features, labels, num_classes
+        self.features, self.labels = features, labels
         size, dim = len(l2), features.shape[1]
-        self.l2 = torch.tensor(l2, dtype=torch.float32)[:, None, None]
-        # Hessian of the cross-entropy at equal probabilities: (1 / C) x covariance; the bias sees a column of ones
-        curvature = torch.cat([torch.from_numpy(variances), torch.ones(1)])[None, None] / num_classes
-        penalised = torch.ones(1, 1, dim + 1)
-        penalised[..., -1] = 0
-        self.penalty = self.l2 * penalised
-        self.inverse_diagonal = 1 / (curvature + self.penalty)
+        penalised = torch.ones(dim + 1)
+        penalised[-1] = 0
+        self.penalty = torch.tensor(l2, dtype=torch.float32)[:, None, None] * penalised
+        self.factors = torch.empty(size, dim, dim)
+        for factor, penalty in zip(self.factors, l2, strict=True):  # float64: with a small l2 the matrix is singular
+            ridge = penalty + _RIDGE * float(moment.diagonal().max())
+            factor.copy_(torch.linalg.cholesky(moment / num_classes + ridge * torch.eye(dim, dtype=torch.float64)))
+        self.bias_curvature = 1 / num_classes  # the bias sees a column of ones, and no penalty
         self.point = torch.zeros(size, num_classes, dim + 1)
         if start is not None:
             self.point[..., :-1], self.point[..., -1] = start[0], start[1]
@@ -283,7 +298,7 @@ class _Solver:
             alpha = r * (s * q).sum(dim=(1, 2))
             q -= alpha[:, None, None] * y
             alphas.append(alpha)
-        q *= self.gamma[rows, None, None] * self.inverse_diagonal[rows]
+        q = self.gamma[rows, None, None] * self.precondition(q, rows)
         for s, y, r, alpha in zip(steps, changes, rho, reversed(alphas), strict=True):
             q += (alpha - r * (y * q).sum(dim=(1, 2)))[:, None, None] * s
         return -q
@@ -296,8 +311,15 @@ class _Solver:
         for store, newest in ((self.steps, step), (self.changes, change), (self.rho, 1 / curvature)):
             store[:-1, rows] = store[1:, rows].clone()
             store[-1, rows] = newest
-        scaled = (self.inverse_diagonal[rows] * change.square()).sum(dim=(1, 2))
-        self.gamma[rows] = curvature / scaled  # the newest curvature, in the metric of the diagonal
+        scaled = (self.precondition(change, rows) * change).sum(dim=(1, 2))
+        self.gamma[rows] = curvature / scaled  # the newest curvature, in the metric of the preconditioner
+
+    def precondition(self, gradient: Tensor, rows: Tensor) -> Tensor:
+        """(S / C + l2 I)^-1 of a gradient (A, C, D + 1) of the candidates `rows`."""
+        result = gradient / self.bias_curvature
+        for position, row in enumerate(rows.tolist()):
+            result[position, :, :-1] = torch.cholesky_solve(gradient[position, :, :-1].T, self.factors[row]).T
+        return result
 
 
 def _block_rows(logits_per_row: int) -> int:

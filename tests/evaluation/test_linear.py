@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from ssl_kit.evaluation.linear import Basis, fit_logistic, linear_probe
+from ssl_kit.evaluation.linear import Scaling, curvature, fit_logistic, linear_probe
 
 
 def clusters(count, dim=24, num_classes=4, seed=0):
@@ -46,11 +46,10 @@ def test_equals_scikit_learn_at_the_same_l2(l2):
 
 def test_candidates_solved_together_equal_each_alone():
     train, labels = clusters(800)
-    basis = Basis.of(train)
-    x, y = basis.apply(train), torch.from_numpy(labels)
+    x, y = Scaling.of(train).apply(train), torch.from_numpy(labels)
     path = (1.0, 1e-2, 1e-5)
-    together = fit_logistic(x, y, 4, path, basis.variances)
-    alone = [fit_logistic(x, y, 4, [l2], basis.variances).objective[0] for l2 in path]
+    together = fit_logistic(x, y, 4, path, curvature(x))
+    alone = [fit_logistic(x, y, 4, [l2], curvature(x)).objective[0] for l2 in path]
     assert together.objective == pytest.approx(alone, abs=2e-6)
 
 
@@ -64,13 +63,22 @@ def test_fewer_images_than_dimensions():
     assert result.metrics["top1"] == 1.0
 
 
-def test_rotated_basis_is_standardised_and_uncorrelated():
-    train, _ = clusters(2_000)
-    basis = Basis.of(train)
-    covariance = np.cov(basis.apply(train).numpy().T, bias=True)
-    assert basis.rotation.shape == (24, 23)  # the constant feature is gone
-    assert np.allclose(covariance, np.diag(basis.variances), atol=1e-3)
-    assert basis.variances.sum() == pytest.approx(23, rel=1e-4)
+def test_scaling_standardises_and_silences_constants():
+    train, _ = clusters(9_000)
+    scaled = Scaling.of(train).apply(train).numpy()
+    varying = np.arange(24) != 3
+    assert np.allclose(scaled[:, varying].mean(axis=0), 0, atol=1e-4)
+    assert np.allclose(scaled[:, varying].std(axis=0), 1, atol=1e-4)
+    assert np.all(scaled[:, 3] == 0)
+
+
+def test_preconditioner_moves_the_speed_and_not_the_solution():
+    train, labels = clusters(800)
+    x, y = Scaling.of(train).apply(train), torch.from_numpy(labels)
+    good = fit_logistic(x, y, 4, [1e-3], curvature(x))
+    poor = fit_logistic(x, y, 4, [1e-3], torch.eye(x.shape[1], dtype=torch.float64))
+    assert good.objective == pytest.approx(poor.objective, abs=1e-5)
+    assert good.passes < poor.passes / 2
 
 
 def test_chosen_l2_is_the_best_on_the_held_out_part_and_beats_the_worst():
