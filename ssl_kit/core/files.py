@@ -168,7 +168,9 @@ def lock(folder: Path | str) -> Iterator[None]:
     try:
         held.acquire()
     except Timeout as error:
-        raise UserError(f"{folder} is in use by another ssl-kit process: wait for it, or choose another folder") from error
+        raise UserError(
+            f"{folder} is in use by another ssl-kit process: wait for it, or choose another folder"
+        ) from error
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ A *stream* separates uses of one key (crop of view 0, mask of MAE, ...): streams
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ class Key(NamedTuple):
 
     seed: int
     epoch: int
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody calls on a key
 
 
 def random_bits(seed: int, epoch: int, index: np.ndarray, stream: int, count: int) -> np.ndarray:
@@ -77,11 +77,11 @@ def uniform(key: Key, stream: int, count: int, device: torch.device | str | None
 
 
 def permutation(seed: int, epoch: int, count: int, stream: int = 0) -> np.ndarray:
-    """(count,) int64: a shuffled `range(count)`, a pure function of its arguments (numpy promises no stable shuffle)."""
+    """(count,) int64: `range(count)` shuffled, a pure function of its arguments (numpy promises no stable shuffle)."""
     return np.argsort(random_bits(seed, epoch, np.arange(count), stream, 1)[:, 0], kind="stable")
 
 
-def _mix(z: np.ndarray | np.uint64) -> np.ndarray:
+def _mix(z: Any) -> Any:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(_MIX1)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(_MIX2)
     return z ^ (z >> np.uint64(31))

@@ -59,8 +59,8 @@ class Encoder(nn.Module):
         self.args = {"num_classes": 0, **(args or {})}
         self.image_size = (int(image_size[0]), int(image_size[1]))
         self.channels = channels
-        self.model = _create_timm(self.name, self.args, self.image_size, channels)
-        self.dim: int = self.args["num_classes"] or self.model.num_features
+        self.model: Any = _create_timm(self.name, self.args, self.image_size, channels)
+        self.dim = int(self.args["num_classes"] or self.model.num_features)
         self.sha256: str | None = None
         # not in the state dict: they travel as preprocessing in config.json, where timm expects them
         self.register_buffer("mean", _per_channel(mean, channels), persistent=False)
@@ -222,7 +222,9 @@ def find_encoder(path: Path | str) -> Path:
     if not path.exists():
         raise UserError(f"{path} does not exist; give a run folder or an encoder folder")
     if (path / "run.json").is_file():
-        raise UserError(f"{path} is a run without an encoder yet; let `ssl-kit pretrain ... --run {path} --resume` finish")
+        raise UserError(
+            f"{path} is a run without an encoder yet; let `ssl-kit pretrain ... --run {path} --resume` finish"
+        )
     raise UserError(f"{path} holds no {RECORD}; give a run folder or an encoder folder that ssl_kit wrote")
 
 
@@ -276,5 +278,7 @@ def _find_weights(encoder: Encoder, init: str) -> dict[str, Tensor]:
     try:
         model = timm.create_model(name, pretrained=True, num_classes=0, in_chans=encoder.channels)
     except (OSError, RuntimeError) as error:  # no network, no cached weights, or a model without weights
-        raise UserError(f"--init {init}: no weights of {name} on this disk ({error}); give an encoder folder") from error
+        raise UserError(
+            f"--init {init}: no weights of {name} on this disk ({error}); give an encoder folder"
+        ) from error
     return model.state_dict()

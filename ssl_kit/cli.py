@@ -1,0 +1,262 @@
+"""`ssl-kit VERB ...`: parse, call one verb, print. Nothing imports this file.
+
+A verb is a function in `ssl_kit/verbs/VERB.py`; its signature is the option schema and its docstring the help. The
+help is read from the source with `ast`, so that `--help` answers without importing torch (4 s with Lightning and timm).
+
+Exit codes: 0 success, 2 a user's mistake (one line on stderr), 1 our own, 128 + signal when stopped by one.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ssl_kit.core.errors import UserError
+
+_VERBS = Path(__file__).parent / "verbs"
+_COMMON = (
+    ("--json", "print one JSON document on stdout; everything else goes to stderr"),
+    ("--quiet", "print results and warnings only"),
+    ("--help", "this text"),
+    ("--help-all", "every option with its type, those of the method and the trainer included (slow)"),
+)
+_RECIPE = (
+    ("-c RECIPE", "a recipe: YAML file or packaged name; may be repeated, later ones and options win"),
+    ("--allow MODULE", "let the recipe name classes of this module too; may be repeated"),
+)
+_WITH_RECIPE = ("pretrain", "views")  # verbs that take -c
+_ORDER = ("pretrain", "evaluate", "finetune", "embed", "index", "search", "duplicates", "report", "export", "views")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(arguments)
+    except UserError as error:
+        print(f"ssl-kit: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ssl-kit: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    if arguments[0] == "--version":
+        from ssl_kit import __version__
+
+        print(__version__)
+        return 0
+    verb, rest = arguments[0], arguments[1:]
+    if verb not in _verbs():
+        near = difflib.get_close_matches(verb, _verbs(), n=1)
+        raise UserError(
+            f"no command is called {verb!r}; " + (f"did you mean {near[0]!r}? " if near else "") + "see ssl-kit --help"
+        )
+    if "-h" in rest or "--help" in rest:
+        print(_verb_help(verb))
+        return 0
+
+    from ssl_kit.core.console import configure
+
+    rest, as_json, quiet, everything = _take_common(rest)
+    configure(to_stderr=as_json, quiet=quiet)
+    function = getattr(importlib.import_module(f"ssl_kit.verbs.{verb}"), verb)
+    result = function(**_parse(verb, function, rest, everything))
+    if as_json:
+        print(json.dumps(result, allow_nan=False, ensure_ascii=False))
+    return 0
+
+
+def _take_common(rest: list[str]) -> tuple[list[str], bool, bool, bool]:
+    flags = [flag in rest for flag in ("--json", "--quiet", "--help-all")]
+    kept = [argument for argument in rest if argument not in ("--json", "--quiet", "--help-all")]
+    return kept, flags[0], flags[1], flags[2]
+
+
+def _parse(verb: str, function: Any, rest: list[str], everything: bool) -> dict[str, Any]:
+    """The keyword arguments of the verb, typed by its signature."""
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    from ssl_kit.verbs.recipes import brief, read_recipe, restrict_imports
+
+    rest = _flags([_underscored(argument) for argument in rest], function)
+    rest, allow = _taken(rest, ("--allow",))
+    rest, recipes = _taken(rest, ("-c", "--config"))
+    restrict_imports(allow)
+    parser = ArgumentParser(prog=f"ssl-kit {verb}", exit_on_error=False)
+    if verb in _WITH_RECIPE:
+        parser.add_argument("-c", "--config", action="config")
+    _add_arguments(parser, verb, function)
+    if everything:
+        parser.print_help()
+        raise SystemExit(0)
+    configs, named = [], None
+    for name in recipes:
+        recipe = read_recipe(name)
+        named = recipe.pop("data", named)
+        configs += ["-c", json.dumps(recipe)]
+    try:
+        parsed = parser.parse_args([*configs, *rest])
+    except (ArgumentError, ValueError, TypeError) as error:
+        raise UserError(_explained(brief(error), parser)) from error
+    values = parser.instantiate(parsed).as_dict() if verb not in _WITH_RECIPE else _instantiated(parser, parsed)
+    values.pop("config", None)
+    if "data" in values:
+        values["data"] = _data(values["data"], named)
+    return values
+
+
+def _add_arguments(parser: Any, verb: str, function: Any) -> None:
+    if verb not in _WITH_RECIPE:
+        positional = _signature(verb).args.args
+        for argument in positional:
+            several = argument.annotation is not None and ast.unparse(argument.annotation).startswith("list")
+            parser.add_argument(argument.arg, type=str, nargs="+" if several else None)
+        parser.add_function_arguments(function, as_positional=False, skip={argument.arg for argument in positional})
+        return
+    from pytorch_lightning import Trainer
+
+    from ssl_kit.methods.method import Method
+    from ssl_kit.verbs.recipes import default_method
+
+    parser.add_argument("data", nargs="?", default=None, help="folder, manifest or built-in set")
+    parser.add_function_arguments(function, as_positional=False, skip={"data", "method", "trainer"})
+    parser.add_subclass_arguments(Method, "method", required=False)
+    parser.set_defaults({"method": default_method()})
+    if verb == "pretrain":
+        parser.add_class_arguments(Trainer, "trainer", instantiate=False)
+
+
+def _instantiated(parser: Any, parsed: Any) -> dict[str, Any]:
+    """Records (views) as objects; the method and the trainer as settings, of which only those that were changed."""
+    method = parsed.pop("method").as_dict()
+    trainer = parsed.pop("trainer", None)
+    values = {
+        key: value for key, value in parser.instantiate(parsed).as_dict().items() if key not in ("method", "trainer")
+    }
+    values["method"] = method
+    if trainer is not None:
+        usual = parser.get_defaults().trainer.as_dict()
+        values["trainer"] = {key: value for key, value in trainer.as_dict().items() if value != usual[key]}
+    return values
+
+
+def _data(given: str | None, named: str | None) -> str:
+    """The positional DATA wins over a recipe's, and says so."""
+    if given is None and named is None:
+        raise UserError("no DATA was given: name a folder of images, a manifest or a built-in set")
+    if given is not None and named is not None and given != named:
+        from ssl_kit.core.console import say
+
+        say(f"data: {given} (the recipe's {named} is not used)")
+    return given if given is not None else str(named)
+
+
+def _underscored(argument: str) -> str:
+    """`--max-bad 0.1` is `--max_bad 0.1`, and `-k 12` is `--k 12`."""
+    if re.fullmatch(r"-[a-bd-z]", argument):  # `-k 12` is `--k 12`; -c is a recipe
+        return "-" + argument
+    match = re.match(r"--[A-Za-z][\w.-]*", argument)
+    return match.group().replace("-", "_").replace("__", "--", 1) + argument[match.end() :] if match else argument
+
+
+def _flags(rest: list[str], function: Any) -> list[str]:
+    """`--resume` alone means `--resume=true`, for options that are yes or no."""
+    flags = {f"--{name}" for name, kind in function.__annotations__.items() if kind in (bool, "bool")}
+    following = [*rest[1:], "--"]
+    return [
+        f"{argument}=true" if argument in flags and after not in ("true", "false") else argument
+        for argument, after in zip(rest, following, strict=True)
+    ]
+
+
+def _taken(rest: list[str], names: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """Splits off the values of a repeatable option, given as `-c NAME` or `--config=NAME`."""
+    kept, values = [], []
+    arguments = iter(rest)
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name in names:
+            values.append(value if equals else next(arguments, ""))
+        else:
+            kept.append(argument)
+    return kept, values
+
+
+def _explained(message: str, parser: Any) -> str:
+    """Adds the nearest option to a complaint about an unknown one."""
+    unknown = re.search(
+        r"(?:Option|argument[s]?:?|Key) '?(?:--)?([\w.]+)'? is not|[Uu]nrecognized arguments: --([\w.]+)", message
+    )
+    if unknown is None:
+        return message
+    wrong = next(group for group in unknown.groups() if group)
+    options = [string[2:] for string in parser._option_string_actions if string.startswith("--")]
+    near = difflib.get_close_matches(wrong, options, n=1)
+    return f"{message}; did you mean {near[0]!r}?" if near else f"{message}; see --help-all"
+
+
+def _verbs() -> list[str]:
+    """Files of `verbs/` that define a function of their own name, in the order of use."""
+    found = [path.stem for path in _VERBS.glob("*.py") if f"\ndef {path.stem}(" in path.read_text(encoding="utf-8")]
+    return sorted(found, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name))
+
+
+def _signature(verb: str) -> ast.FunctionDef:
+    tree = ast.parse((_VERBS / f"{verb}.py").read_text(encoding="utf-8"))
+    return next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == verb)
+
+
+def _help() -> str:
+    lines = ["usage: ssl-kit VERB ...", "", "Self-supervised pretraining for your own images.", ""]
+    for verb in _verbs():
+        lines.append(f"  {verb:<11}{_summary(_signature(verb))}")
+    return "\n".join([*lines, "", "ssl-kit VERB --help tells more; ssl-kit --version the version."])
+
+
+def _summary(function: ast.FunctionDef) -> str:
+    return (ast.get_docstring(function) or "").split("\n", 1)[0]
+
+
+def _verb_help(verb: str) -> str:
+    function = _signature(verb)
+    texts = _argument_texts(ast.get_docstring(function) or "")
+    positional = [argument.arg for argument in function.args.args]
+    rows = []
+    for argument, default in zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True):
+        shown = "" if default is None or isinstance(default, ast.Call) else f" [{ast.unparse(default)}]"
+        if shown in (" [None]", " [()]", " [False]"):
+            shown = ""
+        rows.append((f"--{argument.arg.replace('_', '-')}", texts.get(argument.arg, "") + shown))
+    rows += [*(_RECIPE if verb in _WITH_RECIPE else ()), *_COMMON]
+    width = max(len(name) for name, _ in rows) + 2
+    usage = f"usage: ssl-kit {verb} {' '.join(name.upper() for name in positional)} [options]"
+    lines = [usage, "", _summary(function), ""]
+    lines += [f"  {name.upper():<{width}}{texts.get(name, '')}" for name in positional]
+    return "\n".join([*lines, "", *(f"  {name:<{width}}{text}" for name, text in rows)])
+
+
+def _argument_texts(docstring: str) -> dict[str, str]:
+    """The `Args:` section of a Google-style docstring: name -> text."""
+    section = re.search(r"Args:\n(.*?)(?:\n\n|\n\S|\Z)", docstring, re.DOTALL)
+    texts: dict[str, str] = {}
+    name = ""
+    for line in (section.group(1) if section else "").splitlines():
+        start = re.match(r"    (\w+): (.*)", line)
+        if start:
+            name = start.group(1)
+            texts[name] = start.group(2).rstrip()
+        elif name:
+            texts[name] += " " + line.strip()
+    return texts

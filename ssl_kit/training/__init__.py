@@ -1,0 +1,1 @@
+"""Machinery that methods and the pretrain verb share; knows no method."""

@@ -1,0 +1,53 @@
+"""What suits this machine: precision and memory format, each with its reason in one line and an override."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from ssl_kit.core.errors import UserError
+
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+_LIGHTNING = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
+
+
+class Choice(NamedTuple):
+    """A setting and why it was chosen."""
+
+    value: Any
+    reason: str
+
+
+def choose_device() -> Choice:
+    """Lightning's accelerator name."""
+    if torch.cuda.is_available():
+        return Choice("cuda", torch.cuda.get_device_name(0))
+    if torch.backends.mps.is_available():
+        return Choice("mps", "Apple GPU")
+    return Choice("cpu", f"no accelerator; {torch.get_num_threads()} threads")
+
+
+def choose_precision(wanted: Precision, device: str) -> Choice:
+    """float32, bfloat16 or float16 for autocast on `device`."""
+    if wanted not in ("auto", *_LIGHTNING):
+        raise UserError(f"precision {wanted!r} is not one of auto, {', '.join(_LIGHTNING)}")
+    if wanted != "auto":
+        return Choice(wanted, "asked for")
+    if device == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        return Choice("bfloat16", "the GPU has it") if fast else Choice("float16", "the GPU has no bfloat16")
+    if device == "cpu" and fast_bfloat16():
+        return Choice("bfloat16", "the CPU multiplies it in hardware, about twice as fast as float32")
+    return Choice("float32", f"no fast bfloat16 on this {device}")
+
+
+def lightning_precision(precision: str) -> str:
+    """Lightning's word for a precision: weights stay float32, products run under autocast."""
+    return _LIGHTNING[precision]
+
+
+def fast_bfloat16() -> bool:
+    """Whether this CPU has bfloat16 instructions (avx512_bf16 or amx_bf16 on x86, bf16 on Arm)."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "amx_tile", "bf16"))

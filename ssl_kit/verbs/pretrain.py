@@ -1,0 +1,377 @@
+"""`ssl-kit pretrain`: unlabelled images in, a run folder out. Read `pretrain` from top to bottom for the whole way."""
+
+from __future__ import annotations
+
+import logging
+import netrc
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+
+from ssl_kit.core.console import next_command, say
+from ssl_kit.core.errors import UserError
+from ssl_kit.core.files import lock
+from ssl_kit.data.module import ImageData, ViewLoader
+from ssl_kit.data.skipped import write_skipped
+from ssl_kit.data.sources import Source, open_source, stratified
+from ssl_kit.encoders.encoder import initialise
+from ssl_kit.evaluation.neighbours import knn_accuracy
+from ssl_kit.methods.method import Method
+from ssl_kit.report.pictures import draw_views
+from ssl_kit.report.report import write_report
+from ssl_kit.training.checkpoint import Checkpoints, SafeCheckpointIO, newest
+from ssl_kit.training.horizon import Horizon
+from ssl_kit.training.machine import Precision, choose_device, choose_precision, lightning_precision
+from ssl_kit.training.monitor import Bar, Curves, feature_health
+from ssl_kit.verbs.recipes import build_method, save_recipe
+from ssl_kit.verbs.record import RunRecord, versions
+from ssl_kit.views.recipe import View, ViewRecipe, plain
+
+_MEASURED = 2_048  # images whose features the monitor looks at
+_GALLERY = 10_000  # labelled images that vote in the monitor's kNN, at most
+_QUERIES = 2_000  # labelled images held out for the monitor's kNN, at most
+_HELD_OUT = 0.05  # of the labelled images, at most
+_LARGEST_DEFAULT = 224  # pixels: the default view of larger images
+_SHOWN = 8  # images in the picture of the views
+
+
+def pretrain(
+    data: str,
+    *,
+    method: dict[str, Any] | None = None,
+    views: ViewRecipe = ViewRecipe(),  # noqa: B008 (frozen)
+    run: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    init: str | None = None,
+    limit: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    channels: int = 3,
+    epochs: float | None = None,
+    minutes: float | None = None,
+    batch_size: int = 256,
+    seed: int = 0,
+    precision: Precision = "auto",
+    evaluate_every: float = 1.0,
+    checkpoint_minutes: float = 10.0,
+    max_bad: float = 0.05,
+    threads: int | None = None,
+    views_on: Literal["auto", "host", "device"] = "auto",
+    wandb: bool = False,
+    trainer: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Train an encoder on images without labels; writes a run folder.
+
+    Args:
+        data: folder (searched recursively), .csv or .parquet manifest with a `path` column, or a built-in set.
+        method: the method and its settings, {class_path, init_args}; SimCLR by default.
+        views: what may happen to an image; see `ssl-kit views` for a picture of it.
+        run: folder to write, by default runs/DATA.
+        resume: continue the run in that folder at its very step.
+        overwrite: delete an existing run in that folder first.
+        init: start from an encoder: timm:NAME (weights on disk) or a run or encoder folder.
+        limit: use only so many images, for a first try.
+        image_size: side of a view in pixels, or height and width; chosen from the images by default.
+        channels: 3 for colour, 1 for grey.
+        epochs: passes over the images; 100 by default.
+        minutes: train for so long instead; the schedule is fitted to the measured speed.
+        batch_size: images per process and step.
+        seed: of everything random.
+        precision: auto, float32, bfloat16 or float16.
+        evaluate_every: epochs between looks at the features (rank; kNN when there are labels), at least.
+        checkpoint_minutes: minutes between checkpoints.
+        max_bad: fraction of files that may be undecodable before the run stops.
+        threads: for decoding and views; all cores by default.
+        views_on: where views are made; auto is the accelerator if there is one, else the host.
+        wandb: log to Weights & Biases too, offline when no key is set.
+        trainer: any arguments of Lightning's Trainer.
+
+    Returns:
+        What `run.json` holds: run, encoder, verdict, timings, versions.
+    """
+    settings = {key: value for key, value in locals().items() if key not in ("run", "resume", "overwrite")}
+    folder = Path(run or f"runs/{Path(data).name or 'run'}")
+    _check_folder(folder, resume, overwrite)
+    with lock(folder):
+        pl.seed_everything(seed, verbose=False)
+        source = open_source(data, limit=limit, channels=channels, max_bad=max_bad, threads=threads)
+        size = _view_size(image_size, source)
+        settings["image_size"] = list(size)
+        mean, std = channel_statistics(source, size)
+        learner = build_method(method, image_size=size, channels=channels, mean=mean, std=std)
+        if init is not None:
+            matched = initialise(learner.encoder, init)
+            say(f"initialised from {init}: {matched.fraction:.1%} of the weights matched")
+        kinds = views.build(size, channels, learner.num_views)
+
+        save_recipe(folder / "recipe.yaml", settings, learner)
+        record = _record(folder, data, source, learner, seed)
+        _draw(folder / "pictures" / "views.png", source, kinds, seed)
+        write_report([folder], folder / "report.html")
+        say(f"report: {folder / 'report.html'}")
+        _train(learner, source, kinds, folder, record, settings, resume)
+
+        write_skipped(folder / "skipped.csv", source.skipped)
+        learner.encoder.save(folder / "encoder", record.provenance())
+        record.update(status="finished", encoder_sha256=learner.encoder.sha256)
+        write_report([folder], folder / "report.html")
+    say(f"verdict: {record.entries['verdict']['state']} - {record.entries['verdict']['reason']}")
+    next_command(f"ssl-kit evaluate {folder} {data if source.classes else 'LABELLED'}")
+    return record.entries
+
+
+def _train(
+    learner: Method,
+    source: Source,
+    kinds: tuple[View, ...],
+    folder: Path,
+    record: RunRecord,
+    settings: dict[str, Any],
+    resume: bool,
+) -> None:
+    """Runs Lightning over the steps of the run.
+
+    Raises:
+        SystemExit: stopped by a signal, with the conventional code, after the state was saved.
+    """
+    training, gallery, queries = _hold_out(source)
+    device = choose_device()
+    chosen = choose_precision(settings["precision"], device.value)
+    on_device = settings["views_on"] == "device" or (
+        settings["views_on"] == "auto" and device.value != "cpu" and isinstance(training.images, np.ndarray)
+    )
+    channels_last = learner.encoder.is_convolutional
+    say(f"device: {device.value} ({device.reason})")
+    say(f"precision: {chosen.value} ({chosen.reason})")
+    say(f"memory: {'channels_last (convolutions)' if channels_last else 'contiguous (no convolutions)'}")
+    say(f"views on: {'device' if on_device else 'host'} ({settings['views_on']})")
+    if channels_last:
+        learner.to(memory_format=torch.channels_last)
+
+    data = ImageData(
+        training,
+        kinds,
+        batch_size=settings["batch_size"],
+        seed=settings["seed"],
+        threads=settings["threads"],
+        views_on="device" if on_device else "host",
+        channels_last=channels_last,
+    )
+    horizon = Horizon(settings["epochs"], settings["minutes"], data.steps_per_epoch)
+    measure = _Measure(training, gallery, queries, plain(kinds[0].size))
+    curves = Curves(folder / "metrics.csv", measure=measure, measure_every=settings["evaluate_every"])
+    checkpoints = Checkpoints(folder / "checkpoints", settings["checkpoint_minutes"])
+    refresh = _Refresh(record, curves, checkpoints)
+    arguments = {
+        "accelerator": device.value,
+        "devices": 1,
+        "precision": lightning_precision(chosen.value),
+        "max_epochs": -1,  # one endless stream of steps: see ImageData
+        "max_steps": horizon.max_steps,
+        "logger": _loggers(settings["wandb"], folder),
+        "plugins": [SafeCheckpointIO()],
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+        "callbacks": [horizon, curves, Bar(curves, lambda: horizon.total), refresh, checkpoints],
+        "default_root_dir": str(folder),
+        **(settings["trainer"] or {}),
+    }
+    _quiet_lightning()
+    trainer = pl.Trainer(**arguments)
+    chance = learner.chance_loss(settings["batch_size"] * trainer.world_size)
+    device_name = str(trainer.strategy.root_device)
+    record.update(status="running", device=device_name, world_size=trainer.world_size, chance_loss=chance)
+    path = newest(folder / "checkpoints") if resume else None
+    trainer.fit(learner, datamodule=data, ckpt_path=str(path) if path is not None else None)
+    if checkpoints.signal is not None:
+        record.update(status="interrupted")
+        say(f"stopped at step {trainer.global_step:,}; go on with --resume")
+        raise SystemExit(128 + checkpoints.signal)
+    record.progress(curves, learner.encoder.dim)
+
+
+class _Measure:
+    """Features of fixed clean images: rank and spread always, kNN of held-out images when there are labels."""
+
+    def __init__(self, training: Source, gallery: Source | None, queries: Source | None, view: View):
+        self.images = training.subset(np.linspace(0, len(training) - 1, min(_MEASURED, len(training))).astype(np.int64))
+        self.gallery, self.queries, self.view = gallery, queries, view
+
+    def __call__(self, method: pl.LightningModule) -> dict[str, float]:
+        assert isinstance(method, Method)
+        scores = feature_health(self._embed(method, self.images)[0])
+        if self.gallery is not None and self.queries is not None:
+            vectors, labels = self._embed(method, self.gallery)
+            asked, truth = self._embed(method, self.queries)
+            scores["knn_top1"] = float(knn_accuracy(vectors, labels, asked, truth))
+        return scores
+
+    def _embed(self, method: Method, source: Source) -> tuple[np.ndarray, np.ndarray]:
+        was_training = method.training
+        method.eval()
+        plan = np.array_split(np.arange(len(source)), max(1, len(source) // 512))
+        vectors, labels = [], []
+        precision = method.trainer.precision_plugin
+        with torch.inference_mode(), precision.forward_context():
+            for batch in ViewLoader(source, plan, (self.view,)):
+                images = batch["views"][0].to(method.device)
+                if method.encoder.is_convolutional:
+                    images = images.contiguous(memory_format=torch.channels_last)
+                vectors.append(method.embed(images).float().cpu().numpy())
+                labels.append(batch["label"].numpy())
+        method.train(was_training)
+        return np.concatenate(vectors), np.concatenate(labels)
+
+
+class _Refresh(pl.Callback):
+    """After each measurement: run.json, the report, and the best checkpoint by kNN."""
+
+    def __init__(self, record: RunRecord, curves: Curves, checkpoints: Checkpoints):
+        self.record, self.curves, self.checkpoints = record, curves, checkpoints
+        self.best = -1.0
+        self._seen = 0
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if len(self.curves.history) == self._seen or not self.curves.history:
+            return
+        self._seen = len(self.curves.history)
+        row = self.curves.history[-1]
+        if "effective_rank" not in row:
+            return
+        assert isinstance(pl_module, Method)
+        self.record.progress(self.curves, pl_module.encoder.dim)
+        write_report([self.record.folder], self.record.folder / "report.html")
+        if row.get("knn_top1", -1.0) > self.best:
+            self.best = row["knn_top1"]
+            self.checkpoints.save_best(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
+
+
+def channel_statistics(source: Source, size: tuple[int, int]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Per-channel mean and standard deviation of up to 2,048 training images at `size`, in [0, 1]."""
+    rows = np.linspace(0, len(source) - 1, min(_MEASURED, len(source))).astype(np.int64)
+    loader = ViewLoader(source, np.array_split(rows, max(1, len(rows) // 256)), (plain(size),))
+    count, total, squares = 0, np.zeros(source.channels), np.zeros(source.channels)
+    for batch in loader:
+        pixels = batch["views"][0].double()
+        count += pixels.numel() // source.channels
+        total += pixels.sum(dim=(0, 2, 3)).numpy()
+        squares += pixels.square().sum(dim=(0, 2, 3)).numpy()
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - mean**2, 1e-6))  # constant images must not divide by zero
+    return tuple(mean.round(4).tolist()), tuple(std.round(4).tolist())
+
+
+def _check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
+    exists = (folder / "run.json").exists()
+    if resume and overwrite:
+        raise UserError("got --resume and --overwrite; give one of them")
+    if exists and not (resume or overwrite):
+        raise UserError(f"{folder} holds a run already; go on with --resume, or start anew with --overwrite")
+    if resume and not exists:
+        raise UserError(f"--resume: {folder} holds no run; check --run, or leave --resume out to start one")
+    if overwrite and exists:
+        shutil.rmtree(folder)
+
+
+def _view_size(image_size: int | tuple[int, int] | None, source: Source) -> tuple[int, int]:
+    """(height, width) of a view: as asked, else the median shorter side of the images, at most 224, a multiple of 8."""
+    if isinstance(image_size, int):
+        return image_size, image_size
+    if image_size is not None:
+        return image_size
+    rows = np.linspace(0, len(source) - 1, min(256, len(source))).astype(np.int64)
+    side = int(np.median([min(source.size(int(row))) for row in rows]))
+    side = min(_LARGEST_DEFAULT, max(8, round(side / 8) * 8))
+    say(f"image size: {side} px (from the images; --image_size changes it)")
+    return side, side
+
+
+def _hold_out(source: Source) -> tuple[Source, Source | None, Source | None]:
+    """(training images, kNN gallery, kNN queries); the queries are labelled images that are never trained on."""
+    labelled = source.labels >= 0
+    if len(source.classes) < 2 or labelled.sum() < 100:
+        return source, None, None
+    fraction = min(_HELD_OUT, _QUERIES / labelled.sum())
+    held = np.zeros(len(source), bool)
+    held[labelled] = stratified(source.labels[labelled], fraction)
+    rest = np.flatnonzero(labelled & ~held)
+    gallery = rest[np.linspace(0, len(rest) - 1, min(_GALLERY, len(rest))).astype(np.int64)]
+    say(
+        f"labels found: kNN is followed on {held.sum():,} images held out of training; labels are used for nothing else"
+    )
+    return source.subset(~held), source.subset(gallery), source.subset(held)
+
+
+def _record(folder: Path, data: str, source: Source, learner: Method, seed: int) -> RunRecord:
+    record = RunRecord(folder)
+    facts = {"root": data, "images": len(source), "skipped": len(source.skipped), "classes": len(source.classes)}
+    record.update(
+        method=type(learner).__name__,
+        encoder=learner.encoder.name,
+        dim=learner.encoder.dim,
+        data=facts,
+        seed=seed,
+        versions=versions(),
+        verdict={"state": "unknown", "reason": "nothing was measured yet"},
+    )
+    return record
+
+
+def _draw(path: Path, source: Source, kinds: tuple[View, ...], seed: int) -> None:
+    """The first picture, before the first step: a few images and their views."""
+    rows = np.linspace(0, len(source) - 1, min(_SHOWN, len(source))).astype(np.int64)
+    loader = ViewLoader(source, [rows], kinds, seed=seed)
+    batch = next(iter(loader))
+    kept = batch["key"].index.numpy()
+    originals = next(iter(ViewLoader(source, [kept], (plain(kinds[0].size),))))["views"][0].numpy()
+    stored = [(image.transpose(1, 2, 0) * 255).round().astype(np.uint8) for image in originals]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw_views(path, stored, [view.numpy() for view in batch["views"]])
+
+
+def _quiet_lightning() -> None:
+    """Its advice is about choices that are made, and said, here."""
+    for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*treespec, LeafSpec.*",
+        ".*does not have many workers.*",
+        ".*lr_scheduler.step.*",
+        ".*weights_only.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _loggers(wandb: bool, folder: Path) -> Any:
+    if not wandb:
+        return False
+    from pytorch_lightning.loggers import WandbLogger
+
+    offline = not _has_wandb_key()
+    say(f"wandb: {'offline, no key is set (`wandb sync` uploads later)' if offline else 'online'}")
+    return WandbLogger(project="ssl_kit", name=folder.name, save_dir=str(folder), offline=offline)
+
+
+def _has_wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
