@@ -77,13 +77,13 @@ def bokeh_js() -> Markup:
 
 def curve_charts(runs: Sequence[Run]) -> list[Chart]:
     """A chart per measured column of metrics.csv, the runs overlaid."""
-    axis, label = _time_axis(runs)
+    axis = _time_axis(runs)
     charts = []
     for column, title in _CURVES:
         lines = [(run, *_line(run, axis, column)) for run in runs]
         if not any(len(x) for _, x, _ in lines):
             continue
-        fig = _figure(label)
+        fig = _figure(axis)
         for position, (_, x, y) in enumerate(lines):
             _draw_line(fig, x, y, position)
         chances = [number(run.info.get("chance_loss")) for run in runs] if column == "loss" else []
@@ -163,7 +163,7 @@ def map_model(value: dict[str, Any]) -> Any:
 
 def shape_of(position: int) -> int:
     """Index of `MARKERS` for the class or line at `position`: 40 pairs of colour and shape before one comes again."""
-    return (position + position // len(MARKERS)) % len(MARKERS)
+    return position % len(MARKERS)  # 5 shapes and 8 colours have no common factor
 
 
 def decimate(x: np.ndarray, y: np.ndarray, limit: int = MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:
@@ -192,29 +192,30 @@ def _extremes(y: np.ndarray) -> list[int]:
     return sorted({int(y.argmin()), int(y.argmax())})
 
 
-def _time_axis(runs: Sequence[Run]) -> tuple[str, str]:
-    # one axis for all runs: epochs where images and the number of them are known, otherwise steps
-    fits = all(_images_per_epoch(run) and "images" in run.metrics for run in runs if run.metrics)
-    return ("epochs", "epoch") if fits else ("step", "step")
-
-
-def _images_per_epoch(run: Run) -> float | None:
-    data = run.info.get("data")
-    return number(data.get("images")) if isinstance(data, dict) else None
-
-
 def _line(run: Run, axis: str, column: str) -> tuple[np.ndarray, np.ndarray]:
     """The (N,) positions in time and values of a column, without the rows where either is missing."""
     none = np.zeros(0)
-    if column not in run.metrics:
+    x, y = _positions(run, axis), run.metrics.get(column)
+    if x is None or y is None:
         return none, none
-    x = run.metrics.get("images" if axis == "epochs" else "step")
-    y = run.metrics[column]
-    x = np.arange(1.0, len(y) + 1) if x is None else x
-    if axis == "epochs":
-        x = x / (_images_per_epoch(run) or 1.0)
     known = np.isfinite(x) & np.isfinite(y)
     return x[known], y[known]
+
+
+def _time_axis(runs: Sequence[Run]) -> str:
+    # one axis for all runs: epochs where every run knows them, otherwise steps
+    return "epoch" if all(_positions(run, "epoch") is not None for run in runs if run.metrics) else "step"
+
+
+def _positions(run: Run, axis: str) -> np.ndarray | None:
+    """(rows,) epochs or steps; whole epochs, the same for many rows, are made finer from the images seen."""
+    if axis == "step":
+        return run.metrics.get("step")
+    epochs, seen, data = run.metrics.get("epoch"), run.metrics.get("images"), run.info.get("data")
+    if epochs is not None and 2 * len(np.unique(epochs)) > len(epochs):
+        return epochs
+    per_epoch = number(data.get("images")) if isinstance(data, dict) else None
+    return seen / per_epoch if seen is not None and per_epoch else None
 
 
 def _ends(name: str, y: np.ndarray) -> str:

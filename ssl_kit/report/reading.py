@@ -230,6 +230,7 @@ def _picture(path: Path) -> Picture:
         width, height = image.size
         if width * height > _MAX_PIXELS:
             raise ValueError(f"{width} x {height} pixels; pictures here stay below {_MAX_PIXELS:,} pixels")
+        image.load()  # a file cut short is found here, not by the reader's browser
         mime = "png"
         if len(data) > _PLAIN_PNG:
             small = image.convert("RGBA")

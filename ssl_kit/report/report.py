@@ -91,13 +91,22 @@ def _card(run: Run) -> dict[str, Any]:
         "verdict": judged,
         "facts": facts(run),
         "next": next_step(run, judged),
-        "problems": run.problems,
+        "problems": [*run.problems, *_stale(run)],
         "command": str(run.info.get("command") or ""),
         "made": _made(run),
         "recipe": run.recipe,
         "skipped": run.skipped,
         "num_skipped": run.num_skipped,
     }
+
+
+def _stale(run: Run) -> list[str]:
+    """Says so when the scores are those of an encoder that the run no longer holds (training went on since)."""
+    now = run.info.get("encoder_sha256")
+    scored = {one["made_by"].get("encoder_sha256") for one in run.results if one.get("features") == ENCODER} - {None}
+    if not now or not scored or now in scored:
+        return []
+    return ["The scores are those of an earlier encoder of this run: evaluate again."]
 
 
 def facts(run: Run) -> list[Fact]:
@@ -202,12 +211,12 @@ def _strips(value: dict[str, Any]) -> dict[str, Any]:
             if labels[query] >= 0:
                 right[name] += same
                 asked[name] += len(hits)
-            told = f", {same} of {len(hits)} of the same class" if labels[query] >= 0 else ""
+            told = f", {same} of {len(hits)} right" if labels[query] >= 0 else ""
             rows.append({"name": feature_name(name), "told": told, "hits": hits})
         name = value["classes"][labels[query]] if labels[query] >= 0 else f"query {position + 1}"
         queries.append({"name": name, "image": value["images"][query], "rows": rows})
-    told = [f"{right[name]} of {asked[name]} by {feature_name(name)}" for name in names if asked[name]]
-    return {"queries": queries, "told": f"Of the query's class: {', '.join(told)}." if told else ""}
+    sums = [f"{right[name]} of {asked[name]} by {feature_name(name)}" for name in names if asked[name]]
+    return {"queries": queries, "told": f"Of the query's class: {', '.join(sums)}." if sums else ""}
 
 
 def _hit(value: dict[str, Any], place: int, asked: int) -> dict[str, str]:

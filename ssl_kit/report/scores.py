@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,8 +57,9 @@ class Score:
 
     @property
     def text(self) -> str:
-        """Fractions with three decimals, everything larger with four significant digits."""
-        return f"{self.value:.3f}" if abs(self.value) < 10 else f"{self.value:.4g}"
+        """Fractions with three decimals, larger values with fewer."""
+        digits = 3 if abs(self.value) <= 1 else 2 if abs(self.value) < 10 else 1
+        return f"{self.value:,.{digits}f}"
 
     @property
     def interval(self) -> str:
@@ -152,15 +154,15 @@ def score_tables(runs: Sequence[Run]) -> list[Table]:
             key = (str(record["evaluation"]), _test_set(record), _setting(record))
             latest[key, str(record.get("features"))] = record
         for (key, features), record in latest.items():
-            # pixels and PCA are the same for every run on the same data: one row is enough
-            owner = json.dumps(record["metrics"]) if features in ("pixels", "pca") else str(run.folder)
+            # a baseline that scores the same for several runs is the same baseline: one row is enough
+            owner = str(run.folder) if features == ENCODER else json.dumps(record["metrics"])
             groups.setdefault(key, {})[owner, features] = (run, record)
     order = list(EVALUATIONS)
     known = sorted(groups, key=lambda key: order.index(key[0]) if key[0] in order else len(order))
-    several_tests = len({test for _, test, _ in groups if test}) > 1
+    test_sets = Counter(evaluation for evaluation, _ in {key[:2] for key in groups})
     tables: dict[tuple[str, str], Table] = {}
     for key in sorted(known, key=lambda key: not _is_chosen(groups[key])):
-        table = _table(key, list(groups[key].values()), len(runs) > 1, several_tests)
+        table = _table(key, list(groups[key].values()), several_runs=len(runs) > 1, several_tests=test_sets[key[0]] > 1)
         if key[:2] in tables:
             tables[key[:2]].others.append(table)
         else:
@@ -173,15 +175,20 @@ def _is_chosen(members: dict[tuple[str, str], tuple[Run, dict[str, Any]]]) -> bo
 
 
 def _table(
-    key: tuple[str, str, str], members: list[tuple[Run, dict[str, Any]]], several_runs: bool, several_tests: bool
+    key: tuple[str, str, str],
+    members: list[tuple[Run, dict[str, Any]]],
+    *,
+    several_runs: bool,
+    several_tests: bool,
 ) -> Table:
     evaluation, test, setting = key
     metrics = _metric_names(record for _, record in members)
+    counts = Counter(str(record.get("features")) for _, record in members)
     rows = []
     for run, record in members:
         features = str(record.get("features"))
         name = feature_name(features)
-        if several_runs and features not in ("pixels", "pca"):
+        if several_runs and (features == ENCODER or counts[features] > 1):
             name = f"{run.name}: {'encoder' if features == ENCODER else name}"
         scores = [score(record, metric) for metric in metrics]
         rows.append(Row(name, _detail(record), features == ENCODER, scores))
@@ -232,13 +239,19 @@ def verdict(run: Run) -> Verdict:
     """The sentence at the top: from the scores when the run was evaluated, otherwise from run.json."""
     told = run.info.get("verdict")
     told = told if isinstance(told, dict) else {}
-    state, reason = str(told.get("state") or "unknown"), str(told.get("reason") or "")
+    state, reason = str(told.get("state") or "unknown"), _sentence(str(told.get("reason") or ""))
     judged = _judged(run)
     if judged is None:
         return _unjudged(run, state, reason)
     if state in ("collapsed", "stuck") and judged.state != "learning":
         return Verdict(state, state.capitalize(), judged.sentence, reason, judged.rows, judged.axis, judged.metric)
     return judged
+
+
+def _sentence(text: str) -> str:
+    # run.json's reasons start small and end bare; on the page they stand alone
+    text = text.strip()
+    return text[:1].upper() + text[1:] + ("." if text[-1:].isalnum() else "") if text else ""
 
 
 def _unjudged(run: Run, state: str, reason: str) -> Verdict:
@@ -271,7 +284,6 @@ def _compared(evaluation: str, latest: dict[str, dict[str, Any]], *, judges: boo
     assert ours is not None
     others = {name: value for name in BASELINES if name in latest and (value := score(latest[name], "top1"))}
     title = EVALUATIONS[evaluation][0]
-    title = title if title.isupper() or title == "kNN" else title[0].lower() + title[1:]
     gaps = [_gap(ours.value - other.value, BASELINES[name]) for name, other in others.items()]
     sentence = f"{title} {_short(ours)}{', ' if gaps else ''}{_listed(gaps)}."
     rows = [Row(feature_name(name), "", name == ENCODER, [one]) for name, one in [(ENCODER, ours), *others.items()]]

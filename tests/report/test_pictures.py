@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import base64
+import io
+import json
+
+import numpy as np
+import pytest
+from conftest import HOSTILE, Page
+from PIL import Image
+
+from ssl_kit.report.pictures import MAP_BYTES, draw_map, draw_neighbours, draw_views, encode, strip_html, to_image
+
+
+def plain(height, width, colour):
+    return np.full((height, width, 3), colour, dtype=np.uint8)
+
+
+def test_views_are_enlarged_by_an_integer_and_keep_their_values(tmp_path):
+    checks = (np.indices((8, 8)).sum(0) % 2)[None, None].repeat(3, 1).astype(np.float32)  # (1, 3, 8, 8) of 0 and 1
+    draw_views(tmp_path / "views.png", [plain(8, 8, (255, 0, 0))], [checks])
+    with Image.open(tmp_path / "views.png") as sheet:
+        pixels = np.asarray(sheet.convert("RGBA"))
+    factor = 132 // 8
+    cell = pixels[-8 * factor :, -8 * factor - 6 : -6, :3]
+    assert np.array_equal(cell, np.kron(checks[0, 0], np.ones((factor, factor)))[..., None].repeat(3, 2) * 255)
+    top = pixels[: 8 * factor, -8 * factor - 6 : -6]
+    assert (top == (255, 0, 0, 255)).all()
+
+
+def test_views_take_originals_of_any_size_grey_ones_and_values_out_of_range(tmp_path):
+    originals = [plain(300, 40, 9), plain(3, 500, 9)[:, :, :1]]
+    draw_views(tmp_path / "views.png", originals, [np.array([-1.0, 2.0]).reshape(2, 1, 1, 1) * np.ones((2, 1, 16, 24))])
+    with Image.open(tmp_path / "views.png") as sheet:
+        row = np.asarray(sheet)[-1]
+    opaque = row[row[:, 3] == 255][:, 0]
+    assert set(opaque.tolist()) == {0, 255} and len(opaque) == 2 * 24 * (132 // 24)
+
+
+def test_a_column_without_its_view_is_our_mistake(tmp_path):
+    with pytest.raises(AssertionError):
+        draw_views(tmp_path / "views.png", [plain(8, 8, 0)] * 2, [np.zeros((1, 3, 8, 8))])
+
+
+def test_neighbours_store_each_image_once_and_refer_to_it(tmp_path):
+    asked = []
+    queries, found = np.array([7, 3]), {"encoder": np.array([[3, 9], [7, 9]]), "pixels": np.array([[9, 3], [11, 7]])}
+    labels = np.arange(20) % 3
+    draw_neighbours(tmp_path, queries, found, lambda i: asked.append(i) or plain(100, 50, i), labels, ("a", "b", "c"))
+    told = json.loads((tmp_path / "neighbours.json").read_text())
+    assert sorted(asked) == told["indices"] == [3, 7, 9, 11]
+    back = np.array(told["indices"])
+    assert np.array_equal(back[told["queries"]], queries)
+    assert all(np.array_equal(back[told["found"][name]], found[name]) for name in found)
+    assert told["labels"] == labels[back].tolist()
+    with Image.open(io.BytesIO(base64.b64decode(told["images"][1]))) as picture:
+        assert picture.size == (32, 64)
+        assert abs(np.asarray(picture.convert("RGB")).astype(int) - 7).max() <= 3
+
+
+def test_a_map_of_2000_noisy_images_stays_under_3_mb(tmp_path):
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (2000, 48, 48, 3), dtype=np.uint8)  # nothing compresses worse
+    labels = np.zeros(2000, dtype=np.int64)
+    draw_map(tmp_path, rng.normal(size=(2000, 2)), labels, ("a",), lambda i: noise[i], np.arange(2000))
+    assert (tmp_path / "map.json").stat().st_size < 3_000_000
+    assert sum(map(len, json.loads((tmp_path / "map.json").read_text())["images"])) <= MAP_BYTES
+
+
+def test_a_map_keeps_order_labels_and_positions(tmp_path):
+    positions, labels, indices = np.array([[0.5, -1], [2, 3]]), np.array([1, -1]), np.array([40, 2])
+    draw_map(tmp_path, positions, labels, ("a", "b"), lambda i: plain(32, 32, i), indices, "PCA")
+    told = json.loads((tmp_path / "map.json").read_text())
+    assert (told["x"], told["y"], told["labels"], told["indices"]) == ([0.5, 2.0], [-1.0, 3.0], [1, -1], [40, 2])
+    with Image.open(io.BytesIO(base64.b64decode(told["images"][0]))) as picture:
+        assert abs(np.asarray(picture).astype(int) - 40).max() <= 3
+
+
+def test_a_position_that_is_no_number_is_refused_and_leaves_no_file(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        draw_map(
+            tmp_path, np.array([[np.nan, 0]]), np.zeros(1, int), ("a",), lambda i: plain(8, 8, 0), np.zeros(1, int)
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (5, 7, 1), (5, 7, 3), (5, 7, 4)])
+def test_images_of_any_channel_count_become_rgb(shape):
+    picture = to_image(np.zeros(shape, dtype=np.uint8))
+    assert (picture.mode, picture.size) == ("RGB", (7, 5))
+
+
+def test_encode_never_enlarges():
+    with Image.open(io.BytesIO(base64.b64decode(encode(plain(10, 20, 5), 64, 80)))) as picture:
+        assert picture.size == (20, 10)
+
+
+def test_the_search_page_escapes_loads_nothing_and_keeps_the_order(tmp_path):
+    image = plain(20, 20, 90)
+    results = [[("a/1.jpg", 0.98, image), (f"{HOSTILE}.jpg", -0.2, None), ("gone.jpg", 1.0000001, image)], []]
+    strip_html(tmp_path / "page.html", HOSTILE, [(f'"{HOSTILE}', image), ("second", image)], results)
+    page = Page((tmp_path / "page.html").read_text())
+    assert len(page.all("script")) == 1 and "alert" not in page.scripts[0]
+    assert all((one.get("src") or "data:").startswith("data:image/webp;base64,") for one in page.all("img"))
+    assert page.words.index("0.980") < page.words.index("-0.200") < page.words.index("1.000")
+    assert page.text.count(HOSTILE) >= 3 and "not readable" in page.words and "Nothing found." in page.words
+    assert [one["style"] for one in page.all("i")] == ["width: 98.0%", "width: 0.0%", "width: 100.0%"]

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ssl_kit.core.errors import UserError
+from ssl_kit.report import reading
+from ssl_kit.report.reading import number, read_run
+
+
+def test_a_whole_run_is_read_without_a_problem(make_run):
+    run = read_run(make_run())
+    assert run.problems == [] and run.name == "run"
+    assert run.metrics["step"].tolist() == list(range(1, 101))
+    assert np.isnan(run.metrics["effective_rank"][0]) and run.metrics["effective_rank"][9] == 20
+    assert [one["features"] for one in run.results] == ["encoder", "pixels", "random_init"]
+    assert (run.skipped, run.num_skipped) == ([("broken.jpg", "0 bytes")], 1)
+    assert [picture.name for picture in run.pictures] == ["views"]
+
+
+def test_a_metrics_file_that_is_being_written_is_read_up_to_there(make_run):
+    folder = make_run()
+    with open(folder / "metrics.csv", "a") as file:
+        file.write("101,2.0")
+    metrics = read_run(folder).metrics
+    assert metrics["step"][-1] == 101 and np.isnan(metrics["loss"][-1]) and metrics["loss"][-2] == 4.0
+
+
+@pytest.mark.parametrize(
+    ("line", "kept"),
+    [("{not json", 0), ("[]", 0), ('{"evaluation": "knn"}', 0), ('{"evaluation": "knn", "metrics": {}}', 1), ("", 0)],
+)
+def test_a_line_that_is_no_result_is_left_out_and_named(make_run, line, kept):
+    folder = make_run()
+    (folder / "results.jsonl").write_text(line + "\n")
+    run = read_run(folder)
+    assert len(run.results) == kept
+    assert len(run.problems) == (0 if kept or not line else 1)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("labels", [9] * 40), ("labels", [0]), ("x", [0.0]), ("x", ["nan"] * 40), ("images", ["javascript:1"] * 40),
+     ("images", ["https://a.b/c.png"] * 40), ("indices", [1]), ("classes", None)],
+)  # fmt: skip
+def test_a_map_that_does_not_hold_together_is_refused(make_run, key, value):
+    folder = make_run()
+    told = json.loads((folder / "pictures" / "map.json").read_text()) | {key: value}
+    (folder / "pictures" / "map.json").write_text(json.dumps(told))
+    run = read_run(folder)
+    assert run.map is None and len(run.problems) == 1 and "pictures/map.json" in run.problems[0]
+
+
+def test_a_strip_may_not_refer_to_an_image_that_is_not_there(make_run):
+    folder = make_run()
+    path = folder / "pictures" / "neighbours.json"
+    told = json.loads(path.read_text())
+    for change in ({"queries": [10**6] * 12}, {"queries": [-1] * 12}, {"found": {"encoder": [[0]]}}):
+        path.write_text(json.dumps(told | change))
+        assert read_run(folder).neighbours is None
+
+
+def test_pictures_are_capped_in_pixels_and_shrunk_in_bytes(make_run, monkeypatch):
+    folder = make_run()
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (600, 600, 3), dtype=np.uint8)).save(folder / "pictures" / "noise.png")
+    Image.new("RGB", (9000, 9000)).save(folder / "pictures" / "huge.png")
+    run = read_run(folder)
+    assert [picture.name for picture in run.pictures] == ["views", "noise"]
+    assert run.pictures[1].uri.startswith("data:image/webp;base64,")
+    assert len(run.pictures[1].uri) < (folder / "pictures" / "noise.png").stat().st_size
+    assert "huge.png" in run.problems[0] and "81000000" in run.problems[0].replace(",", "").replace(
+        "9000 x 9000", "81000000"
+    )
+    monkeypatch.setattr(reading, "_PICTURE_BYTES", 10)
+    assert [picture.name for picture in read_run(folder).pictures] == ["views"]
+
+
+def test_a_png_that_is_none_is_left_out(make_run):
+    folder = make_run()
+    (folder / "pictures" / "more.png").write_text("<svg onload=alert(1)>")
+    run = read_run(folder)
+    assert [picture.name for picture in run.pictures] == ["views"] and "more.png" in run.problems[0]
+
+
+def test_skipped_files_are_listed_up_to_200_and_all_counted(make_run):
+    folder = make_run()
+    (folder / "skipped.csv").write_text("path,reason\n" + "".join(f'"a,{i}.jpg",0 bytes\n' for i in range(350)))
+    run = read_run(folder)
+    assert len(run.skipped) == 200 and run.num_skipped == 350 and run.skipped[1] == ("a,1.jpg", "0 bytes")
+
+
+def test_no_folder_and_no_run_are_the_users_mistakes(tmp_path):
+    with pytest.raises(UserError, match="is not a folder"):
+        read_run(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="holds no run"):
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(1, 1.0), (0.5, 0.5), (True, None), ("1", None), (None, None), (np.inf, None)]
+)
+def test_number(value, expected):
+    assert number(value) == expected

@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import json
+import re
+from itertools import pairwise
+
+import pytest
+from conftest import HOSTILE, Page, record, scores, write_results
+
+from ssl_kit.core.errors import UserError
+from ssl_kit.report import report as module
+from ssl_kit.report.reading import Run, read_run
+from ssl_kit.report.report import duration, facts, next_step, write_report
+from ssl_kit.report.scores import verdict
+from ssl_kit.verbs.report import report
+
+SECTIONS = ["verdict", "sees", "curves", "scores", "neighbours", "map", "made"]
+
+
+def page_of(*runs, out=None) -> Page:
+    target = out or runs[0] / "report.html"
+    write_report(runs, target)
+    return Page(target.read_text(encoding="utf-8"))
+
+
+def test_a_full_run_has_every_section_in_order_and_none_is_empty(make_run):
+    page = page_of(make_run())
+    found = [attributes["id"] for attributes in page.all("section")]
+    assert found == SECTIONS
+    assert "yet." not in page.words  # "No score yet." and its kin stand only where something is missing
+    assert "kNN 0.71 [0.70, 0.72], 0.33 above raw pixels and 0.35 above the same network untrained." in page.words
+
+
+def test_charts_have_a_place_a_title_and_words(make_run):
+    page = page_of(make_run())
+    charts = [one for one in page.all("figure") if "aria-labelledby" in one]
+    assert len(charts) == 3  # loss, rank, learning rate; the kNN column is empty
+    assert all({one["aria-labelledby"], one["aria-describedby"]} <= page.ids for one in charts)
+    assert "4.99 at first, 4 at last" in page.words
+    assert len([one for one in page.all("div") if "data-root-id" in one]) == 4  # and the map
+
+
+def test_nothing_is_fetched_and_the_policy_forbids_it(make_run):
+    page = page_of(make_run())
+    for _, attributes in page.tags:
+        for name in ("src", "href", "srcset", "action", "poster", "data"):
+            value = attributes.get(name) or ""
+            assert value.startswith(("data:", "#")) or not value, value
+        assert "url(" not in (attributes.get("style") or "")
+    assert not re.search(r"url\(\s*['\"]?(?!data:)", re.search(r"<style>(.*?)</style>", page.html, re.S).group(1))
+    policy = next(one["content"] for one in page.all("meta") if one.get("http-equiv") == "Content-Security-Policy")
+    assert "default-src 'none'" in policy and "http" not in policy and "unsafe-eval" not in policy
+    nonce = re.search(r"'nonce-([^']+)'", policy).group(1)
+    assert [one["nonce"] for one in page.all("script")] == [nonce] * 3  # bokeh, the charts, the page
+
+
+def test_text_of_files_stays_text(make_run):
+    run = make_run(classes=(HOSTILE, '"><img src=x onerror=alert(1)>'), info={"name": HOSTILE, "device": HOSTILE})
+    (run / "skipped.csv").write_text(f"path,reason\n{HOSTILE}.jpg,{HOSTILE}\n")
+    (run / "recipe.yaml").write_text(f"note: {HOSTILE}</pre></details>\n")
+    write_results(run, [record(HOSTILE, HOSTILE, 0.5), *scores()])
+    page = page_of(run)
+    assert len(page.all("script")) == 3
+    assert not any("alert(1)" in script and HOSTILE in script for script in page.scripts)
+    assert not any("onerror" in attributes or attributes.get("src") == "x" for _, attributes in page.tags)
+    assert page.text.count(HOSTILE) >= 6
+
+
+def test_thumbnails_that_are_no_base64_are_refused(make_run):
+    run = make_run()
+    value = json.loads((run / "pictures" / "map.json").read_text())
+    value["images"][0] = 'x" onerror="alert(1)'
+    (run / "pictures" / "map.json").write_text(json.dumps(value))
+    page = page_of(run)
+    assert not any("onerror" in attributes for _, attributes in page.tags)
+    assert "pictures/map.json could not be read" in page.words
+    assert "No map yet." in page.words
+
+
+def test_the_page_stays_small(make_run):
+    run = make_run()
+    assert write_report([run], run / "report.html")["bytes"] < 3_000_000  # bokeh's core is 1.3 MB of it
+
+
+def test_before_the_first_step_only_pictures_are_there_and_no_chart_code(tmp_path, make_run):
+    run = make_run()
+    for name in ("metrics.csv", "results.jsonl", "skipped.csv", "recipe.yaml"):
+        (run / name).unlink()
+    for name in ("neighbours.json", "map.json"):
+        (run / "pictures" / name).unlink()
+    (run / "run.json").write_text(json.dumps({"status": "starting"}))
+    page = page_of(run)
+    assert [attributes["id"] for attributes in page.all("section")] == SECTIONS
+    assert "Starting" in page.words and "No score yet." in page.words
+    assert f"ssl-kit evaluate {run} LABELLED" in page.words
+    assert len(page.all("script")) == 1 and len(page.html) < 200_000
+    assert [one["alt"] for one in page.all("img")] == ["views of run"]
+
+
+@pytest.mark.parametrize("kept", ["run.json", "metrics.csv", "results.jsonl", "recipe.yaml", "skipped.csv"])
+def test_any_single_file_is_enough(make_run, kept):
+    run = make_run()
+    for file in [*run.glob("pictures/*"), *run.glob("*.*")]:
+        if file.name != kept:
+            file.unlink()
+    assert [one["id"] for one in page_of(run).all("section")] == SECTIONS
+
+
+@pytest.mark.parametrize("name", ["run.json", "results.jsonl", "pictures/neighbours.json", "pictures/views.png"])
+def test_a_damaged_file_costs_its_section_only_and_is_named(make_run, name):
+    run = make_run()
+    data = (run / name).read_bytes()
+    (run / name).write_bytes(data[: len(data) // 2])
+    page = page_of(run)
+    assert [one["id"] for one in page.all("section")] == SECTIONS
+    assert name in page.words
+
+
+def test_several_runs_share_charts_and_tables(make_run, tmp_path):
+    first, second = make_run("good"), make_run("flat")
+    write_results(second, [record("knn", "encoder", 0.30, k=5, chosen=True, dim=64), *scores()[1:]])
+    page = page_of(first, second, out=tmp_path / "both.html")
+    assert "2 runs side by side" in page.words
+    assert all(row in page.words for row in ("good: encoder", "flat: encoder", "raw pixels", "same network, untrained"))
+    assert page.words.count("raw pixels 3,072 dimensions") == 1  # the same baseline stands there once
+    assert "good 4.99 at first, 4 at last; flat 4.99 at first, 4 at last" in page.words
+    assert {"neighbours", "map"} & page.ids == set()
+    assert not (first / "report.html").exists()
+
+
+def test_every_image_says_what_it_shows_and_headings_go_down_by_one(make_run):
+    page = page_of(make_run())
+    assert all(one.get("alt") for one in page.all("img"))
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch(r"h[1-6]", tag)]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(below - above <= 1 for above, below in pairwise(levels))
+
+
+def test_right_and_wrong_are_said_in_words_too(make_run):
+    run = make_run()
+    value = read_run(run).neighbours
+    right = sum(
+        value["labels"][place] == value["labels"][query]
+        for rows in value["found"].values()
+        for query, row in zip(value["queries"], rows, strict=True)
+        for place in row
+    )
+    alts = [one["alt"] for one in page_of(run).all("img")]
+    assert sum(alt.endswith(", right") for alt in alts) == right
+    assert sum(alt.endswith(", wrong") for alt in alts) == 12 * 2 * 5 - right
+
+
+def test_scores_of_an_earlier_encoder_are_called_so(make_run):
+    assert "earlier encoder" not in page_of(make_run("same")).words
+    assert "earlier encoder" in page_of(make_run("other", info={"encoder_sha256": "cd" * 32})).words
+
+
+def test_a_write_that_fails_leaves_the_old_page(make_run, monkeypatch):
+    run = make_run()
+    (run / "report.html").write_text("old")
+    monkeypatch.setattr(module, "write_page", lambda path, page: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_report([run], run / "report.html")
+    assert (run / "report.html").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("info", "results", "expected"),
+    [
+        ({"status": "interrupted"}, [], "ssl-kit pretrain DATA --run 'my run' --resume"),
+        ({"status": "finished"}, [], "ssl-kit evaluate 'my run' LABELLED"),
+        ({"status": "finished"}, scores(), "ssl-kit embed 'my run' DATA --out EMB"),
+        ({"verdict": {"state": "collapsed"}}, [], "ssl-kit views DATA -c 'my run'/recipe.yaml --out views.png"),
+    ],
+)
+def test_the_next_command_fits_the_state(tmp_path, info, results, expected):
+    run = Run(tmp_path / "my run", info=info, results=results)
+    run.folder = run.folder.relative_to(tmp_path)
+    assert next_step(run, verdict(run)).command == expected
+
+
+def test_facts_leave_out_what_is_not_known(tmp_path):
+    assert facts(Run(tmp_path)) == []
+    told = facts(
+        Run(tmp_path, info={"waiting_share": 0.018, "data": {"root": "/a/b/c", "images": 50000, "skipped": 3}})
+    )
+    assert [(one.label, one.value, one.note) for one in told] == [
+        ("data", "b/c", ""),
+        ("images", "50,000", "3 skipped"),
+        ("waiting for data", "2 %", "of the time"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (871.2, "14 min 31 s"), (11100, "3 h 05 min")],
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_the_verb_writes_beside_the_run_and_returns_the_record(make_run, capsys):
+    run = make_run()
+    told = report([str(run)])
+    assert told["report"] == str(run / "report.html") and told["bytes"] == (run / "report.html").stat().st_size
+    assert told["runs"] == [{"name": "run", "state": "learning", "verdict": told["runs"][0]["verdict"]}]
+    assert json.dumps(told)
+    assert capsys.readouterr().out.splitlines()[-1].startswith("next: ")
+
+
+def test_the_verb_says_what_is_wrong(make_run, tmp_path):
+    run = str(make_run())
+    (tmp_path / "empty").mkdir()
+    for runs, out, words in [
+        ([], None, "give one or more"),
+        ([run, run], None, "no --out"),
+        ([str(tmp_path / "nowhere")], None, "is not a folder"),
+        ([str(tmp_path / "empty")], None, "holds no run"),
+        ([run], str(tmp_path), "is a folder"),
+    ]:
+        with pytest.raises(UserError, match=words) as caught:
+            report(runs, out=out)
+        assert "\n" not in str(caught.value)

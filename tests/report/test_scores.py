@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import pytest
+from conftest import record, scores
+
+from ssl_kit.report.reading import Run
+from ssl_kit.report.scores import Score, axis_of, dimension_curve, full_size, score_tables, verdict
+
+
+def run_of(tmp_path, results=(), name="run", **info) -> Run:
+    return Run(tmp_path / name, info={"name": name, **info}, results=list(results))
+
+
+def test_the_sentence_of_the_design(tmp_path):
+    judged = verdict(run_of(tmp_path, scores()))
+    assert judged.state == "learning"
+    expected = "kNN 0.71 [0.70, 0.72], 0.33 above raw pixels and 0.35 above the same network untrained."
+    assert judged.sentence == expected
+    assert [row.is_encoder for row in judged.rows] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("encoder", "state"),
+    [(0.401, "learning"), (0.399, "weak"), (0.38, "weak"), (0.361, "weak"), (0.359, "stuck"), (0.1, "stuck")],
+)
+def test_learning_needs_an_interval_clear_of_the_best_baseline(tmp_path, encoder, state):
+    # half widths are 0.01 and the best baseline is 0.38: clear from 0.40 on, clearly worse below 0.36
+    assert verdict(run_of(tmp_path, scores(encoder))).state == state
+
+
+def test_without_baselines_nothing_is_claimed(tmp_path):
+    judged = verdict(run_of(tmp_path, scores()[:1]))
+    assert (judged.state, judged.sentence) == ("unknown", "kNN 0.71 [0.70, 0.72].")
+
+
+def test_a_collapse_seen_in_training_is_kept_unless_the_scores_refute_it(tmp_path):
+    told = {"state": "collapsed", "reason": "rank 1.0"}
+    judged = verdict(run_of(tmp_path, scores(0.1), verdict=told))
+    assert (judged.state, judged.reason) == ("collapsed", "Rank 1.0.") and "below raw pixels" in judged.sentence
+    assert verdict(run_of(tmp_path, scores(0.71), verdict=told)).state == "learning"
+
+
+@pytest.mark.parametrize(
+    ("info", "state", "word"),
+    [
+        ({"verdict": {"state": "stuck", "reason": "flat"}}, "stuck", "Stuck"),
+        ({"status": "running"}, "running", "Training"),
+        ({"status": "finished", "verdict": {"state": "nonsense"}}, "unknown", "Not judged yet"),
+        ({"verdict": "odd"}, "unknown", "Not judged yet"),
+        ({}, "unknown", "Not judged yet"),
+    ],
+)
+def test_without_scores_run_json_speaks(tmp_path, info, state, word):
+    judged = verdict(run_of(tmp_path, **info))
+    assert (judged.state, judged.word) == (state, word) and judged.sentence
+
+
+def test_knn_does_not_condemn_a_masked_autoencoder_and_fine_tuning_goes_first(tmp_path):
+    assert verdict(run_of(tmp_path, scores(0.1), method="ssl_kit.methods.mae.MAE")).state == "unknown"
+    tuned = [record("finetune", "encoder", 0.9), record("finetune", "random_init", 0.7)]
+    judged = verdict(run_of(tmp_path, scores(0.1) + tuned, method="MAE"))
+    assert judged.state == "learning" and judged.sentence.startswith("Fine-tuning 0.90")
+
+
+def test_the_chosen_row_is_quoted_whatever_the_order(tmp_path):
+    customary = record("knn", "encoder", 0.60, k=200, chosen=False, dim=64)
+    for results in ([customary, *scores()], [*scores(), customary]):
+        assert verdict(run_of(tmp_path, results)).sentence.startswith("kNN 0.71")
+
+
+def test_full_size_takes_pca_at_the_encoders_dimension():
+    results = [record("knn", features, 0.1, dim=dim) for features, dims in
+               {"encoder": (8, 64), "random_init": (64,), "pca": (8, 64, 128), "pixels": (3072,)}.items()
+               for dim in dims]  # fmt: skip
+    kept = {(one["features"], one["settings"]["dim"]) for one in full_size(results)}
+    assert kept == {("encoder", 64), ("random_init", 64), ("pca", 64), ("pixels", 3072)}
+
+
+def test_a_table_puts_the_encoder_first_then_the_best_and_folds_other_settings(tmp_path):
+    results = [*scores(), record("knn", "encoder", 0.6, k=200, temperature=0.07, chosen=False, dim=64)]
+    (table,) = score_tables([run_of(tmp_path, results)])
+    assert [row.name for row in table.rows] == ["this encoder", "raw pixels", "same network, untrained"]
+    assert table.setting.startswith("k and temperature chosen") and table.axis == (0.3, 0.8)
+    (folded,) = table.others
+    assert folded.summary == "k = 200, temperature = 0.07: encoder 0.600 [0.590, 0.610]"
+
+
+def test_a_later_record_replaces_an_earlier_one(tmp_path):
+    (table,) = score_tables([run_of(tmp_path, scores(0.5) + scores(0.7))])
+    assert len(table.rows) == 3 and table.rows[0].scores[0].value == 0.7
+
+
+def test_a_metric_missing_somewhere_is_none_and_bounds_are_no_metrics(tmp_path):
+    health = record("health", "encoder", 0.5)
+    health["metrics"] = {"effective_rank": 57.7, "alignment": float("nan"), "top1": True}
+    other = record("health", "pixels", 0.5)
+    (table,) = score_tables([run_of(tmp_path, [health, other])])
+    assert table.metrics == ["Top-1", "Effective rank", "Alignment"]
+    assert [one and one.text for one in table.rows[0].scores] == [None, "57.7", None]
+
+
+def test_baselines_that_differ_between_runs_stay_apart(tmp_path):
+    first = run_of(tmp_path, scores(), "a")
+    second = run_of(tmp_path, [*scores()[:2], record("knn", "random_init", 0.2, chosen=True, dim=64)], "b")
+    (table,) = score_tables([first, second])
+    assert [row.name for row in table.rows] == [
+        "a: encoder", "b: encoder", "raw pixels", "a: same network, untrained", "b: same network, untrained",
+    ]  # fmt: skip
+
+
+def test_the_dimension_curve_needs_two_sizes_and_is_sorted(tmp_path):
+    sizes = [record("knn", "encoder", dim / 1000, chosen=False, k=20, dim=dim) for dim in (64, 8, 16)]
+    name, curves = dimension_curve(run_of(tmp_path, [*sizes, *scores()[1:]]))
+    assert name == "knn" and list(curves) == ["encoder"]
+    assert [(dim, one.value) for dim, one in curves["encoder"].items()] == [(8, 0.008), (16, 0.016), (64, 0.064)]
+    assert dimension_curve(run_of(tmp_path, scores())) == ("", {})
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.7126, "0.713"), (1.0, "1.000"), (-2.714, "-2.71"), (57.69, "57.7")])
+def test_numbers_are_short(value, text):
+    assert Score(value, None, None).text == text
+
+
+def test_no_interval_no_plot():
+    assert axis_of([]) is None
