@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -18,7 +18,9 @@ from ssl_kit.core.spectrum import alpha_exponent, effective_rank
 from ssl_kit.evaluation.result import Result, made_by
 
 if TYPE_CHECKING:
+    from ssl_kit.data.sources import Source
     from ssl_kit.embeddings import Embeddings
+    from ssl_kit.encoders.encoder import Encoder
 
 EXACT_ROWS = 5_000  # all 12.5 million pairs of so many rows; beyond, of a seeded sample of so many
 RANK_ROWS = 25_600  # rows that RankMe's paper found to suffice
@@ -59,6 +61,33 @@ def uniformity(features: np.ndarray, *, seed: int = 0) -> float:
 def per_dimension_std(features: np.ndarray) -> np.ndarray:
     """(D,) standard deviations of the normalised features: 1 / sqrt(D) if isotropic, 0 if collapsed."""
     return _normalised(features).std(axis=0)
+
+
+def two_views(encoder: Encoder, source: Source, count: int = 2_000, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Features (M, D) of two SimCLR views of the same M images, at most `count`, for `alignment`.
+
+    Args:
+        encoder: in eval mode, on any device.
+        source: images; those that cannot be decoded are left out.
+        count: images used, drawn by the seed.
+        seed: of the sample and of the views.
+    """
+    import torch
+
+    from ssl_kit.data.module import ViewLoader
+    from ssl_kit.views.recipe import ViewRecipe
+
+    rows = sample_rows(np.arange(len(source)), count, seed)
+    preset: Literal["simclr", "gray"] = "simclr" if encoder.channels == 3 else "gray"
+    views = ViewRecipe(preset, strength=0.5, blur=0.0).build(encoder.image_size, encoder.channels, 2)
+    device = next(encoder.parameters()).device
+    features: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    with torch.inference_mode():
+        for batch in ViewLoader(source, np.array_split(rows, -(-len(rows) // 256)), views, seed=seed):
+            for images, found in zip(batch["views"], features, strict=True):
+                seen = images.to(device).contiguous(memory_format=torch.channels_last)
+                found.append(encoder(seen).cpu().numpy())
+    return np.concatenate(features[0]), np.concatenate(features[1])
 
 
 def sample_rows(features: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
