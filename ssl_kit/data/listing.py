@@ -183,6 +183,11 @@ def unescape(name: str) -> bytes:
     return _ESCAPED.sub(lambda found: bytes([int(found[1], 16)]), data) if b"%" in data else data
 
 
+def escape_path(path: Path | str) -> str:
+    """A path as text that JSON, CSV and Parquet hold and `unescape` turns back into bytes."""
+    return escape(os.fsencode(path))
+
+
 def folder_of_images(path: Path) -> Listing:
     """`list_images`, or the error a user needs: no such folder, or no images in it (with what was there instead)."""
     if not path.exists():
