@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 
@@ -45,18 +46,15 @@ def apply_host(
     shape = (len(addresses), channels, *size)
     if out is None:
         out = np.empty(shape, np.float32)
-    if out.shape != shape or out.dtype not in (np.float32, np.uint8) or not out.flags.c_contiguous:
+    if out.shape != shape or out.dtype not in {np.dtype(np.float32), np.dtype(np.uint8)} or not out.flags.c_contiguous:
         raise UserError(f"out is {out.dtype} {out.shape}; wanted float32 or uint8 {shape}, C-contiguous")
     count = len(addresses)
     parts = 1 if threads <= 1 else min(count, 4 * threads)
     edges = [count * part // max(1, parts) for part in range(parts + 1)]
-    jobs = [
-        (addresses[a:b], heights[a:b], widths[a:b], channels, params[a:b], out[a:b])
-        for a, b in zip(edges[:-1], edges[1:], strict=True)
-    ]
-    if len(jobs) == 1:
+    jobs = [(addresses[a:b], heights[a:b], widths[a:b], channels, params[a:b], out[a:b]) for a, b in pairwise(edges)]
+    if len(jobs) == 1 and count:
         _run(*jobs[0])
-    elif jobs:
+    elif count:
         list(_pool(os.getpid(), threads).map(lambda job: _run(*job), jobs))
     del kept  # the addresses above point into it
     return out
@@ -70,16 +68,41 @@ def _run(
 ) -> None:
     from ssl_kit.views.kernel import make_views  # numba takes a second to import
 
-    if out.dtype == np.float32:
-        make_views(addresses, heights, widths, channels, params, out)
-        return
-    for a in range(0, len(addresses), _ROUNDED_AT_ONCE):
-        part = slice(a, a + _ROUNDED_AT_ONCE)
-        views = np.empty(out[part].shape, np.float32)
-        make_views(addresses[part], heights[part], widths[part], channels, params[part], views)
-        views *= 255
-        views += 0.5
-        out[part] = views
+    count, _, h, w = out.shape
+    scratch = _scratch(params, h, w, channels)
+    at_once = count if out.dtype == np.float32 else _ROUNDED_AT_ONCE
+    for a in range(0, count, at_once):
+        part = slice(a, a + at_once)
+        views = out[part] if out.dtype == np.float32 else np.empty(out[part].shape, np.float32)
+        planes = views.reshape(len(views), channels, h * w)
+        make_views(addresses[part], heights[part], widths[part], params[part], h, w, scratch, planes)
+        if out.dtype == np.uint8:
+            views *= 255
+            views += 0.5
+            out[part] = views
+
+
+def _scratch(
+    params: np.ndarray, h: int, w: int, channels: int
+) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
+    """What one call of `make_views` works in; all of it finite, because unused lanes are multiplied by 0.
+
+    Returns:
+        maps: first stored pixel, taps and covered pixels of both axes (2, 3) int64; where each output pixel's taps
+            begin (2, max(h, w)) uint32; their weights (2, max(h, w), K) float32; spread out rows (h + 3, w * C + 1).
+        buffers: (2, M) float32, for stored rows and the blur.
+    """
+    taps = int(np.ceil(2 * max(params[:, 2].max() / h, params[:, 3].max() / w))) + 2
+    border = 3 * float(params[:, 16].max()) + 4
+    blurred = int((h + 2 * border) * (w + 2 * border)) + 1 if params[:, 16].max() > 0 else 0
+    stored = (max(int(params[:, 3].max()) + 5, w + 1)) * channels
+    maps = (
+        np.zeros((2, 3), np.int64),
+        np.zeros((2, max(h, w)), np.uint32),
+        np.zeros((2, max(h, w), taps), np.float32),
+        np.zeros((h + 3, w * channels + 1), np.float32),  # one more: the three-channel loop writes four
+    )
+    return maps, np.zeros((2, max(blurred, stored)), np.float32)
 
 
 @lru_cache(maxsize=4)
@@ -135,14 +158,6 @@ def _check(params: Params, heights: np.ndarray, widths: np.ndarray, channels: in
         raise UserError(
             f"box {box} of image {n} (top, left, height, width) leaves its {heights[n]} x {widths[n]} pixels"
         )
-    if channels != 3:
-        used = {
-            "saturation": (params[:, columns.SATURATION] != 1).any(),
-            "hue": (params[:, columns.HUE] != 0).any(),
-            "gray": (params[:, columns.GRAY] != 0).any(),
-        }
-        names = [name for name, on in used.items() if on]
-        if names:
-            raise UserError(f"{', '.join(names)} need 3 channels (red, green, blue), the images have {channels}")
+    columns.check_colour(params, channels)
     if size[0] != size[1] and (params[:, columns.TURNS] % 2 == 1).any():
         raise UserError(f"quarter turns need a square view, size is {size}")

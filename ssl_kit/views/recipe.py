@@ -104,7 +104,7 @@ class ViewRecipe:
 
     Args:
         preset: where the numbers come from: simclr, byol (asymmetric pair, also MoCo v3), dino (two global and
-            further local crops), mae, vae, gray (one channel), overhead (no up and down, no hue), plain (no randomness).
+            further local crops), mae, vae, gray (one channel), overhead (no up and down, no hue), plain (evaluation).
         strength: factor on the colour jitter (SimCLR's s): 0.5 for small images, 1.0 for photographs.
         blur: probability of the blur; 0 for small images.
         scale: (smallest, largest) area of the crop as a fraction of the image.

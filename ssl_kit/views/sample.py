@@ -77,6 +77,14 @@ def sample(
     return params
 
 
+def check_colour(params: Params, channels: int) -> None:
+    """Raises `UserError` naming the operations in `params` that need red, green and blue when `channels` is not 3."""
+    off = {"saturation": (SATURATION, 1), "hue": (HUE, 0), "gray": (GRAY, 0)}
+    used = [name for name, (column, value) in off.items() if channels != 3 and (params[:, column] != value).any()]
+    if used:
+        raise UserError(f"{', '.join(used)} need 3 channels (red, green, blue), the images have {channels}")
+
+
 _Key = tuple[int, int, np.ndarray, int]  # seed, epoch, index (N,), first stream
 
 
@@ -152,7 +160,7 @@ def _fit(
     heights: np.ndarray,
     widths: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The first of ten (height, width) drawn that fits in (heights, widths); also the positions of those without one."""
+    """The first of ten (height, width) drawn that fits in (heights, widths); and the positions of those without."""
     seed, epoch, index = key
     height, width = np.zeros_like(heights), np.zeros_like(widths)
     missing = np.arange(len(heights))
