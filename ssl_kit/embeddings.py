@@ -42,6 +42,7 @@ PART_ROWS = 65_536
 SKIPPED = "skipped.csv"
 
 Storage = Literal["float32", "float16"]
+Precision = Literal["auto", "float32", "bfloat16"]
 
 _PART = re.compile(r"part-\d{5,}\.parquet")
 _MAX_DIMS = 2**20  # a stranger's manifest may not ask for more
@@ -156,7 +157,7 @@ def embed(
     layers: int = 1,
     view: View | None = None,
     batch_size: int = 256,
-    precision: Literal["auto", "float32", "bfloat16"] = "auto",
+    precision: Precision = "auto",
     label: str = "embedding",
     threads: int | None = None,
 ) -> Embeddings:
@@ -168,7 +169,7 @@ def embed(
         layers: concatenate the outputs of so many last stages or blocks.
         view: what the encoder sees of an image; default: all of it, resized and centre-cropped to its size.
         batch_size: images per forward pass; the features do not depend on it beyond rounding.
-        precision: "auto" is float32: see `_autocast`.
+        precision: of the products; "auto" = bfloat16 where the hardware is fast at it, at a cosine above 0.9999.
         label: of the progress bar.
         threads: for decoding and resizing; None = all cores of this process.
 
@@ -178,15 +179,12 @@ def embed(
     if view is None:
         assert isinstance(encoder, Encoder), "only an Encoder states its image size; give a view"
         view = plain(encoder.image_size)
-    device = next((parameter.device for parameter in encoder.parameters()), torch.device("cpu"))
     plan = [np.arange(start, min(start + batch_size, len(source))) for start in range(0, len(source), batch_size)]
+    device = next((parameter.device for parameter in encoder.parameters()), torch.device("cpu"))
+    precision = _chosen(precision, device)
     vectors, present = np.empty((0, 0), dtype=np.float32), np.zeros(len(source), dtype=bool)
-    with (
-        _evaluating(encoder),
-        torch.inference_mode(),
-        _autocast(device, precision),
-        progress(len(source), label) as bar,
-    ):
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+    with _evaluating(encoder), torch.inference_mode(), autocast, progress(len(source), label) as bar:
         for number, batch in enumerate(ViewLoader(source, plan, (view,), threads=threads, bad="drop")):
             rows = batch["key"].index.numpy()
             if len(rows):
@@ -201,7 +199,7 @@ def embed(
     kept = np.flatnonzero(present)
     if len(kept) < len(source):
         vectors = vectors[kept]
-    info = _info(encoder, source, view, layers, "float32" if precision == "auto" else precision)
+    info = _info(encoder, source, view, layers, precision)
     ids = [source.ids[row] for row in kept]
     return Embeddings(vectors, source.labels[kept], source.classes, ids, info, list(source.skipped))
 
@@ -215,7 +213,7 @@ def _features(encoder: nn.Module, images: Tensor, layers: int) -> np.ndarray:
     return encoder.layers(images, last=layers).float().cpu().numpy()
 
 
-def _chosen(precision: Precision, device: torch.device) -> str:
+def _chosen(precision: Precision, device: torch.device) -> Precision:
     """The precision that "auto" stands for: bfloat16 where the hardware multiplies it, else float32.
 
     Measured on CIFAR-10 test images, bfloat16 against float32 features: cosine at least 0.99995 for a trained and

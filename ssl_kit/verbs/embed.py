@@ -14,7 +14,7 @@ from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import MANIFEST, DamagedError, read_manifest
 from ssl_kit.data.listing import escape_path
 from ssl_kit.data.sources import open_source
-from ssl_kit.embeddings import FORMAT, Storage
+from ssl_kit.embeddings import FORMAT, Precision, Storage
 from ssl_kit.embeddings import embed as embed_images
 from ssl_kit.encoders.encoder import Encoder, find_encoder
 
@@ -28,6 +28,7 @@ def embed(
     normalise: bool = False,
     limit: int | None = None,
     batch_size: int = 256,
+    precision: Precision = "auto",
     max_bad: float = 0.05,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -41,6 +42,7 @@ def embed(
         normalise: store vectors of Euclidean length 1.
         limit: embed only so many images, spread over the source, for a first try.
         batch_size: images per forward pass; changes the speed, not the features.
+        precision: auto is bfloat16 where the machine is fast at it, float32 elsewhere; float32 is the same everywhere.
         max_bad: fraction of the images that may be undecodable, in [0, 1].
         overwrite: replace an existing embeddings folder.
     """
@@ -51,7 +53,7 @@ def embed(
     source = open_source(data, limit=limit, channels=loaded.channels, max_bad=max_bad)
 
     began = time.perf_counter()
-    embeddings = embed_images(loaded, source, batch_size=batch_size)
+    embeddings = embed_images(loaded, source, batch_size=batch_size, precision=precision)
     seconds = time.perf_counter() - began
     embeddings.info["encoder"] = escape_path(path.resolve())
     if normalise:
