@@ -55,6 +55,7 @@ class Chart:
     caption: str
     legend: list[tuple[str, int, int]]
     model: Any
+    smoothed: bool = False
 
 
 def embed(charts: Sequence[Chart], extra: dict[str, Any]) -> tuple[str, dict[str, str]]:
@@ -84,15 +85,14 @@ def curve_charts(runs: Sequence[Run]) -> list[Chart]:
         if not any(len(x) for _, x, _ in lines):
             continue
         fig = _figure(axis)
-        for position, (_, x, y) in enumerate(lines):
-            _draw_line(fig, x, y, position)
+        smoothed = [_draw_line(fig, x, y, position) for position, (_, x, y) in enumerate(lines)]
         chances = [number(run.info.get("chance_loss")) for run in runs] if column == "loss" else []
         for chance in sorted({round(chance, 4) for chance in chances if chance is not None}):
             _draw_chance(fig, chance, [y for _, _, y in lines if len(y)])
         ends = "; ".join(_ends(run.name if len(runs) > 1 else "", y) for run, _, y in lines if len(y))
         legend = [(run.name, position, shape_of(position)) for position, run in enumerate(runs)]
         caption = f"{ends}. {_CURVE_NOTES[column]}"
-        charts.append(Chart(f"curve-{column}", title, caption, legend if len(runs) > 1 else [], fig))
+        charts.append(Chart(f"curve-{column}", title, caption, legend if len(runs) > 1 else [], fig, any(smoothed)))
     return charts
 
 
@@ -245,14 +245,16 @@ def _figure(x_label: str, *, x_scale: Literal["linear", "log"] = "linear", heigh
     return fig
 
 
-def _draw_line(fig: Figure, x: np.ndarray, y: np.ndarray, position: int) -> None:
+def _draw_line(fig: Figure, x: np.ndarray, y: np.ndarray, position: int) -> bool:
+    """Draws a line, with its dots where they are few; says whether a moving average lies over a noisy one."""
     from bokeh.models import HoverTool
 
     if not len(x):
-        return
+        return False
     thin_x, thin_y = decimate(x, y)
     turns = np.count_nonzero(np.diff(np.sign(np.diff(y))))  # a schedule turns once or twice, noise at every other row
-    if len(x) >= _SMOOTH_FROM and turns > len(x) / 10:
+    noisy = bool(len(x) >= _SMOOTH_FROM and turns > len(x) / 10)
+    if noisy:
         faint = fig.line(thin_x, thin_y, line_width=1, line_alpha=0.3)
         _colour(faint.glyph, position, "line_color")
         thin_x, thin_y = decimate(x, moving_average(y, max(3, len(y) // 40)))
@@ -263,6 +265,7 @@ def _draw_line(fig: Figure, x: np.ndarray, y: np.ndarray, position: int) -> None
         _colour(dots.glyph, position, "line_color", "fill_color")
     tooltips = [(str(fig.xaxis[0].axis_label), "@x{0,0.[00]}"), ("value", "@y{0.[0000]}")]
     fig.add_tools(HoverTool(renderers=[line], mode="vline", line_policy="nearest", tooltips=tooltips))
+    return noisy
 
 
 def _draw_chance(fig: Figure, chance: float, lines: Sequence[np.ndarray]) -> None:

@@ -61,6 +61,7 @@ def write_report(runs: Sequence[Path | str], out: Path | str) -> dict[str, Any]:
         shape_of=charts.shape_of,
         pictures=[(run.name, picture) for run in read for picture in run.pictures[: None if alone else 1]],
         curves=curves,
+        smoothed=any(chart.smoothed for chart in curves),
         tables=score_tables(read),
         dimensions=dimensions,
         dimension_table=_dimension_table(alone) if alone else None,
@@ -115,8 +116,8 @@ def facts(run: Run) -> list[Fact]:
     data = data if isinstance(data, dict) else {}
     found = []
     if data.get("root"):
-        root = str(data["root"])
-        found.append(Fact("data", "/".join(Path(root).parts[-2:]) or root, title=root))
+        root = Path(str(data["root"]))
+        found.append(Fact("data", root.name or str(root), f"in {root.parent.name}" * bool(root.parent.name), str(root)))
     images, skipped = number(data.get("images")), number(data.get("skipped")) or float(run.num_skipped)
     if images is not None:
         found.append(Fact("images", f"{images:,.0f}", f"{skipped:,.0f} skipped" if skipped else "none skipped"))

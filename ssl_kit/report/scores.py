@@ -31,14 +31,17 @@ EVALUATIONS = {
     "retrieval": ("Retrieval", "Are the nearest images of the same class?"),
     "health": ("Health, without labels", "Effective rank: how many directions the features really use."),
 }
+GAIN = "above_best_baseline"  # top-1 minus that of the best baseline on the same images, with its paired interval
 METRICS = {
     "top1": "Top-1",
     "balanced_accuracy": "Balanced accuracy",
     "macro_f1": "Macro-F1",
+    GAIN: "Above the best baseline",
     "map": "mAP",
     "effective_rank": "Effective rank",
     "alignment": "Alignment",
     "uniformity": "Uniformity",
+    "alpha": "Alpha of the spectrum",
 }
 HEADLINES = ("knn", "linear", "finetune", "attentive")  # the first one measured is the headline
 HEADLINES_BY_METHOD = {
@@ -288,21 +291,32 @@ def _compared(evaluation: str, latest: dict[str, dict[str, Any]], *, judges: boo
     sentence = f"{title} {_short(ours)}{', ' if gaps else ''}{_listed(gaps)}."
     rows = [Row(feature_name(name), "", name == ENCODER, [one]) for name, one in [(ENCODER, ours), *others.items()]]
     rows[1:] = sorted(rows[1:], key=lambda row: -(row.scores[0].value if row.scores[0] else 0.0))
-    state, word, reason = _state(ours, list(others.values()))
+    state, word, reason = _state(ours, list(others.values()), score(latest[ENCODER], GAIN))
     if not judges and state != "learning":
         state, word, reason = "unknown", "Not judged yet", "kNN does not judge a masked autoencoder: fine-tuning does."
     return Verdict(state, word, sentence, reason, rows, axis_of(rows), f"{title}, top-1")
 
 
-def _state(ours: Score, others: list[Score]) -> tuple[str, str, str]:
+def _state(ours: Score, others: list[Score], gain: Score | None) -> tuple[str, str, str]:
+    """State, word and reason: by the paired interval of the gain, otherwise by whether the two intervals touch."""
     if not others:
         return "unknown", "No baseline", "There is nothing to compare with: baselines are missing."
-    best = max(others, key=lambda other: other.value)
-    if (ours.low if ours.low is not None else ours.value) > (best.high if best.high is not None else best.value):
+    if gain is None or gain.low is None or gain.high is None:
+        best = max(others, key=lambda other: other.value)
+        gain = Score(ours.value - best.value, _low(ours) - _high(best), _high(ours) - _low(best))
+    if _low(gain) > 0:
         return "learning", "Learning", ""
-    if (ours.high if ours.high is not None else ours.value) < (best.low if best.low is not None else best.value):
+    if _high(gain) < 0:
         return "stuck", "Worse than its baselines", "What it learnt is of less use than the best baseline."
-    return "weak", "No clear gain", "The interval touches that of the best baseline."
+    return "weak", "No clear gain", f"The difference to the best baseline may be nothing: {gain.interval}."
+
+
+def _low(one: Score) -> float:
+    return one.value if one.low is None else one.low
+
+
+def _high(one: Score) -> float:
+    return one.value if one.high is None else one.high
 
 
 def _short(one: Score) -> str:

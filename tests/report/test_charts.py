@@ -62,6 +62,14 @@ def test_empty_cells_are_left_out_and_empty_columns_have_no_chart(tmp_path):
     assert chart.model.renderers[0].data_source.data["x"].tolist() == [1, 3]
 
 
+def test_only_noise_is_smoothed(tmp_path):
+    step, rng = np.arange(400), np.random.default_rng(0)
+    charts = curve_charts([run_of(tmp_path, step=step, loss=rng.normal(size=400), lr=np.sin(step / 127))])
+    assert {chart.title: (chart.smoothed, len(chart.model.renderers)) for chart in charts} == {
+        "Loss": (True, 2), "Learning rate": (False, 1),
+    }  # fmt: skip
+
+
 def test_colour_and_shape_together_tell_40_classes_apart():
     assert len({(label % NUM_COLOURS, shape_of(label)) for label in range(40)}) == 40 == NUM_COLOURS * len(MARKERS)
 

@@ -185,7 +185,7 @@ def test_facts_leave_out_what_is_not_known(tmp_path):
         Run(tmp_path, info={"waiting_share": 0.018, "data": {"root": "/a/b/c", "images": 50000, "skipped": 3}})
     )
     assert [(one.label, one.value, one.note) for one in told] == [
-        ("data", "b/c", ""),
+        ("data", "c", "in b"),
         ("images", "50,000", "3 skipped"),
         ("waiting for data", "2 %", "of the time"),
     ]

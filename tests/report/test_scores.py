@@ -28,6 +28,15 @@ def test_learning_needs_an_interval_clear_of_the_best_baseline(tmp_path, encoder
     assert verdict(run_of(tmp_path, scores(encoder))).state == state
 
 
+def test_a_paired_interval_decides_where_there_is_one(tmp_path):
+    # separate intervals touch, but on the same images the encoder is better (or worse) by more than chance
+    for low, high, state in ((0.001, 0.019, "learning"), (-0.001, 0.02, "weak"), (-0.02, -0.001, "stuck")):
+        results = scores(0.39)
+        results[0]["metrics"] |= {"above_best_baseline": 0.01, "above_best_baseline_low": low}
+        results[0]["metrics"] |= {"above_best_baseline_high": high}
+        assert verdict(run_of(tmp_path, results)).state == state
+
+
 def test_without_baselines_nothing_is_claimed(tmp_path):
     judged = verdict(run_of(tmp_path, scores()[:1]))
     assert (judged.state, judged.sentence) == ("unknown", "kNN 0.71 [0.70, 0.72].")
