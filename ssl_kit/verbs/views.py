@@ -1,0 +1,99 @@
+"""`ssl-kit views`: a picture of what the method will see, before a day is spent on it."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ssl_kit.core.console import next_command, say
+from ssl_kit.core.errors import UserError
+from ssl_kit.core.files import atomic_file
+from ssl_kit.data.decode import decode
+from ssl_kit.data.sources import Source, open_source
+from ssl_kit.views.host import apply_host
+from ssl_kit.views.recipe import View, ViewRecipe
+from ssl_kit.views.sample import sample
+
+_GAP = 4  # pixels between the pictures
+_LARGEST_DEFAULT = 224  # pixels
+
+
+def views(
+    data: str,
+    *,
+    config: tuple[str, ...] = (),
+    out: str = "views.png",
+    recipe: ViewRecipe | None = None,
+    image_size: int | None = None,
+    channels: int = 3,
+    count: int = 8,
+    views_per_image: int = 8,
+    seed: int = 0,
+    epoch: int = 0,
+) -> dict[str, Any]:
+    """Draw originals and their views, as the method will see them.
+
+    Args:
+        data: folder (searched recursively), .csv or .parquet manifest with a `path` column, or a built-in set.
+        config: recipes; what they say under `views:`, `image_size:` and `seed:` arrives in the options below.
+        out: the picture to write.
+        recipe: what stands under `views:` in a recipe.
+        image_size: side of a view in pixels; default: the shorter side of the first image, at most 224.
+        channels: of the images, 3 or 1.
+        count: originals, one row each.
+        views_per_image: views beside each original, 1 to 10.
+        seed: of the run that would see these views.
+        epoch: of that run.
+    """
+    if count < 1:
+        raise UserError(f"count is {count}; wanted at least 1 original")
+    source = open_source(data, limit=max(2, count), channels=channels)
+    rows = range(min(count, len(source)))
+    images = [_image(source, row) for row in rows]
+    side = image_size or min(_LARGEST_DEFAULT, *images[0].shape[:2])
+    recipe = recipe or ViewRecipe()
+    drawn = recipe.build((side, side), source.channels, views_per_image)
+    grid = _grid(images, drawn, side, seed, epoch)
+    with atomic_file(out) as temporary:
+        Image.fromarray(grid[..., 0] if grid.shape[2] == 1 else grid).save(temporary, format="PNG")
+    say(
+        f"{out}: {len(images)} originals (left), {views_per_image} views of each, {side} x {side} pixels, epoch {epoch}"
+    )
+    said = "".join(f" -c {shlex.quote(name)}" for name in config)
+    next_command(f"ssl-kit pretrain {shlex.quote(data)}{said}")
+    return {
+        "out": str(Path(out)),
+        "originals": [source.id(row) for row in rows],
+        "views_per_image": views_per_image,
+        "image_size": side,
+        "preset": recipe.preset,
+        "seed": seed,
+        "epoch": epoch,
+    }
+
+
+def _image(source: Source, row: int) -> np.ndarray:
+    """(H, W, C) uint8."""
+    return source.images[row] if source.images is not None else decode(source.read(row), source.channels).image
+
+
+def _grid(images: list[np.ndarray], drawn: tuple[View, ...], side: int, seed: int, epoch: int) -> np.ndarray:
+    """(height, width, C) uint8: a row per image, the original first; smaller views stand in the middle of their cell."""
+    heights, widths = (np.array([image.shape[axis] for image in images]) for axis in (0, 1))
+    index = np.arange(len(images))
+    cell = side + _GAP
+    grid = np.full((cell * len(images) + _GAP, cell * (len(drawn) + 1) + _GAP, images[0].shape[2]), 255, np.uint8)
+    original = View((side, side))
+    for column, view in enumerate((original, *drawn)):
+        params = sample(view, seed, epoch, index, max(0, column - 1), heights, widths)
+        made = np.empty((len(images), images[0].shape[2], *view.size), np.uint8)
+        apply_host(images, params, view.size, out=made)
+        margin_y, margin_x = (side - view.size[0]) // 2, (side - view.size[1]) // 2
+        for row in range(len(images)):
+            top, left = _GAP + row * cell + margin_y, _GAP + column * cell + margin_x
+            grid[top : top + view.size[0], left : left + view.size[1]] = made[row].transpose(1, 2, 0)
+    return grid
