@@ -159,7 +159,7 @@ def fit_logistic(
     *,
     start: tuple[Tensor, Tensor] | None = None,
     max_passes: int = 300,
-    tolerance: float = 1e-6,
+    tolerance: float = 1e-7,
 ) -> LogisticFit:
     """Minimises the objective at the top of this file for every l2.
 
@@ -203,8 +203,9 @@ def curvature(features: Tensor, seed: int = 0) -> Tensor:
 class _Solver:
     """L-BFGS (Nocedal & Wright, algorithm 7.4) for L problems at once, each with its own steps and memory.
 
-    Parameters are (L, C, D + 1), the bias in the last column. In a pass every unfinished candidate tries its step;
-    those that decreased enough move and remember, the others halve their step and try again in the next pass.
+    Parameters are (L, C, D + 1), the bias in the last column, in coordinates in which the Hessian at equal
+    probabilities is the identity: U = W F with F F^T = S / C + l2 I (Cholesky). In a pass every unfinished candidate
+    tries its step; those that decreased enough move and remember, the others halve it and try again in the next pass.
     """
 
     def __init__(
@@ -226,10 +227,10 @@ class _Solver:
         for factor, penalty in zip(self.factors, l2, strict=True):  # float64: with a small l2 the matrix is singular
             ridge = penalty + _RIDGE * float(moment.diagonal().max())
             factor.copy_(torch.linalg.cholesky(moment / num_classes + ridge * torch.eye(dim, dtype=torch.float64)))
-        self.bias_curvature = 1 / num_classes  # the bias sees a column of ones, and no penalty
+        self.bias_factor = num_classes**-0.5  # the bias sees a column of ones, and no penalty
         self.point = torch.zeros(size, num_classes, dim + 1)
         if start is not None:
-            self.point[..., :-1], self.point[..., -1] = start[0], start[1]
+            self.point[..., :-1], self.point[..., -1] = start[0] @ self.factors, start[1] * self.bias_factor
         self.steps = torch.zeros(_MEMORY, size, num_classes, dim + 1)
         self.changes = torch.zeros(_MEMORY, size, num_classes, dim + 1)
         self.rho = torch.zeros(_MEMORY, size)
@@ -262,13 +263,15 @@ class _Solver:
             length[rows] = 1.0
         converged = np.ones(len(self.point), dtype=bool)
         converged[active.numpy()] = False
-        return LogisticFit(self.point[..., :-1], self.point[..., -1], value.double().numpy(), passes, converged)
+        solution = self.weights(self.point, torch.arange(len(self.point)))
+        return LogisticFit(solution[..., :-1], solution[..., -1], value.numpy(), passes, converged)
 
     def evaluate(self, point: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Objective (A,) float64 and gradient (A, C, D + 1) of A candidates, in one pass over the data."""
+        """Objective (A,) float64 and gradient (A, C, D + 1) at points of A candidates, in one pass over the data."""
         candidates, classes, columns = point.shape
-        weights = point[..., :-1].reshape(candidates * classes, columns - 1)
-        bias = point[..., -1].reshape(candidates * classes)
+        solution = self.weights(point, rows)
+        weights = solution[..., :-1].reshape(candidates * classes, columns - 1)
+        bias = solution[..., -1].reshape(candidates * classes)
         total = torch.zeros(candidates, dtype=torch.float64)
         gradient = torch.zeros(candidates * classes, columns)
         size = _block_rows(candidates * classes)
@@ -286,8 +289,21 @@ class _Solver:
             gradient[:, -1] += residual.sum(dim=0)
         gradient = (gradient / len(self.features)).view(candidates, classes, columns)
         penalty = self.penalty[rows]
-        value = total / len(self.features) + 0.5 * (penalty * point.square()).sum(dim=(1, 2), dtype=torch.float64)
-        return value, gradient + penalty * point
+        value = total / len(self.features) + 0.5 * (penalty * solution.square()).sum(dim=(1, 2), dtype=torch.float64)
+        gradient += penalty * solution
+        gradient[..., -1] /= self.bias_factor
+        for position, row in enumerate(rows.tolist()):  # dJ/dU = dJ/dW F^-T
+            one = gradient[position, :, :-1]
+            one[:] = torch.linalg.solve_triangular(self.factors[row], one.T, upper=False).T
+        return value, gradient
+
+    def weights(self, point: Tensor, rows: Tensor) -> Tensor:
+        """The weights W = U F^-1 and biases (A, C, D + 1) of points of the candidates `rows`."""
+        solution = point / self.bias_factor
+        for position, row in enumerate(rows.tolist()):
+            one = point[position, :, :-1]
+            solution[position, :, :-1] = torch.linalg.solve_triangular(self.factors[row].T, one.T, upper=True).T
+        return solution
 
     def direction(self, gradient: Tensor, rows: Tensor) -> Tensor:
         """Minus the inverse Hessian of the memory times the gradient: (A, C, D + 1) for the candidates `rows`."""
@@ -298,7 +314,7 @@ class _Solver:
             alpha = r * (s * q).sum(dim=(1, 2))
             q -= alpha[:, None, None] * y
             alphas.append(alpha)
-        q = self.gamma[rows, None, None] * self.precondition(q, rows)
+        q *= self.gamma[rows, None, None]
         for s, y, r, alpha in zip(steps, changes, rho, reversed(alphas), strict=True):
             q += (alpha - r * (y * q).sum(dim=(1, 2)))[:, None, None] * s
         return -q
@@ -311,15 +327,7 @@ class _Solver:
         for store, newest in ((self.steps, step), (self.changes, change), (self.rho, 1 / curvature)):
             store[:-1, rows] = store[1:, rows].clone()
             store[-1, rows] = newest
-        scaled = (self.precondition(change, rows) * change).sum(dim=(1, 2))
-        self.gamma[rows] = curvature / scaled  # the newest curvature, in the metric of the preconditioner
-
-    def precondition(self, gradient: Tensor, rows: Tensor) -> Tensor:
-        """(S / C + l2 I)^-1 of a gradient (A, C, D + 1) of the candidates `rows`."""
-        result = gradient / self.bias_curvature
-        for position, row in enumerate(rows.tolist()):
-            result[position, :, :-1] = torch.cholesky_solve(gradient[position, :, :-1].T, self.factors[row]).T
-        return result
+        self.gamma[rows] = curvature / change.square().sum(dim=(1, 2))
 
 
 def _block_rows(logits_per_row: int) -> int:
