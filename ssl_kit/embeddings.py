@@ -88,7 +88,9 @@ class Embeddings:
             folder: where to.
             dtype: how vectors are stored; float16 halves the bytes and keeps 3 digits.
         """
-        if dtype == "float16" and (largest := float(np.abs(self.vectors).max(initial=0))) > np.finfo(np.float16).max:
+        if dtype == "float16" and (largest := float(np.abs(self.vectors).max(initial=0))) > float(
+            np.finfo(np.float16).max
+        ):
             raise UserError(f"features reach {largest:.3g}, float16 ends at 65,504: use --dtype float32 or --normalise")
         folder = Path(folder)
         self.info = {
@@ -231,7 +233,7 @@ def _chosen(precision: Precision, device: torch.device) -> Precision:
 
 @contextmanager
 def _evaluating(encoder: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every submodule has the mode it had (a frozen part of a model stays frozen)."""
+    """Evaluation mode inside; afterwards every submodule has the mode it had: frozen parts of a model stay frozen."""
     training = [module for module in encoder.modules() if module.training]
     encoder.eval()
     try:

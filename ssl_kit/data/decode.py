@@ -17,6 +17,7 @@ A truncated file is bad, never half an image, and the number of pixels is checke
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import struct
@@ -29,7 +30,7 @@ from PIL import Image, ImageFile
 
 # Plugins that may see a stranger's bytes. Left out on purpose: EPS (runs Ghostscript), PDF, FITS, PSD and other
 # formats that nobody stores photographs in but that have had decompression bombs.
-FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "TIFF", "BMP", "DIB", "PPM", "JPEG2000", "AVIF")
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "DIB", "PPM", "JPEG2000", "AVIF")
 
 MAX_PIXELS = 178_956_970  # Pillow refuses more than this (2 x MAX_IMAGE_PIXELS); the same limit for every format
 
@@ -188,7 +189,7 @@ def _jpeg_orientation(data: bytes) -> int:
     if b"Exif\x00\x00" not in data and b"tiff:Orientation" not in data:
         return 1
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "MPO")) as image:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
             return _orientation(image)
     except _PILLOW_ERRORS:
         return 1  # unreadable tags are no reason to lose the pixels
@@ -209,7 +210,7 @@ def _open(data: bytes) -> Image.Image:
     if not data:
         raise BadImageError("empty file")
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=_formats())
     except Image.UnidentifiedImageError as error:
         raise BadImageError("not an image of a format that is read") from error
     except _PILLOW_ERRORS as error:
@@ -218,6 +219,12 @@ def _open(data: bytes) -> Image.Image:
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise AssertionError("another package set PIL.ImageFile.LOAD_TRUNCATED_IMAGES: half images would pass as whole")
     return image
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)  # AVIF and JPEG 2000 are optional parts of Pillow
 
 
 def _check_pixels(height: int, width: int) -> None:
@@ -249,8 +256,9 @@ def _rescaled(values: np.ndarray) -> np.ndarray:
         return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
     if values.dtype.kind == "f" and low >= 0 and high <= 1:
         return np.rint(values * np.float32(255)).astype(np.uint8)
-    span = max(float(high) - float(low), np.finfo(np.float64).tiny)
-    return np.rint((values.astype(np.float64) - float(low)) * (255 / span)).astype(np.uint8)
+    if low == high:
+        return np.zeros(values.shape, np.uint8)
+    return np.rint((values.astype(np.float64) - float(low)) * (255 / (float(high) - float(low)))).astype(np.uint8)
 
 
 def _short(error: BaseException) -> str:

