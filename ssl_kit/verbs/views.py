@@ -12,7 +12,8 @@ from PIL import Image
 from ssl_kit.core.console import next_command, say
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import atomic_file
-from ssl_kit.data.decode import decode
+from ssl_kit.core.random import permutation
+from ssl_kit.data.decode import BadImageError, decode
 from ssl_kit.data.sources import Source, open_source
 from ssl_kit.views.host import apply_host
 from ssl_kit.views.recipe import View, ViewRecipe
@@ -51,13 +52,13 @@ def views(
     """
     if count < 1:
         raise UserError(f"count is {count}; wanted at least 1 original")
-    source = open_source(data, limit=max(2, count), channels=channels)
-    rows = range(min(count, len(source)))
-    images = [_image(source, row) for row in rows]
+    source = open_source(data, channels=channels, in_memory=False)
+    chosen = _decodable(source, count)
+    images, rows = list(chosen.values()), np.array(list(chosen), np.int64)
     side = image_size or min(_LARGEST_DEFAULT, *images[0].shape[:2])
     recipe = recipe or ViewRecipe()
     drawn = recipe.build((side, side), source.channels, views_per_image)
-    grid = _grid(images, drawn, side, seed, epoch)
+    grid = _grid(images, rows, drawn, side, seed, epoch)
     with atomic_file(out) as temporary:
         Image.fromarray(grid[..., 0] if grid.shape[2] == 1 else grid).save(temporary, format="PNG")
     say(
@@ -67,7 +68,7 @@ def views(
     next_command(f"ssl-kit pretrain {shlex.quote(data)}{said}")
     return {
         "out": str(Path(out)),
-        "originals": [source.id(row) for row in rows],
+        "originals": [source.id(row) for row in chosen],
         "views_per_image": views_per_image,
         "image_size": side,
         "preset": recipe.preset,
@@ -76,15 +77,29 @@ def views(
     }
 
 
-def _image(source: Source, row: int) -> np.ndarray:
-    """(H, W, C) uint8."""
-    return source.images[row] if source.images is not None else decode(source.read(row), source.channels).image
+def _decodable(source: Source, count: int) -> dict[int, np.ndarray]:
+    """Up to `count` images (H, W, C) uint8 by their position in the source, which their views depend on; spread out."""
+    found: dict[int, np.ndarray] = {}
+    for row in permutation(0, 0, len(source)).tolist():
+        try:
+            stored = source.images
+            found[row] = decode(source.read(row), source.channels).image if stored is None else stored[row]
+        except BadImageError as error:
+            source.skip(row, str(error))
+        if len(found) == count:
+            break
+    if not found:
+        raise UserError(
+            f"{source.name}: none of the {len(source)} images could be decoded; wanted readable image files"
+        )
+    return dict(sorted(found.items()))
 
 
-def _grid(images: list[np.ndarray], drawn: tuple[View, ...], side: int, seed: int, epoch: int) -> np.ndarray:
-    """(height, width, C) uint8: a row per image, the original first; smaller views stand in the middle of their cell."""
+def _grid(
+    images: list[np.ndarray], index: np.ndarray, drawn: tuple[View, ...], side: int, seed: int, epoch: int
+) -> np.ndarray:
+    """(height, width, C) uint8: a row per image, the original first; smaller views in the middle of their cell."""
     heights, widths = (np.array([image.shape[axis] for image in images]) for axis in (0, 1))
-    index = np.arange(len(images))
     cell = side + _GAP
     grid = np.full((cell * len(images) + _GAP, cell * (len(drawn) + 1) + _GAP, images[0].shape[2]), 255, np.uint8)
     original = View((side, side))

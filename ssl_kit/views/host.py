@@ -85,7 +85,7 @@ def _run(
 def _scratch(
     params: np.ndarray, h: int, w: int, channels: int
 ) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
-    """What one call of `make_views` works in; all of it finite, because unused lanes are multiplied by 0.
+    """What one call of `make_views` works in; nothing is read before it is written.
 
     Returns:
         maps: first stored pixel, taps and covered pixels of both axes (2, 3) int64; where each output pixel's taps
@@ -97,12 +97,12 @@ def _scratch(
     blurred = int((h + 2 * border) * (w + 2 * border)) + 1 if params[:, 16].max() > 0 else 0
     stored = (max(int(params[:, 3].max()) + 5, w + 1)) * channels
     maps = (
-        np.zeros((2, 3), np.int64),
-        np.zeros((2, max(h, w)), np.uint32),
-        np.zeros((2, max(h, w), taps), np.float32),
-        np.zeros((h + 3, w * channels + 1), np.float32),  # one more: the three-channel loop writes four
+        np.empty((2, 3), np.int64),
+        np.empty((2, max(h, w)), np.uint32),
+        np.empty((2, max(h, w), taps), np.float32),
+        np.empty((h + 3, w * channels + 1), np.float32),  # one more: the three-channel loop writes four
     )
-    return maps, np.zeros((2, max(blurred, stored)), np.float32)
+    return maps, np.empty((2, max(blurred, stored)), np.float32)
 
 
 @lru_cache(maxsize=4)

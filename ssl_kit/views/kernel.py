@@ -6,11 +6,11 @@ channels; what follows works on planes, one channel after the other, because suc
 
 Why it looks as it does:
 - Images are given by address, so that one compiled signature serves arrays, rows of arrays and lists.
-- Everything comes in as arguments: globals are frozen into numba's disk cache.
+- Everything comes in as arguments and all helpers are in this file: numba's disk cache holds globals as they were when
+  it was written, and looks at the time stamp of the outermost function's file only.
 - Inner loops run over whole one-dimensional C-contiguous slices. A row of a two-dimensional slice has a stride that
-  the compiler does not know, and the colour operations ran eight times slower on it.
-- `error_model="numpy"`, no NaN, and unsigned computed indices keep branches out of the inner loops (numba checks
-  divisors and negative indices), without which nothing vectorises.
+  the compiler does not know: eight times slower.
+- `error_model="numpy"`, no NaN, unsigned computed indices: branches in the inner loops would stop vectorisation.
 - Compilation is kept short: only the outermost function is cached and gets Python wrappers, every helper is called
   from one place (the compiler copies it into each), and nothing here allocates, reshapes or assigns to slices.
 """
@@ -25,12 +25,8 @@ import numpy as np
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
-_inner = njit(  # type: ignore[call-overload]
-    error_model="numpy",
-    fastmath={"nnan", "ninf", "nsz", "arcp", "contract", "reassoc"},
-    no_cpython_wrapper=True,
-    no_cfunc_wrapper=True,
-)
+_FAST = {"nnan", "ninf", "nsz", "arcp", "contract", "reassoc"}
+_inner = njit(error_model="numpy", fastmath=_FAST, no_cpython_wrapper=True, no_cfunc_wrapper=True)  # type: ignore[call-overload]
 
 
 @intrinsic
@@ -83,10 +79,8 @@ def _resample(image, p, h, w, maps, flat, planes):
     for axis in range(2):
         turned = p[6] == 2 or p[6] == (3 if axis == 0 else 1)  # a quarter turn is a mirror and a transposition
         flip = (p[5 - axis] != 0) != turned
-        limit = image.shape[0] if axis == 0 else image.shape[1] // channels
-        step = 1 if axis == 0 else channels
-        size = h if axis == 0 else w
-        gain = 1 / 255 if axis == 0 else 1.0
+        step, size, gain = (channels, w, 1.0) if axis else (1, h, 1 / 255)
+        limit = image.shape[axis] // step
         _taps(p[axis], p[2 + axis], limit, flip, step, gain, box[axis], index[axis][:size], weight[axis])
     top, taps_y, covered_y = box[0, 0], box[0, 1], box[0, 2]
     left, taps_x, length = box[1, 0] * channels, box[1, 1], box[1, 2] * channels
@@ -94,11 +88,8 @@ def _resample(image, p, h, w, maps, flat, planes):
     for y in range(covered_y if spread_first else h):
         low = top + (y if spread_first else index[0, y])
         for t in range(1 if spread_first else taps_y):
-            source, a = image[low + t][left : left + length], weight[0, y, t]
-            if spread_first:
-                for x in range(length):
-                    flat[x] = np.float32(source[x])
-            elif t == 0:
+            source, a = image[low + t][left : left + length], np.float32(1) if spread_first else weight[0, y, t]
+            if t == 0:
                 for x in range(length):
                     flat[x] = a * np.float32(source[x])
             else:
@@ -128,7 +119,7 @@ def _taps(start, length, limit, flip, step, gain, box, index, weight):
     covered = max(1, min(limit, int(math.ceil(start + length))) - first)
     scale = length / np.float64(size)
     offset = start - np.float64(first)
-    taps = 2
+    taps = min(2, covered)
     if scale > 1:
         taps = 1
         for j in range(size):
@@ -170,10 +161,7 @@ def _across(flat, index, weight, taps, channels, target):
             p1 += a * flat[i + one]
             p2 += a * flat[i + two]
             p3 += a * flat[i + three]
-        target[o] = p0
-        target[o + one] = p1
-        target[o + two] = p2
-        target[o + three] = p3
+        target[o], target[o + one], target[o + two], target[o + three] = p0, p1, p2, p3
     for j in range(0 if channels == 3 else index.size):
         for c in range(channels):
             total = np.float32(0)
@@ -205,9 +193,7 @@ def _split(row, start, w, planes):
         three, one, two = np.uint64(3), np.uint64(1), np.uint64(2)
         for x in range(w):
             i = np.uint64(x) * three
-            red[x] = row[i]
-            green[x] = row[i + one]
-            blue[x] = row[i + two]
+            red[x], green[x], blue[x] = row[i], row[i + one], row[i + two]
     else:
         for c in range(channels):
             for x in range(w):
@@ -218,12 +204,10 @@ def _split(row, start, w, planes):
 def _colour(planes, p):
     """Jitter in its drawn order with a clamp after each operation, then the loss of colour; planes (C, h * w)."""
     channels, size = planes.shape
+    contrast, gray = p[8] != 1, p[15] != 0 and channels == 3
     split = 0  # position of contrast: what stands before it is done before the mean is taken
     for position in range(4):
-        if p[11 + position] == 1 and p[8] != 1:
-            split = position
-    contrast = p[8] != 1
-    gray = p[15] != 0 and channels == 3
+        split = position if contrast and p[11 + position] == 1 else split
     total, mean = 0.0, np.float32(0)
     for last in range(0 if contrast else 1, 2):
         for start in range(0, size, 1024):
@@ -240,9 +224,7 @@ def _colour(planes, p):
 def _drop_colour(red, green, blue):
     for x in range(red.size):
         value = np.float32(0.2989) * red[x] + np.float32(0.587) * green[x] + np.float32(0.114) * blue[x]
-        red[x] = value
-        green[x] = value
-        blue[x] = value
+        red[x], green[x], blue[x] = value, value, value
 
 
 @_inner
@@ -286,8 +268,7 @@ def _scale(plane, factor, offset):
 
 @_inner
 def _saturate(red, green, blue, factor):
-    one, zero = np.float32(1), np.float32(0)
-    rest = one - factor
+    one, zero, rest = np.float32(1), np.float32(0), np.float32(1) - factor
     for x in range(red.size):
         r, g, b = red[x], green[x], blue[x]
         gray = rest * (np.float32(0.2989) * r + np.float32(0.587) * g + np.float32(0.114) * b)
@@ -304,7 +285,7 @@ def _turn_hue(red, green, blue, turns):
     channel(n) = v - d * clip(min(m, 4 - m), 0, 1) with m = (n + k) mod 6 and n = 5, 3, 1 for red, green, blue.
     """
     one, zero, six = np.float32(1), np.float32(0), np.float32(6)
-    shift = six * turns + six  # the sum below stays positive, so that one or two subtractions are the modulus
+    shift = six * turns + six  # keeps the sum positive, so that one or two subtractions are the modulus
     for x in range(red.size):
         r, g, b = red[x], green[x], blue[x]
         high = max(r, max(g, b))
@@ -316,15 +297,15 @@ def _turn_hue(red, green, blue, turns):
         hue += shift  # in [2, 14)
         hue = hue - six if hue >= six else hue
         hue = hue - six if hue >= six else hue
-        for_red = hue + np.float32(5)
-        for_red = for_red - six if for_red >= six else for_red
-        for_green = hue + np.float32(3)
-        for_green = for_green - six if for_green >= six else for_green
-        for_blue = hue + one
-        for_blue = for_blue - six if for_blue >= six else for_blue
-        red[x] = high - chroma * min(one, max(zero, min(for_red, np.float32(4) - for_red)))
-        green[x] = high - chroma * min(one, max(zero, min(for_green, np.float32(4) - for_green)))
-        blue[x] = high - chroma * min(one, max(zero, min(for_blue, np.float32(4) - for_blue)))
+        red[x] = _channel(high, chroma, hue + np.float32(5))
+        green[x] = _channel(high, chroma, hue + np.float32(3))
+        blue[x] = _channel(high, chroma, hue + one)
+
+
+@_inner
+def _channel(high, chroma, m):
+    m = m - np.float32(6) if m >= np.float32(6) else m
+    return high - chroma * min(np.float32(1), max(np.float32(0), min(m, np.float32(4) - m)))
 
 
 @_inner
@@ -347,17 +328,17 @@ def _blur(planes, p, h, w, buffers):
             inner = target[border:]
             for x in range(w):
                 inner[x] = source[x]
-            for x in range(1, min(radius, w - 1) + 1):
-                target[border - x] = source[x]
-                inner[w - 1 + x] = source[w - 1 - x]
+            for x in range(1, border + 1):  # beyond the reach the weights are 0, but 0 times garbage may be NaN
+                target[border - x] = source[x] if x < w else np.float32(0)
+                inner[w - 1 + x] = source[w - 1 - x] if x < w else np.float32(0)
         for axis in range(2):
             source, target = buffers[axis], buffers[1 - axis]
             step = stride if axis else 1
             reach = min(radius, (h if axis else w) - 1)
-            for y in range(1, reach + 1 if axis else 1):
+            for y in range(1, border + 1 if axis else 1):
                 for below in range(2):
                     edge = begin if below == 0 else end - stride
-                    inside = source[edge + (1 - 2 * below) * y * stride :]
+                    inside = source[edge + (1 - 2 * below) * min(y, h - 1) * stride :]
                     beyond = source[edge - (1 - 2 * below) * y * stride :]
                     for x in range(stride):
                         beyond[x] = inside[x]

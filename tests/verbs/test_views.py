@@ -1,0 +1,54 @@
+"""The picture of the views shows the originals and the very views that training would see."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ssl_kit.core.errors import UserError
+from ssl_kit.verbs.views import views
+from ssl_kit.views.host import apply_host
+from ssl_kit.views.recipe import ViewRecipe
+from ssl_kit.views.sample import sample
+
+GAP = 4
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for n in range(3):
+        Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8)).save(tmp_path / f"{n}.png")
+    return tmp_path
+
+
+def test_the_grid_holds_the_views_of_training(folder: Path) -> None:
+    out = folder / "pictures" / "views.png"
+    recipe = ViewRecipe(preset="dino")
+    record = views(str(folder), out=str(out), recipe=recipe, image_size=32, count=3, views_per_image=3, seed=5, epoch=2)
+    assert record["originals"] == ["0.png", "1.png", "2.png"]
+    grid = np.asarray(Image.open(out))
+    assert grid.shape == (3 * 36 + GAP, 4 * 36 + GAP, 3)
+    image = np.asarray(Image.open(folder / "1.png"))
+    for which, view in enumerate(recipe.build((32, 32), 3, 3)):
+        params = sample(view, 5, 2, np.array([1]), which, np.array([40]), np.array([50]))
+        wanted = apply_host(image[None], params, view.size)[0].transpose(1, 2, 0) * 255
+        margin = (32 - view.size[0]) // 2
+        top, left = GAP + 36 + margin, GAP + (which + 1) * 36 + margin
+        got = grid[top : top + view.size[0], left : left + view.size[1]]
+        assert np.abs(got - wanted).max() <= 0.5 + 1e-3
+
+
+def test_the_size_follows_the_images_and_gray_stays_gray(folder: Path) -> None:
+    out = folder / "gray.png"
+    record = views(str(folder), out=str(out), recipe=ViewRecipe(preset="gray"), channels=1, count=1, views_per_image=1)
+    assert record["image_size"] == 40
+    assert Image.open(out).mode == "L"
+
+
+def test_mistakes_are_named(folder: Path) -> None:
+    with pytest.raises(UserError, match="count is 0"):
+        views(str(folder), count=0)
+    with pytest.raises(UserError, match="need 3 channels"):
+        views(str(folder), out=str(folder / "x.png"), channels=1)
