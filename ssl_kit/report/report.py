@@ -88,6 +88,7 @@ def _card(run: Run) -> dict[str, Any]:
     eyebrow = [method, str(run.info.get("status") or ""), str(run.info.get("started") or "")]
     return {
         "name": run.name,
+        "trained": bool(run.info or run.metrics or run.pictures or run.recipe),  # not only scores of some encoder
         "eyebrow": [part for part in eyebrow if part],
         "verdict": judged,
         "facts": facts(run),
@@ -154,6 +155,8 @@ def next_step(run: Run, judged: Verdict) -> Step:
     if status == "interrupted":
         return Step(f"ssl-kit pretrain {data} --run {folder} --resume", "continues where the run was cut off")
     if judged.state in ("stuck", "collapsed"):
+        if not run.recipe:
+            return Step(f"ssl-kit pretrain {data}", "train longer, or on images closer to these")
         return Step(
             f"ssl-kit views {data} -c {folder}/recipe.yaml --out views.png",
             "are the views still recognisable? Then try another learning rate or temperature",

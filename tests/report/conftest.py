@@ -81,7 +81,7 @@ def make_run(tmp_path) -> Callable[..., Path]:
         labels = np.arange(40) % len(classes)
         views = [rng.random((4, 3, 8, 8)) for _ in range(2)]
         draw_views(run / "pictures" / "views.png", list(images[:4]), views)
-        found = {key: rng.integers(0, 40, (12, 5)) for key in ("encoder", "pixels")}
+        found = {key: rng.integers(0, 40, (12, 5)) for key in ("pixels", "encoder")}
         draw_neighbours(run / "pictures", np.arange(12), found, lambda i: images[i], labels, classes)
         draw_map(run / "pictures", rng.normal(size=(40, 2)), labels, classes, lambda i: images[i], np.arange(40))
         rows = ["step,epoch,images,seconds,loss,lr,effective_rank,knn_top1"]

@@ -86,7 +86,7 @@ def test_full_size_takes_pca_at_the_encoders_dimension():
 
 
 def test_a_table_puts_the_encoder_first_then_the_best_and_folds_other_settings(tmp_path):
-    results = [*scores(), record("knn", "encoder", 0.6, k=200, temperature=0.07, chosen=False, dim=64)]
+    results = [*reversed(scores()), record("knn", "encoder", 0.6, k=200, temperature=0.07, chosen=False, dim=64)]
     (table,) = score_tables([run_of(tmp_path, results)])
     assert [row.name for row in table.rows] == ["this encoder", "raw pixels", "same network, untrained"]
     assert table.setting.startswith("k and temperature chosen") and table.axis == (0.3, 0.8)
