@@ -366,7 +366,8 @@ def test_bad_files_are_skipped_counted_and_listed(tmp_path):
     source = open_source(root, max_bad=0.1)
     assert len(source) == 40 and sorted(name for name, _ in source.skipped) == BAD
     assert isinstance(source.images, np.ndarray) and source.images.shape == (40, 8, 8, 3)
-    for row, name in enumerate(source.ids):  # the rows still belong together
+    assert source.classes == ("bad", "good") and (source.labels == 1).all()  # the rows still belong together
+    for row, name in enumerate(source.ids):
         if name[5:7].isdigit():
             assert np.array_equal(source.images[row], pixels(int(name[5:7]))), name
     write_skipped(tmp_path / "skipped.csv", source.skipped)
