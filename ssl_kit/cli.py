@@ -125,17 +125,11 @@ def _add_arguments(parser: Any, verb: str, function: Any) -> None:
             parser.add_argument(argument.arg, type=str, nargs="+" if several else None)
         parser.add_function_arguments(function, as_positional=False, skip={argument.arg for argument in positional})
         return
-    from pytorch_lightning import Trainer
-
-    from ssl_kit.methods.method import Method
-    from ssl_kit.verbs.recipes import default_method
+    from ssl_kit.verbs.recipes import add_recipe_arguments
 
     parser.add_argument("data", nargs="?", default=None, help="folder, manifest or built-in set")
     parser.add_function_arguments(function, as_positional=False, skip={"data", "method", "trainer"})
-    parser.add_subclass_arguments(Method, "method", required=False)
-    parser.set_defaults({"method": default_method()})
-    if verb == "pretrain":
-        parser.add_class_arguments(Trainer, "trainer", instantiate=False)
+    add_recipe_arguments(parser)
 
 
 def _instantiated(parser: Any, parsed: Any) -> dict[str, Any]:

@@ -59,8 +59,9 @@ class Encoder(nn.Module):
         self.args = {"num_classes": 0, **(args or {})}
         self.image_size = (int(image_size[0]), int(image_size[1]))
         self.channels = channels
-        self.model: Any = _create_timm(self.name, self.args, self.image_size, channels)
-        self.dim = int(self.args["num_classes"] or self.model.num_features)
+        model = _create_timm(self.name, self.args, self.image_size, channels)
+        self.model: Any = model
+        self.dim: int = self.args["num_classes"] or model.num_features
         self.sha256: str | None = None
         # not in the state dict: they travel as preprocessing in config.json, where timm expects them
         self.register_buffer("mean", _per_channel(mean, channels), persistent=False)
@@ -233,7 +234,7 @@ def choose_name(image_size: Sequence[int]) -> str:
     return "resnet18_small" if min(image_size) < _SMALL_IMAGE else "resnet50"
 
 
-def _create_timm(name: str, args: dict[str, Any], image_size: tuple[int, int], channels: int) -> nn.Module:
+def _create_timm(name: str, args: dict[str, Any], image_size: tuple[int, int], channels: int) -> Any:
     if not timm.is_model(name):  # also refuses `hf-hub:` and `local-dir:`, which would fetch or read elsewhere
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise UserError(f"no timm model is called {name!r}; nearest: {', '.join(near) or 'none'} (timm.list_models())")

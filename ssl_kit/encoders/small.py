@@ -7,7 +7,7 @@ at full resolution. timm cannot express this through arguments, so the models ar
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -48,12 +48,13 @@ class SmallResNet(ResNet):
         # timm fixes the plain stem at 64 filters; asked for a "deep" one it sizes everything after the stem by
         # 2 * stem_width, so that the stem that replaces it below can have as many filters as the first stage
         timm_arguments.update(channels=channels, stem_type="deep", stem_width=channels[0] // 2)
-        super().__init__(block, layers, **timm_arguments)
+        super().__init__(block, layers, **timm_arguments)  # type: ignore[arg-type]  # timm's hint names instances
         stem = nn.Conv2d(in_chans, channels[0], kernel_size=3, padding=1, bias=False)
         nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
         self.conv1, self.maxpool = stem, nn.Identity()  # type: ignore[assignment]
-        info: dict[str, Any]
-        for info in self.feature_info:  # timm states the reduction of each stage for a stem that divides by 4
+        for info in cast(
+            "list[dict[str, Any]]", self.feature_info
+        ):  # timm states the reduction of each stage for a stem that divides by 4
             info["reduction"] = max(1, info["reduction"] // 4)
 
 

@@ -87,14 +87,6 @@ class Checkpoints(pl.Callback):
         self._saved_at = time.monotonic()
         self._handlers: dict[int, Any] = {}
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Takes over the signals while training."""
-        for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGUSR1", signal.SIGTERM)):
-            try:
-                self._handlers[number] = signal.signal(number, self._note)
-            except ValueError:  # not the main thread: whoever runs us there handles signals
-                break
-
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Gives the signals back."""
         for number, handler in self._handlers.items():
@@ -143,7 +135,12 @@ class Checkpoints(pl.Callback):
         self._generators = checkpoint["generators"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Puts the generators where they were."""
+        """Takes over the signals (after Lightning, which would end the run) and puts the generators where they were."""
+        for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGUSR1", signal.SIGTERM)):
+            try:
+                self._handlers.setdefault(number, signal.signal(number, self._note))
+            except ValueError:  # not the main thread: whoever runs us there handles signals
+                break
         stored = self.__dict__.pop("_generators", None)
         if stored is not None:
             set_generators(stored)

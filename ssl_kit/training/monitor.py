@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytorch_lightning as pl
@@ -27,7 +27,7 @@ COLUMNS = (
     *("step", "epoch", "images", "seconds", "loss", "lr", "images_per_second", "waiting_share"),
     *("effective_rank", "embedding_std", "uniformity", "knn_top1"),
 )
-_MEASURE_SHARE = 0.04  # measuring features may cost this fraction of the time
+_MEASURE_STEPS = 200  # between measurements, at least: with labels one costs about ten steps
 _COLLAPSED_RANK = 0.02  # of the dimension; a healthy code is far above, one direction is 1 / dim
 _LEARNED = 0.05  # of the way from chance to 0 that a loss must have come to count as learning
 
@@ -41,28 +41,37 @@ class Curves(pl.Callback):
         path: of the CSV. A resumed run drops the rows after its step, then continues.
         interval: steps between rows.
         measure: given the method, returns scores of the current encoder (rank, kNN, ...).
-        measure_every: epochs between measurements, at least; they are also kept to 4 % of the time.
+        interrupted: whether the run is being stopped to go on later: then a half-collected row waits for that.
+        measure_every: epochs between measurements; never more often than every 200 steps.
     """
 
-    def __init__(self, path: Path, *, interval: int = 20, measure: Score | None = None, measure_every: float = 1.0):
+    def __init__(
+        self,
+        path: Path,
+        *,
+        interval: int = 20,
+        measure: Score | None = None,
+        measure_every: float = 1.0,
+        interrupted: Callable[[], bool] = lambda: False,
+    ):
         self.path, self.interval, self.measure, self.measure_every = path, interval, measure, measure_every
+        self.interrupted = interrupted
         self.row: dict[str, float] = {}
         self.history: list[dict[str, float]] = []
         self.seconds = 0.0  # of training, over all sittings
         self.finished: Callable[[dict[str, float]], None] | None = None
         self._losses: list[Tensor] = []
-        self._extra: dict[str, list[Tensor]] = {}
-        self._images = 0
-        self._last_measured = (0.0, 0.0, 0.0)  # epoch, seconds, cost in seconds
+        self._images = self._interval_images = 0
+        self._measured: tuple[float, float] = (0.0, 0.0)  # epoch and step of the last measurement
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Opens the file, without the rows that a resumed run will write again."""
         self.history = [row for row in read_curves(self.path) if row["step"] <= trainer.global_step]
+        self.row = next((row for row in reversed(self.history) if "loss" in row), {})
         self._rewrite()
         self._started = self._interval_started = time.perf_counter()
         self._waited = 0.0
         self._images = int(self.history[-1]["images"]) if self.history else 0
-        self._interval_images = 0
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -76,11 +85,13 @@ class Curves(pl.Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         self._log(trainer)
-        if self.measure is not None and self._time_to_measure(trainer):
+        if self.measure is not None and self._time_to_measure():
             self._measure(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A last row and a last measurement."""
+        """A last row and a last measurement, when the run is complete."""
+        if self.interrupted():
+            return
         if self._losses:
             self._log(trainer)
         if self.measure is not None and self.history and "effective_rank" not in self.history[-1]:
@@ -93,21 +104,22 @@ class Curves(pl.Callback):
             "seconds": self.elapsed(),
             "losses": losses,
             "images": self._interval_images,
-            "measured": self._last_measured,
+            "measured": self._measured,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues the clock and the row that was being collected."""
         self.seconds = state_dict["seconds"]
         self._losses = list(state_dict["losses"])
-        self._last_measured = state_dict["measured"]
+        self._interval_images = state_dict["images"]
+        self._measured = state_dict["measured"]
 
     def elapsed(self) -> float:
         """Seconds of training over all sittings."""
         return self.seconds + time.perf_counter() - getattr(self, "_started", time.perf_counter())
 
     def _log(self, trainer: pl.Trainer) -> None:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data = cast(Any, trainer).datamodule
         epoch = trainer.global_step * trainer.accumulate_grad_batches / data.steps_per_epoch
         now = time.perf_counter()
         spent = max(now - self._interval_started, 1e-9)
@@ -120,9 +132,7 @@ class Curves(pl.Callback):
             )
         self.row = {
             "step": trainer.global_step,
-            "epoch": round(
-                trainer.global_step * trainer.accumulate_grad_batches / trainer.datamodule.steps_per_epoch, 4
-            ),  # type: ignore[attr-defined]
+            "epoch": round(epoch, 4),
             "images": self._images,
             "seconds": round(self.elapsed(), 3),
             "loss": loss,
@@ -136,19 +146,17 @@ class Curves(pl.Callback):
         for logger in trainer.loggers:
             logger.log_metrics(self.row, step=trainer.global_step)
 
-    def _time_to_measure(self, trainer: pl.Trainer) -> bool:
-        epoch, seconds, cost = self._last_measured
-        due = self.row["epoch"] - epoch >= self.measure_every
-        return due and self.row["seconds"] - seconds >= cost / _MEASURE_SHARE
+    def _time_to_measure(self) -> bool:
+        epochs, steps = self.row["epoch"] - self._measured[0], self.row["step"] - self._measured[1]
+        return epochs >= self.measure_every and steps >= _MEASURE_STEPS
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         began = time.perf_counter()
         assert self.measure is not None
         scores = self.measure(pl_module)
-        cost = time.perf_counter() - began
-        self._interval_started += cost  # not part of the training speed
+        self._interval_started += time.perf_counter() - began  # not part of the training speed
         row = {key: self.row[key] for key in ("step", "epoch", "images", "seconds")} | scores
-        self._last_measured = (self.row["epoch"], self.row["seconds"], cost)
+        self._measured = (self.row["epoch"], self.row["step"])
         self._append(row)
         for logger in trainer.loggers:
             logger.log_metrics(scores, step=trainer.global_step)

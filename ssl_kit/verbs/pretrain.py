@@ -165,8 +165,13 @@ def _train(
     )
     horizon = Horizon(settings["epochs"], settings["minutes"], data.steps_per_epoch)
     measure = _Measure(training, gallery, queries, plain(kinds[0].size))
-    curves = Curves(folder / "metrics.csv", measure=measure, measure_every=settings["evaluate_every"])
     checkpoints = Checkpoints(folder / "checkpoints", settings["checkpoint_minutes"])
+    curves = Curves(
+        folder / "metrics.csv",
+        measure=measure,
+        measure_every=settings["evaluate_every"],
+        interrupted=lambda: checkpoints.signal is not None,
+    )
     refresh = _Refresh(record, curves, checkpoints)
     arguments = {
         "accelerator": device.value,
@@ -238,6 +243,9 @@ class _Refresh(pl.Callback):
         self.record, self.curves, self.checkpoints = record, curves, checkpoints
         self.best = -1.0
         self._seen = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._seen = len(self.curves.history)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+from pytorch_lightning import Trainer
 
 import ssl_kit
 from ssl_kit.core.errors import UserError
@@ -56,6 +57,13 @@ def read_recipe(name: str) -> dict[str, Any]:
 def restrict_imports(allow: Sequence[str] = ()) -> None:
     """From now on recipes and options name classes of ssl_kit and of the modules in `allow` only."""
     set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=["ssl_kit", *allow])
+
+
+def add_recipe_arguments(parser: ArgumentParser) -> None:
+    """Adds what a recipe holds beside the verb's own options: the method and the trainer, typed by their classes."""
+    parser.add_subclass_arguments(Method, "method", required=False)
+    parser.set_defaults({"method": default_method()})
+    parser.add_class_arguments(Trainer, "trainer", instantiate=False)
 
 
 def default_method() -> dict[str, Any]:

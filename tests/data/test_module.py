@@ -1,0 +1,115 @@
+"""Batches are pure functions of (seed, epoch, rows): order, threads, memory or files, resuming."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ssl_kit.core.errors import UserError
+from ssl_kit.data.module import TrainingPlan, ViewLoader
+from ssl_kit.data.sources import open_source
+from ssl_kit.views.recipe import ViewRecipe, plain
+
+VIEWS = ViewRecipe(blur=0.5).build((12, 12), 3, 2)
+
+
+@pytest.mark.parametrize(("count", "batch", "world"), [(100, 7, 1), (10, 10, 1), (1003, 64, 3), (5, 2, 2)])
+def test_an_epoch_shows_every_image_once_in_steps_of_nearly_one_size(count, batch, world):
+    plans = [TrainingPlan(count, batch, 0, rank, world) for rank in range(world)]
+    steps = plans[0].steps_per_epoch
+    epochs = [list(itertools.islice(plan.batches(), 2 * steps)) for plan in plans]
+    for epoch in range(2):
+        shown = [planned for plan in epochs for planned in plan[epoch * steps : (epoch + 1) * steps]]
+        assert {planned.epoch for planned in shown} == {epoch}
+        assert np.array_equal(np.sort(np.concatenate([planned.rows for planned in shown])), np.arange(count))
+        sizes = [sum(len(plan[epoch * steps + step].rows) for plan in epochs) for step in range(steps)]
+        assert max(sizes) - min(sizes) <= 1 and max(sizes) <= batch * world
+    first, second = (np.concatenate([p.rows for p in epochs[0][e * steps : (e + 1) * steps]]) for e in range(2))
+    assert count < 20 or not np.array_equal(first, second)
+
+
+@pytest.mark.parametrize("start", [1, 14, 15, 31])
+def test_a_plan_continues_at_any_step(start):
+    plan = TrainingPlan(100, 7, 3)
+    whole = list(itertools.islice(plan.batches(), 40))
+    resumed = list(itertools.islice(plan.batches(start), 40 - start))
+    for one, other in zip(whole[start:], resumed, strict=True):
+        assert one.epoch == other.epoch and np.array_equal(one.rows, other.rows)
+
+
+def test_too_few_images_for_a_step_say_what_to_do():
+    with pytest.raises(UserError, match=r"9 images are fewer than one step of 10 .* lower --batch_size to at most 9"):
+        TrainingPlan(9, 10, 0)
+
+
+def batches(source, threads, **settings):
+    plan = np.array_split(np.arange(len(source)), 5)
+    return list(ViewLoader(source, plan, VIEWS, seed=5, epoch=2, threads=threads, **settings))
+
+
+def same(one, other):
+    return all(
+        torch.equal(a["key"].index, b["key"].index)
+        and torch.equal(a["label"], b["label"])
+        and all(torch.equal(x, y) for x, y in zip(a["views"], b["views"], strict=True))
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def test_batches_do_not_depend_on_threads_or_on_where_the_images_are(labelled_folder):
+    in_memory = open_source(labelled_folder, in_memory=True)
+    on_disk = open_source(labelled_folder, in_memory=False)
+    wanted = batches(in_memory, 1)
+    assert wanted[0]["views"][0].shape == (32, 3, 12, 12) and len(wanted[0]["views"]) == 2
+    assert not torch.equal(wanted[0]["views"][0], wanted[0]["views"][1])
+    assert same(wanted, batches(in_memory, 3)) and same(wanted, batches(on_disk, 3))
+
+
+def test_a_row_does_not_depend_on_its_batch(labelled_folder):
+    source = open_source(labelled_folder)
+    whole = next(iter(ViewLoader(source, [np.arange(40)], VIEWS, seed=1)))
+    alone = next(iter(ViewLoader(source, [np.array([17])], VIEWS, seed=1)))
+    assert torch.equal(alone["views"][1][0], whole["views"][1][17])
+
+
+def test_a_bad_file_is_dropped_or_replaced_by_the_next_good_one(labelled_folder, tmp_path):
+    for number in range(10):
+        image = Image.open(labelled_folder / "a" / f"{number:03d}.png")
+        image.save(tmp_path / f"{number}.png")
+    for name in ("2.png", "5.png"):
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:90])
+    source = open_source(tmp_path, in_memory=False, max_bad=0.5)
+    plan = [np.array([0, 2, 1]), np.array([5, 4]), np.array([6, 7])]
+    dropped = list(ViewLoader(source, plan, (plain((8, 8)),), bad="drop"))
+    assert [batch["key"].index.tolist() for batch in dropped] == [[0, 1], [4], [6, 7]]
+    replaced = list(ViewLoader(source, plan, (plain((8, 8)),), bad="replace"))
+    assert [batch["key"].index.tolist() for batch in replaced] == [[0, 4, 1], [6, 4], [6, 7]]
+    assert torch.equal(replaced[1]["views"][0][0], replaced[2]["views"][0][0])
+    assert sorted(name for name, _ in source.skipped) == ["2.png", "5.png"]
+    strict = open_source(tmp_path, in_memory=False, max_bad=0.1)
+    with pytest.raises(UserError, match=r"2 of 10 images could not be decoded"):
+        list(ViewLoader(strict, plan, (plain((8, 8)),)))
+
+
+def test_views_on_the_device_see_the_same_images(labelled_folder):
+    from ssl_kit.views.device import apply_device
+
+    source = open_source(labelled_folder)
+    host = next(iter(ViewLoader(source, [np.arange(20)], VIEWS, seed=1)))
+    stored, *params = next(iter(ViewLoader(source, [np.arange(20)], VIEWS, seed=1, on_device=True)))["views"]
+    assert stored.dtype == torch.uint8
+    for view, param, wanted in zip(VIEWS, params, host["views"], strict=True):
+        assert (apply_device(stored, param, view.size) - wanted).abs().max() <= 2 / 255
+
+
+def test_stopping_early_ends_the_threads(labelled_folder):
+    import threading
+
+    source = open_source(labelled_folder)
+    before = threading.active_count()
+    iterator = iter(ViewLoader(source, [np.arange(4)] * 50, VIEWS, threads=1))
+    next(iterator)
+    iterator.close()
+    assert threading.active_count() <= before + 1  # the kernel's own pool stays
