@@ -1,0 +1,39 @@
+# `make demo` and `make test` need Python 3.11 or newer, git and make; everything else is installed into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := demo/run
+EMB := demo/embeddings
+
+.PHONY: demo test check clean
+
+.venv/demo: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[demo]'
+	touch $@
+
+.venv/dev: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+# The whole way on real images that come with a Python package: 5,000 MNIST digits, 1,000 of them held out.
+demo: .venv/demo
+	rm -rf demo
+	$(BIN)/ssl-kit pretrain mnist5k:train -c simclr_mnist_demo --run $(RUN)
+	$(BIN)/ssl-kit evaluate $(RUN) mnist5k --dims '[8]'
+	$(BIN)/ssl-kit embed $(RUN) mnist5k --out $(EMB)
+	$(BIN)/ssl-kit index $(EMB)
+	$(BIN)/python -c "from ssl_kit.data.sources import open_source as o; from PIL import Image; Image.fromarray(o('mnist5k').images[7]).save('demo/query.png')"
+	$(BIN)/ssl-kit search $(EMB) demo/query.png -k 5 --html demo/search.html
+	$(BIN)/ssl-kit report $(RUN)
+
+test: .venv/dev
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest
+
+check: .venv/dev
+	$(BIN)/ruff format --check ssl_kit tests benchmarks
+	$(BIN)/ruff check ssl_kit tests benchmarks
+	$(BIN)/mypy ssl_kit
+
+clean:
+	rm -rf .venv demo build dist
