@@ -60,5 +60,14 @@ def test_alpha_of_a_power_law(alpha):
     assert alpha_exponent(1_000 + features) == pytest.approx(alpha, abs=0.02)  # a common offset is no direction
 
 
+def test_alpha_weighs_every_octave_alike():
+    values = np.where(np.arange(64) < 32, np.arange(1, 65) ** -1.0, 1 / 64)  # the last of six octaves is bent
+    log_i, log_v = np.log(np.arange(1, 65)), np.log(values)
+    weights = 1 / np.arange(1, 65)
+    centre_i, centre_v = np.average(log_i, weights=weights), np.average(log_v, weights=weights)
+    slope = (weights * (log_i - centre_i) * (log_v - centre_v)).sum() / (weights * (log_i - centre_i) ** 2).sum()
+    assert alpha_exponent(with_spectrum(np.sqrt(values), 1_000)) == pytest.approx(-slope, abs=1e-6)
+
+
 def test_alpha_of_nothing_is_not_a_number():
     assert np.isnan(alpha_exponent(np.ones((10, 3))))

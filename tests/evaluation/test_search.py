@@ -9,7 +9,15 @@ import pytest
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import DamagedError
 from ssl_kit.embeddings import Embeddings
-from ssl_kit.evaluation.neighbours import build_index, default_key, normalised, read_index, search_index, write_index
+from ssl_kit.evaluation.neighbours import (
+    _others,
+    build_index,
+    default_key,
+    normalised,
+    read_index,
+    search_index,
+    write_index,
+)
 from ssl_kit.verbs.embed import embed
 from ssl_kit.verbs.index import index
 from ssl_kit.verbs.search import search
@@ -54,6 +62,11 @@ def test_refined_product_codes_reach_the_recall():
     built = build_index(mixture(6_000), "IVF64,PQ4x4fs,Refine(SQfp16)", recall=0.95)
     assert built.recall >= 0.94
     assert built.nprobe < 64
+
+
+def test_a_query_is_not_its_own_neighbour():
+    ids = np.array([[3, 1, 2], [0, 5, 7]])
+    assert [row.tolist() for row in _others(ids, np.array([3, 5]))] == [[1, 2], [0, 7]]
 
 
 def test_key_follows_the_size():
