@@ -30,7 +30,7 @@ import torch
 from PIL import Image
 
 from ssl_kit.core.console import table
-from ssl_kit.data.module import ViewLoader
+from ssl_kit.data.batches import ViewLoader
 from ssl_kit.data.sources import open_source
 from ssl_kit.views.device import apply_device
 from ssl_kit.views.host import apply_host

@@ -105,6 +105,8 @@ def _parse(verb: str, function: Any, rest: list[str], everything: bool) -> dict[
     for name in recipes:
         recipe = read_recipe(name)
         named = recipe.pop("data", named)
+        if verb != "pretrain":  # what the verb does not take (the method, the trainer) is not for it
+            recipe = {key: value for key, value in recipe.items() if key in function.__annotations__}
         configs += ["-c", json.dumps(recipe)]
     try:
         parsed = parser.parse_args([*configs, *rest])
@@ -123,17 +125,22 @@ def _add_arguments(parser: Any, verb: str, function: Any) -> None:
         for argument in positional:
             several = argument.annotation is not None and ast.unparse(argument.annotation).startswith("list")
             parser.add_argument(argument.arg, type=str, nargs="+" if several else None)
-        parser.add_function_arguments(function, as_positional=False, skip={argument.arg for argument in positional})
+        parser.add_function_arguments(
+            function, as_group=False, as_positional=False, skip={argument.arg for argument in positional}
+        )
         return
-    from ssl_kit.verbs.recipes import add_recipe_arguments
+    from ssl_kit.verbs.building import add_recipe_arguments
 
     parser.add_argument("data", nargs="?", default=None, help="folder, manifest or built-in set")
-    parser.add_function_arguments(function, as_positional=False, skip={"data", "method", "trainer"})
-    add_recipe_arguments(parser)
+    parser.add_function_arguments(function, as_group=False, as_positional=False, skip={"data", "method", "trainer"})
+    if verb == "pretrain":
+        add_recipe_arguments(parser)
 
 
 def _instantiated(parser: Any, parsed: Any) -> dict[str, Any]:
     """Records (views) as objects; the method and the trainer as settings, of which only those that were changed."""
+    if "method" not in parsed:
+        return parser.instantiate(parsed).as_dict()
     method = parsed.pop("method").as_dict()
     trainer = parsed.pop("trainer", None)
     values = {

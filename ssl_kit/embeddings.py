@@ -30,8 +30,9 @@ import ssl_kit
 from ssl_kit.core.console import progress
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import MANIFEST, DamagedError, atomic_folder, read_manifest
+from ssl_kit.core.machine import choose_precision
+from ssl_kit.data.batches import ViewLoader
 from ssl_kit.data.listing import escape_path
-from ssl_kit.data.module import ViewLoader
 from ssl_kit.data.skipped import write_skipped
 from ssl_kit.data.sources import Source
 from ssl_kit.encoders.encoder import Encoder
@@ -222,13 +223,7 @@ def _chosen(precision: Precision, device: torch.device) -> Precision:
     0.99999 for an untrained ResNet-18 of width 16, 0.99998 for ResNet-50, 0.99995 for ViT-Tiny; effective rank within
     0.5 %; 2 to 3 times the speed of the ResNets on a CPU with avx512_bf16. The manifest says which was used.
     """
-    if precision != "auto":
-        return precision
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    fast = device.type == "cpu" and any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "amx_tile", "bf16"))
-    return "bfloat16" if fast else "float32"
+    return "bfloat16" if choose_precision(precision, device.type).value == "bfloat16" else "float32"
 
 
 @contextmanager

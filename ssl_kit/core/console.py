@@ -9,16 +9,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-Item = TypeVar("Item")
 _PLAIN_WIDTH = 120  # columns of a table when the output is a file or a pipe
 
-_settings = {"to_stderr": False, "quiet": False}
+_settings = {"to_stderr": False, "quiet": False, "live": False}
 
 
 def configure(*, to_stderr: bool = False, quiet: bool = False) -> None:
@@ -64,6 +62,11 @@ def progress(total: int, label: str) -> Iterator[Progress]:
 
     Use `bar.advance(bar.task_ids[0], n)` inside.
     """
+    if _settings["live"]:  # inside another bar, such as that of a training run
+        with Progress(disable=True) as bar:
+            bar.add_task(label, total=total)
+            yield bar
+        return
     stderr = Console(stderr=True, quiet=_settings["quiet"])
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
@@ -71,9 +74,6 @@ def progress(total: int, label: str) -> Iterator[Progress]:
         yield bar
 
 
-def track(items: Sequence[Item], label: str) -> Iterator[Item]:
-    """Iterates over `items` with a progress bar on stderr."""
-    with progress(len(items), label) as bar:
-        for item in items:
-            yield item
-            bar.advance(bar.task_ids[0])
+def live(on: bool) -> None:
+    """Says that a bar is up for long: bars of shorter work stay silent meanwhile."""
+    _settings["live"] = on

@@ -23,11 +23,6 @@ _CHUNK_FILES = 256
 _SHARE = 0.25  # of the available memory that decoded images may take without being asked
 
 
-def available_cores() -> int:
-    """Cores this process may use (a container or `taskset` may allow fewer than the machine has)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def available_memory() -> int:
     """Bytes that can still be allocated: what the system has, or what the container allows if that is less."""
     free = []

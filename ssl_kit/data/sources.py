@@ -3,7 +3,7 @@
 open_source("photos")             a folder, any nesting
 open_source("list.csv")           or .parquet: a column `path`, relative to the file, and perhaps `label`
 open_source((images, labels))     (N, H, W) or (N, H, W, C) uint8 or uint16 arrays
-open_source("digits"), "mnist5k"  built-in, no download
+open_source("digits"), "mnist5k"  built-in, no download; "mnist5k:train" is the part that evaluation trains on
 open_labelled("cifar10")          train/ + test/ sub-folders as given, otherwise a seeded stratified split
 """
 
@@ -20,11 +20,12 @@ import numpy as np
 
 from ssl_kit.core.console import say
 from ssl_kit.core.errors import UserError
+from ssl_kit.core.machine import available_cores
 from ssl_kit.core.random import permutation
 from ssl_kit.data.decode import BadImageError, image_size
 from ssl_kit.data.labels import encode, folder_labels, split_folders, stratified
 from ssl_kit.data.listing import folder_of_images, read_regular, unescape
-from ssl_kit.data.loading import Images, available_cores, estimate_bytes, fits_in_memory, load_images
+from ssl_kit.data.loading import Images, estimate_bytes, fits_in_memory, load_images
 from ssl_kit.data.skipped import Skipped
 from ssl_kit.data.tables import builtin, is_builtin, read_table
 
@@ -188,8 +189,10 @@ def _listed(data: Data, channels: int, max_bad: float, labelled: bool) -> Source
         raise UserError(f"{text}: addresses are not read yet; wanted a folder, a .csv or .parquet, or 'mnist5k'")
     if path.suffix == ".tar" or ".tar." in path.name or ("{" in text and ".." in text and not path.exists()):
         raise UserError(f"{text}: tar shards are not read yet; unpack them into a folder, or list the files in a .csv")
-    if is_builtin(text) and not path.exists():
-        return _from_arrays(*builtin(text), channels, text)
+    name, _, part = text.partition(":")
+    if is_builtin(name) and not path.exists():
+        whole = _from_arrays(*builtin(name), channels, name)
+        return _part(whole, _rows_of(whole, part), part) if part else whole
     if path.suffix.lower() in (".csv", ".parquet") and path.is_file():
         ids, names = read_table(path)
         labels, classes = encode(names)
@@ -199,6 +202,14 @@ def _listed(data: Data, channels: int, max_bad: float, labelled: bool) -> Source
     ids = folder_of_images(path).ids
     labels, classes = folder_labels(ids, asked=labelled)
     return Source(text, ids, labels, classes, channels, None, path, Skipped(len(ids), max_bad))
+
+
+def _rows_of(whole: Source, part: str) -> np.ndarray:
+    """(N,) bool: the rows of `train` or `test` as `open_labelled` splits them."""
+    if part not in ("train", "test"):
+        raise UserError(f"{whole.name}:{part}: a built-in set has the parts train and test")
+    test = stratified(whole.labels, _TEST_FRACTION)
+    return test if part == "test" else ~test
 
 
 def _decoded(source: Source, in_memory: Literal["auto"] | bool, threads: int) -> Source:

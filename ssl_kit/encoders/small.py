@@ -40,22 +40,35 @@ default_cfgs = generate_default_cfgs(
 
 
 class SmallResNet(ResNet):
-    """timm's ResNet with a 3x3, stride-1 stem of `channels[0]` filters and no pooling after it."""
+    """timm's ResNet with a 3x3 stem of `channels[0]` filters and no pooling after it.
 
-    def __init__(self, block: type[BasicBlock] | type[Bottleneck], layers: tuple[int, ...], **timm_arguments: Any):
+    Args:
+        block: timm's residual block.
+        layers: blocks per stage.
+        stem_stride: of the stem; 1 keeps the resolution, 2 buys twice the width for the same arithmetic.
+        timm_arguments: as timm's ResNet takes them.
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        layers: tuple[int, ...],
+        stem_stride: int = 1,
+        **timm_arguments: Any,
+    ):
         channels = tuple(timm_arguments.get("channels") or _STANDARD_CHANNELS)
         in_chans = timm_arguments.get("in_chans", 3)
         # timm fixes the plain stem at 64 filters; asked for a "deep" one it sizes everything after the stem by
         # 2 * stem_width, so that the stem that replaces it below can have as many filters as the first stage
         timm_arguments.update(channels=channels, stem_type="deep", stem_width=channels[0] // 2)
         super().__init__(block, layers, **timm_arguments)  # type: ignore[arg-type]  # timm's hint names instances
-        stem = nn.Conv2d(in_chans, channels[0], kernel_size=3, padding=1, bias=False)
+        stem = nn.Conv2d(in_chans, channels[0], kernel_size=3, stride=stem_stride, padding=1, bias=False)
         nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
         self.conv1, self.maxpool = stem, nn.Identity()  # type: ignore[assignment]
         for info in cast(
             "list[dict[str, Any]]", self.feature_info
         ):  # timm states the reduction of each stage for a stem that divides by 4
-            info["reduction"] = max(1, info["reduction"] // 4)
+            info["reduction"] = max(1, info["reduction"] // 4) * stem_stride
 
 
 @register_model

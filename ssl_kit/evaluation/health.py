@@ -74,7 +74,7 @@ def two_views(encoder: Encoder, source: Source, count: int = 2_000, *, seed: int
     """
     import torch
 
-    from ssl_kit.data.module import ViewLoader
+    from ssl_kit.data.batches import ViewLoader
     from ssl_kit.views.recipe import ViewRecipe
 
     rows = sample_rows(np.arange(len(source)), count, seed)

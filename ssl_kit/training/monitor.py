@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from ssl_kit.core.console import say
+from ssl_kit.core.console import live, say
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.spectrum import effective_rank
 
@@ -206,6 +206,7 @@ class Bar(pl.Callback):
             self.bar = Progress(*columns, TimeRemainingColumn(), console=stderr, transient=True)
             self.bar.add_task("", total=self.total_steps(), completed=trainer.global_step, epoch=0.0, text="")
             self.bar.start()
+            live(True)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -225,6 +226,7 @@ class Bar(pl.Callback):
         """Removes the bar."""
         if self.bar is not None:
             self.bar.stop()
+            live(False)
             self.bar = None
 
     def _measured(self, row: dict[str, float]) -> None:

@@ -17,9 +17,13 @@ import torch
 from ssl_kit.core.console import next_command, say
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import lock
-from ssl_kit.data.module import ImageData, ViewLoader
+from ssl_kit.core.machine import Precision, choose_device, choose_precision, lightning_precision
+from ssl_kit.data.batches import ViewLoader
+from ssl_kit.data.labels import stratified
+from ssl_kit.data.module import ImageData
 from ssl_kit.data.skipped import write_skipped
-from ssl_kit.data.sources import Source, open_source, stratified
+from ssl_kit.data.sources import Source, open_source
+from ssl_kit.embeddings import embed
 from ssl_kit.encoders.encoder import initialise
 from ssl_kit.evaluation.neighbours import knn_accuracy
 from ssl_kit.methods.method import Method
@@ -27,9 +31,8 @@ from ssl_kit.report.pictures import draw_views
 from ssl_kit.report.report import write_report
 from ssl_kit.training.checkpoint import Checkpoints, SafeCheckpointIO, newest
 from ssl_kit.training.horizon import Horizon
-from ssl_kit.training.machine import Precision, choose_device, choose_precision, lightning_precision
 from ssl_kit.training.monitor import Bar, Curves, feature_health
-from ssl_kit.verbs.recipes import build_method, save_recipe
+from ssl_kit.verbs.building import build_method, save_recipe
 from ssl_kit.verbs.record import RunRecord, versions
 from ssl_kit.views.recipe import View, ViewRecipe, plain
 
@@ -212,28 +215,13 @@ class _Measure:
 
     def __call__(self, method: pl.LightningModule) -> dict[str, float]:
         assert isinstance(method, Method)
-        scores = feature_health(self._embed(method, self.images)[0])
+        encoder = method.encoder
+        scores = feature_health(embed(encoder, self.images, view=self.view, label="rank").vectors)
         if self.gallery is not None and self.queries is not None:
-            vectors, labels = self._embed(method, self.gallery)
-            asked, truth = self._embed(method, self.queries)
-            scores["knn_top1"] = float(knn_accuracy(vectors, labels, asked, truth))
+            known = embed(encoder, self.gallery, view=self.view, label="kNN gallery")
+            asked = embed(encoder, self.queries, view=self.view, label="kNN queries")
+            scores["knn_top1"] = float(knn_accuracy(known.vectors, known.labels, asked.vectors, asked.labels))
         return scores
-
-    def _embed(self, method: Method, source: Source) -> tuple[np.ndarray, np.ndarray]:
-        was_training = method.training
-        method.eval()
-        plan = np.array_split(np.arange(len(source)), max(1, len(source) // 512))
-        vectors, labels = [], []
-        precision = method.trainer.precision_plugin
-        with torch.inference_mode(), precision.forward_context():
-            for batch in ViewLoader(source, plan, (self.view,)):
-                images = batch["views"][0].to(method.device)
-                if method.encoder.is_convolutional:
-                    images = images.contiguous(memory_format=torch.channels_last)
-                vectors.append(method.embed(images).float().cpu().numpy())
-                labels.append(batch["label"].numpy())
-        method.train(was_training)
-        return np.concatenate(vectors), np.concatenate(labels)
 
 
 class _Refresh(pl.Callback):

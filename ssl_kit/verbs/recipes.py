@@ -1,6 +1,7 @@
-"""Recipes: YAML files that say how to pretrain. Finding packaged ones, building what they name, writing them back.
+"""Recipes: YAML files that say how to pretrain. Finding and reading them; `building.py` makes what they name.
 
 A recipe may name classes of ssl_kit only; another module needs `--allow MODULE`. The check comes before any import.
+Imports nothing heavy: the command line needs this before it knows what to do.
 """
 
 from __future__ import annotations
@@ -11,17 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
-from pytorch_lightning import Trainer
+from jsonargparse import set_parsing_settings
 
 import ssl_kit
 from ssl_kit.core.errors import UserError
-from ssl_kit.core.files import atomic_file
-from ssl_kit.methods.method import Method
-
-SIMCLR = "ssl_kit.methods.simclr.SimCLR"
-_ENCODER = "ssl_kit.encoders.encoder.Encoder"
-_MEASURED = ("image_size", "channels", "mean", "std")  # encoder arguments that come from the images
 
 
 def folders() -> list[Path]:
@@ -59,64 +53,6 @@ def restrict_imports(allow: Sequence[str] = ()) -> None:
     set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=["ssl_kit", *allow])
 
 
-def add_recipe_arguments(parser: ArgumentParser) -> None:
-    """Adds what a recipe holds beside the verb's own options: the method and the trainer, typed by their classes."""
-    parser.add_subclass_arguments(Method, "method", required=False)
-    parser.set_defaults({"method": default_method()})
-    parser.add_class_arguments(Trainer, "trainer", instantiate=False)
-
-
-def default_method() -> dict[str, Any]:
-    """SimCLR with everything chosen from the images."""
-    return {"class_path": SIMCLR, "init_args": {"encoder": {"class_path": _ENCODER}}}
-
-
-def build_method(
-    spec: dict[str, Any] | None,
-    *,
-    image_size: tuple[int, int],
-    channels: int,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-) -> Method:
-    """Checks {class_path, init_args} against the class's signature and builds the method.
-
-    Raises:
-        UserError: an unknown class or argument, or a value of the wrong type.
-    """
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(Method, "method", required=True)
-    wanted = {**(spec or default_method())}
-    wanted["init_args"] = {"encoder": {"class_path": _ENCODER}, **(wanted.get("init_args") or {})}
-    try:
-        parsed = parser.parse_object({"method": wanted})
-        encoder = parsed.method.init_args.encoder
-        if "init_args" not in encoder:
-            encoder.init_args = Namespace()
-        measured = dict(zip(_MEASURED, (image_size, channels, mean, std), strict=True))
-        for key, value in measured.items():
-            encoder.init_args[key] = value
-        return parser.instantiate(parsed).method
-    except (ArgumentError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"method: {brief(error)}") from error
-
-
-def save_recipe(path: Path, settings: dict[str, Any], method: Method) -> None:
-    """Writes the resolved recipe: `ssl-kit pretrain -c recipe.yaml` repeats the run."""
-    recipe = {key: _plain(value) for key, value in settings.items() if value is not None}
-    spec = recipe.setdefault("method", default_method())
-    arguments = spec.setdefault("init_args", {})
-    encoder = arguments.get("encoder", {})
-    encoder_args = {**encoder.get("init_args", {key: value for key, value in encoder.items() if key != "class_path"})}
-    for key in _MEASURED:
-        encoder_args.pop(key, None)
-    arguments["encoder"] = {**encoder_args, "name": method.encoder.name}
-    with atomic_file(path) as temporary:
-        temporary.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
-
-
 def brief(error: Exception) -> str:
     """The telling line of an argument parser's message, which repeats itself over many."""
     lines = [line.strip(" -") for line in str(error).splitlines() if line.strip(" -")]
@@ -125,16 +61,3 @@ def brief(error: Exception) -> str:
     ]
     named = [line for line in telling if "is not accepted" in line] or telling or lines
     return named[0] if named else type(error).__name__
-
-
-def _plain(value: Any) -> Any:
-    """Settings as YAML knows them."""
-    if hasattr(value, "__dataclass_fields__"):
-        value = {name: getattr(value, name) for name in value.__dataclass_fields__}
-    if isinstance(value, Namespace):
-        value = value.as_dict()
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value

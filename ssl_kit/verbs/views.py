@@ -26,9 +26,8 @@ _LARGEST_DEFAULT = 224  # pixels
 def views(
     data: str,
     *,
-    config: tuple[str, ...] = (),
     out: str = "views.png",
-    recipe: ViewRecipe | None = None,
+    views: ViewRecipe = ViewRecipe(),  # noqa: B008 (frozen)
     image_size: int | None = None,
     channels: int = 3,
     count: int = 8,
@@ -40,9 +39,8 @@ def views(
 
     Args:
         data: folder (searched recursively), .csv or .parquet manifest with a `path` column, or a built-in set.
-        config: recipes; what they say under `views:`, `image_size:` and `seed:` arrives in the options below.
         out: the picture to write.
-        recipe: what stands under `views:` in a recipe.
+        views: what may happen to an image, as in a recipe.
         image_size: side of a view in pixels; default: the shorter side of the first image, at most 224.
         channels: of the images, 3 or 1.
         count: originals, one row each.
@@ -56,22 +54,20 @@ def views(
     chosen = _decodable(source, count)
     images, rows = list(chosen.values()), np.array(list(chosen), np.int64)
     side = image_size or min(_LARGEST_DEFAULT, *images[0].shape[:2])
-    recipe = recipe or ViewRecipe()
-    drawn = recipe.build((side, side), source.channels, views_per_image)
+    drawn = views.build((side, side), source.channels, views_per_image)
     grid = _grid(images, rows, drawn, side, seed, epoch)
     with atomic_file(out) as temporary:
         Image.fromarray(grid[..., 0] if grid.shape[2] == 1 else grid).save(temporary, format="PNG")
     say(
         f"{out}: {len(images)} originals (left), {views_per_image} views of each, {side} x {side} pixels, epoch {epoch}"
     )
-    said = "".join(f" -c {shlex.quote(name)}" for name in config)
-    next_command(f"ssl-kit pretrain {shlex.quote(data)}{said}")
+    next_command(f"ssl-kit pretrain {shlex.quote(data)}")
     return {
         "out": str(Path(out)),
         "originals": [source.id(row) for row in chosen],
         "views_per_image": views_per_image,
         "image_size": side,
-        "preset": recipe.preset,
+        "preset": views.preset,
         "seed": seed,
         "epoch": epoch,
     }

@@ -26,7 +26,7 @@ def folder(tmp_path: Path) -> Path:
 def test_the_grid_holds_the_views_of_training(folder: Path) -> None:
     out = folder / "pictures" / "views.png"
     recipe = ViewRecipe(preset="dino")
-    record = views(str(folder), out=str(out), recipe=recipe, image_size=32, count=3, views_per_image=3, seed=5, epoch=2)
+    record = views(str(folder), out=str(out), views=recipe, image_size=32, count=3, views_per_image=3, seed=5, epoch=2)
     assert record["originals"] == ["0.png", "1.png", "2.png"]
     grid = np.asarray(Image.open(out))
     assert grid.shape == (3 * 36 + GAP, 4 * 36 + GAP, 3)
@@ -42,7 +42,7 @@ def test_the_grid_holds_the_views_of_training(folder: Path) -> None:
 
 def test_the_size_follows_the_images_and_gray_stays_gray(folder: Path) -> None:
     out = folder / "gray.png"
-    record = views(str(folder), out=str(out), recipe=ViewRecipe(preset="gray"), channels=1, count=1, views_per_image=1)
+    record = views(str(folder), out=str(out), views=ViewRecipe(preset="gray"), channels=1, count=1, views_per_image=1)
     assert record["image_size"] == 40
     assert Image.open(out).mode == "L"
 

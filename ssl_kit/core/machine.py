@@ -1,7 +1,8 @@
-"""What suits this machine: precision and memory format, each with its reason in one line and an override."""
+"""What this machine is and what suits it: cores, device, precision; each choice with its reason in one line."""
 
 from __future__ import annotations
 
+import os
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -45,6 +46,11 @@ def choose_precision(wanted: Precision, device: str) -> Choice:
 def lightning_precision(precision: str) -> str:
     """Lightning's word for a precision: weights stay float32, products run under autocast."""
     return _LIGHTNING[precision]
+
+
+def available_cores() -> int:
+    """Cores this process may use (a container or `taskset` may allow fewer than the machine has)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def fast_bfloat16() -> bool:

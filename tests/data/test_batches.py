@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from ssl_kit.core.errors import UserError
-from ssl_kit.data.module import TrainingPlan, ViewLoader
+from ssl_kit.data.batches import TrainingPlan, ViewLoader
 from ssl_kit.data.sources import open_source
 from ssl_kit.views.recipe import ViewRecipe, plain
 

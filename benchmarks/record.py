@@ -1,0 +1,85 @@
+"""Runs a benchmark, keeps its rows with where they came from, and rewrites docs/numbers.md from all that is kept.
+
+    python benchmarks/record.py views --quick      # runs benchmarks/views.py --quick --json ..., then rewrites the page
+    python benchmarks/record.py                    # rewrites the page only
+
+The records are docs/numbers/NAME.json: {"command", "commit", "date", "machine", "rows"}; a row is what design says of
+benchmarks (`id, what, ours, peer, peer_name, unit, ratio, low, high, runs`) or any other flat record.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RECORDS = ROOT / "docs" / "numbers"
+PAGE = ROOT / "docs" / "numbers.md"
+HEAD = """# Numbers
+
+Made by `python benchmarks/record.py` from `docs/numbers/*.json`; do not edit. Ratios are better-is-larger, measured side by side in
+one run (interleaved), median with minimum and maximum. Accuracies are fractions with 95 % bootstrap intervals over the test images.
+"""
+
+
+def machine() -> str:
+    """Processor, cores and memory of this machine, in words."""
+    processor = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        processor = names[0] if names else processor
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{len(os.sched_getaffinity(0))} cores of {processor}, {memory:.0f} GiB, shared"
+
+
+def keep(name: str, command: str, rows: list[dict[str, Any]]) -> None:
+    """Writes docs/numbers/NAME.json."""
+    asked = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    record = {"command": command, "commit": commit, "date": time.strftime("%Y-%m-%d"), "machine": machine(), "rows": rows}
+    RECORDS.mkdir(parents=True, exist_ok=True)
+    (RECORDS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def cell(value: Any) -> str:
+    """A value as people read it."""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return "" if value is None else str(value)
+
+
+def page() -> str:
+    """The whole of docs/numbers.md."""
+    parts = [HEAD]
+    for path in sorted(RECORDS.glob("*.json")):
+        record = json.loads(path.read_text())
+        columns = list(dict.fromkeys(key for row in record["rows"] for key in row))
+        parts.append(f"\n## {path.stem}\n\n`{record['command']}` - commit {record['commit']}, {record['date']}, {record['machine']}\n\n")
+        parts.append("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns) + "\n")
+        for row in record["rows"]:
+            parts.append("| " + " | ".join(cell(row.get(column)) for column in columns) + " |\n")
+    return "".join(parts)
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        name, options = sys.argv[1], sys.argv[2:]
+        with tempfile.TemporaryDirectory() as folder:
+            rows = Path(folder) / "rows.json"
+            subprocess.run([sys.executable, f"benchmarks/{name}.py", *options, "--json", str(rows)], cwd=ROOT, check=True)
+            keep(name, " ".join(["python", f"benchmarks/{name}.py", *options]), json.loads(rows.read_text()))
+    PAGE.write_text(page())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""What a recipe names, built: the method with its encoder, typed by their signatures; and written back, resolved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from pytorch_lightning import Trainer
+
+from ssl_kit.core.errors import UserError
+from ssl_kit.core.files import atomic_file
+from ssl_kit.methods.method import Method
+from ssl_kit.verbs.recipes import brief
+
+SIMCLR = "ssl_kit.methods.simclr.SimCLR"
+_ENCODER = "ssl_kit.encoders.encoder.Encoder"
+_MEASURED = ("image_size", "channels", "mean", "std")  # encoder arguments that come from the images
+
+
+def add_recipe_arguments(parser: ArgumentParser) -> None:
+    """Adds what a recipe holds beside the verb's own options: the method and the trainer, typed by their classes."""
+    parser.add_subclass_arguments(Method, "method", required=False)
+    parser.set_defaults({"method": default_method()})
+    parser.add_class_arguments(Trainer, "trainer", instantiate=False)
+
+
+def default_method() -> dict[str, Any]:
+    """SimCLR with everything chosen from the images."""
+    return {"class_path": SIMCLR, "init_args": {"encoder": {"class_path": _ENCODER}}}
+
+
+def build_method(
+    spec: dict[str, Any] | None,
+    *,
+    image_size: tuple[int, int],
+    channels: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> Method:
+    """Checks {class_path, init_args} against the class's signature and builds the method.
+
+    Raises:
+        UserError: an unknown class or argument, or a value of the wrong type.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Method, "method", required=True)
+    wanted = {**(spec or default_method())}
+    wanted["init_args"] = {"encoder": {"class_path": _ENCODER}, **(wanted.get("init_args") or {})}
+    try:
+        parsed = parser.parse_object({"method": wanted})
+        encoder = parsed.method.init_args.encoder
+        if "init_args" not in encoder:
+            encoder.init_args = Namespace()
+        measured = dict(zip(_MEASURED, (image_size, channels, mean, std), strict=True))
+        for key, value in measured.items():
+            encoder.init_args[key] = value
+        return parser.instantiate(parsed).method
+    except (ArgumentError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"method: {brief(error)}") from error
+
+
+def save_recipe(path: Path, settings: dict[str, Any], method: Method) -> None:
+    """Writes the resolved recipe: `ssl-kit pretrain -c recipe.yaml` repeats the run."""
+    recipe = {key: _plain(value) for key, value in settings.items() if value is not None}
+    spec = recipe.setdefault("method", default_method())
+    arguments = spec.setdefault("init_args", {})
+    encoder = arguments.get("encoder", {})
+    encoder_args = {**encoder.get("init_args", {key: value for key, value in encoder.items() if key != "class_path"})}
+    for key in _MEASURED:
+        encoder_args.pop(key, None)
+    arguments["encoder"] = {**encoder_args, "name": method.encoder.name}
+    with atomic_file(path) as temporary:
+        temporary.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    """Settings as YAML knows them."""
+    if hasattr(value, "__dataclass_fields__"):
+        value = {name: getattr(value, name) for name in value.__dataclass_fields__}
+    if isinstance(value, Namespace):
+        value = value.as_dict()
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,116 @@
+"""The command line: fast help, one line per mistake, what wins over what, nothing imported that was not allowed."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from ssl_kit import cli
+from ssl_kit.core.console import configure
+
+
+@pytest.fixture(autouse=True)
+def usual_console():
+    yield
+    configure()
+
+
+def mistake(capsys, *arguments):
+    assert cli.main(list(arguments)) == 2
+    text = capsys.readouterr().err.strip()
+    assert text.startswith("ssl-kit: ") and "\n" not in text
+    return text
+
+
+def test_help_of_everything_comes_without_torch():
+    code = (
+        "import sys\nfrom ssl_kit.cli import main, _verbs\n"
+        "assert main(['--help']) == 0\n"
+        "for verb in _verbs(): assert main([verb, '--help']) == 0\n"
+        "heavy = {'torch', 'numpy', 'rich', 'timm', 'jsonargparse', 'faiss'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for word in ("pretrain", "evaluate", "--batch-size", "--image-size", "-c RECIPE", "usage: ssl-kit search EMB IMAGES"):
+        assert word in done.stdout
+
+
+def test_every_option_has_a_help_text():
+    for verb in cli._verbs():
+        for line in cli._verb_help(verb).splitlines()[3:]:
+            assert len(line.split(None, 1)) != 1, f"{verb}: {line} has no text"
+
+
+def test_unknown_words_name_the_nearest(capsys):
+    assert "did you mean 'pretrain'" in mistake(capsys, "pretrian", "x")
+    assert "no recipe file or packaged recipe" in mistake(capsys, "pretrain", "x", "-c", "nothing")
+    assert "did you mean" in mistake(capsys, "pretrain", "x", "--epoch", "3")
+    assert "temprature" in mistake(capsys, "pretrain", "x", "--method.temprature", "0.3")
+    assert "epochs" in mistake(capsys, "pretrain", "x", "--epochs", "many")
+    assert "no DATA was given" in mistake(capsys, "pretrain")
+
+
+def test_mistakes_about_data_are_one_line(capsys, tmp_path):
+    assert "nowhere" in mistake(capsys, "pretrain", str(tmp_path / "nowhere"), "--run", str(tmp_path / "r1"))
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("x")
+    assert ".txt" in mistake(capsys, "pretrain", str(tmp_path / "texts"), "--run", str(tmp_path / "r2"))
+    assert "shards" in mistake(capsys, "pretrain", "a.tar", "--run", str(tmp_path / "r3"))
+
+
+def test_fewer_images_than_a_batch(capsys, labelled_folder, tmp_path):
+    text = mistake(capsys, "pretrain", str(labelled_folder), "--run", str(tmp_path / "r"), "--batch-size", "1000")
+    assert "fewer than one step of 1000" in text
+
+
+def test_recipes_and_options_win_in_order(tmp_path, labelled_folder):
+    (tmp_path / "a.yaml").write_text("epochs: 3\nbatch_size: 8\nseed: 1\ndata: elsewhere\n")
+    (tmp_path / "b.yaml").write_text("epochs: 4\nviews: {strength: 0.5}\n")
+    from ssl_kit.verbs.pretrain import pretrain
+
+    rest = ["--seed", "9", "-c", str(tmp_path / "a.yaml"), str(labelled_folder), "-c", str(tmp_path / "b.yaml")]
+    values = cli._parse("pretrain", pretrain, [*rest, "--method.temperature", "0.4", "--resume"], False)
+    assert (values["epochs"], values["batch_size"], values["seed"]) == (4, 8, 9)
+    assert values["data"] == str(labelled_folder) and values["resume"] is True
+    assert values["views"].strength == 0.5 and values["method"]["init_args"]["temperature"] == 0.4
+    assert values["trainer"] == {}
+    assert cli._parse("pretrain", pretrain, ["-c", str(tmp_path / "a.yaml")], False)["data"] == "elsewhere"
+
+
+@pytest.mark.parametrize("path", ["os.system", "subprocess.Popen", "builtins.exec", "torch.hub.load", "stranger.Method"])
+def test_a_recipe_cannot_name_foreign_classes(capsys, tmp_path, path):
+    (tmp_path / "r.yaml").write_text(f"method:\n  class_path: {path}\n")
+    (tmp_path / "stranger.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')\nclass Method: pass\n")
+    sys.path.insert(0, str(tmp_path))
+    try:
+        mistake(capsys, "pretrain", "x", "-c", str(tmp_path / "r.yaml"))
+    finally:
+        sys.path.remove(str(tmp_path))
+    assert not (tmp_path / "canary").exists() and "stranger" not in sys.modules
+
+
+def test_an_allowed_module_may_be_named(tmp_path, labelled_folder, capsys, monkeypatch):
+    (tmp_path / "my_method.py").write_text(
+        "from ssl_kit.methods.simclr import SimCLR\nclass Mine(SimCLR):\n    '''The same.'''\n"
+    )
+    (tmp_path / "r.yaml").write_text(
+        "method:\n  class_path: my_method.Mine\n  init_args:\n    encoder: {args: {channels: [8, 8, 8, 8]}}\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    options = ["--run", str(tmp_path / "run"), "--batch-size", "16", "--trainer.max_steps", "1", "--json"]
+    assert cli.main(["pretrain", str(labelled_folder), "-c", str(tmp_path / "r.yaml"), "--allow", "my_method", *options]) == 0
+    assert json.loads(capsys.readouterr().out)["method"] == "Mine"
+
+
+def test_json_is_the_only_thing_on_stdout(labelled_folder, tmp_path, capsys):
+    assert cli.main(["views", str(labelled_folder), "--out", str(tmp_path / "v.png"), "--count", "2", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["out"] == str(tmp_path / "v.png")
+    assert "next: ssl-kit pretrain" in captured.err
+
+
+def test_dashes_underscores_and_bare_flags():
+    assert cli._underscored("--max-bad") == "--max_bad"
+    assert cli._underscored("--views.local-size=3-4") == "--views.local_size=3-4"
+    assert cli._underscored("-k") == "--k" and cli._underscored("my-data") == "my-data" and cli._underscored("-c") == "-c"

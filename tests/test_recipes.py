@@ -1,0 +1,53 @@
+"""Every packaged recipe is parsed and trained for two steps through the command line."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ssl_kit import cli
+from ssl_kit.core.errors import UserError
+from ssl_kit.verbs.recipes import packaged, read_recipe
+
+RECIPES = sorted(packaged())
+
+
+def test_recipes_are_found():
+    assert "simclr_cifar10_small" in RECIPES
+    assert {Path(path).parent.name for path in packaged().values()} == {"recipes"}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_says_where_its_numbers_come_from(name):
+    comment = [line for line in packaged()[name].read_text().splitlines() if line.startswith("#")]
+    assert "arXiv" in " ".join(comment) and len(comment) >= 2
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_trains_for_two_steps(name, labelled_folder, tmp_path, capsys):
+    run = tmp_path / "run"
+    options = ["--run", str(run), "--batch-size", "16", "--trainer.max_steps", "2", "--json"]
+    if "minutes" in read_recipe(name):
+        options += ["--minutes", "null", "--epochs", "1"]
+    assert cli.main(["pretrain", str(labelled_folder), "-c", name, *options]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["steps"] == 2 and record["status"] == "finished"
+    assert (run / "encoder" / "model.safetensors").is_file() and (run / "report.html").is_file()
+
+
+def test_an_unknown_recipe_names_the_nearest():
+    with pytest.raises(UserError, match=r"'simclr_cifar_small'; nearest: simclr_cifar10_small"):
+        read_recipe("simclr_cifar_small")
+
+
+@pytest.mark.parametrize("text", ["- 1\n- 2", "a: [", "just text"])
+def test_a_file_that_is_no_recipe_is_refused(tmp_path, text):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"r\.yaml"):
+        read_recipe(str(tmp_path / "r.yaml"))
+
+
+def test_yaml_cannot_build_objects(tmp_path):
+    (tmp_path / "r.yaml").write_text("epochs: !!python/object/apply:os.system ['true']")
+    with pytest.raises(UserError, match="is not YAML"):
+        read_recipe(str(tmp_path / "r.yaml"))

@@ -1,0 +1,170 @@
+"""Pretraining as a user sees it: the run folder, bitwise repetition, exact resume, refusals."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+import ssl_kit
+from ssl_kit import cli
+from ssl_kit.core.errors import UserError
+from ssl_kit.encoders import Encoder
+
+TINY = [
+    *("--batch-size", "16", "--epochs", "6", "--method.encoder.args", "{channels: [8, 8, 16, 16]}"),
+    *("--method.projection", "[32, 16]", "--method.optim.lr", "0.1", "--evaluate-every", "3"),
+]
+
+
+def pretrain(folder, run, *options):
+    assert cli.main(["pretrain", str(folder), "--run", str(run), *TINY, *options]) == 0
+    return run
+
+
+def losses(run):
+    with open(run / "metrics.csv", newline="") as file:
+        return [(row["step"], row["epoch"], row["images"], row["loss"], row["lr"]) for row in csv.DictReader(file) if row["loss"]]
+
+
+def weights(run):
+    return load_file(run / "encoder" / "model.safetensors")
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def finished(labelled_folder, tmp_path_factory):
+    return pretrain(labelled_folder, tmp_path_factory.mktemp("runs") / "finished")
+
+
+def test_the_run_folder_is_complete(finished):
+    present = {str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file()}
+    assert {"recipe.yaml", "run.json", "metrics.csv", "skipped.csv", "report.html", "pictures/views.png"} <= present
+    assert {"encoder/config.json", "encoder/model.safetensors", "encoder/encoder.json"} <= present
+    record = json.loads((finished / "run.json").read_text())
+    assert record["status"] == "finished" and record["verdict"]["state"] in ("learning", "stuck")
+    assert record["data"]["images"] == 160 and record["encoder_sha256"] == Encoder.load(finished / "encoder").sha256
+    assert record["chance_loss"] == pytest.approx(np.log(31))
+    rows = list(csv.DictReader(open(finished / "metrics.csv", newline="")))  # noqa: SIM115
+    assert [row["knn_top1"] for row in rows if row["knn_top1"]]
+    assert sum(path.suffix in (".pt", ".ckpt", ".pkl", ".pth") for path in finished.rglob("*")) == 0
+
+
+def test_the_resolved_recipe_repeats_the_run_bit_for_bit_with_other_threads(finished, tmp_path):
+    recipe = yaml.safe_load((finished / "recipe.yaml").read_text())
+    assert recipe["method"]["init_args"]["encoder"]["name"] == "resnet18_small"
+    again = tmp_path / "again"
+    assert cli.main(["pretrain", "-c", str(finished / "recipe.yaml"), "--run", str(again), "--threads", "3"]) == 0
+    assert losses(again) == losses(finished) and equal(weights(again), weights(finished))
+
+
+def test_another_seed_is_another_run(finished, labelled_folder, tmp_path):
+    other = pretrain(labelled_folder, tmp_path / "other", "--seed", "1")
+    assert losses(other) != losses(finished)
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.4])
+def test_a_stopped_run_continues_as_if_nothing_had_happened(finished, labelled_folder, tmp_path, delay):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "ssl_kit", "pretrain", str(labelled_folder), "--run", str(run), *TINY]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    metrics = run / "metrics.csv"
+    limit = time.monotonic() + 120
+    while not metrics.exists() and process.poll() is None and time.monotonic() < limit:
+        time.sleep(0.01)
+    time.sleep(delay)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) in (143, 0), process.stderr.read().decode()
+    if process.returncode == 143:  # it was quick enough to be stopped
+        assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
+    assert list((run / "checkpoints").glob("step-*"))
+    pretrain(labelled_folder, run, "--resume")
+    assert losses(run) == losses(finished) and equal(weights(run), weights(finished))
+
+
+def test_an_existing_run_is_refused_with_the_two_ways_on(finished, labelled_folder, tmp_path, capsys):
+    assert cli.main(["pretrain", str(labelled_folder), "--run", str(finished), *TINY]) == 2
+    message = capsys.readouterr().err
+    assert "--resume" in message and "--overwrite" in message
+    assert cli.main(["pretrain", str(labelled_folder), "--run", str(tmp_path / "new"), "--resume"]) == 2
+    assert "holds no run" in capsys.readouterr().err
+
+
+def test_minutes_end_the_run_with_the_schedule_at_its_end(labelled_folder, tmp_path):
+    run = tmp_path / "timed"
+    tiny = [option for option in TINY if option not in ("--epochs", "6")]
+    assert cli.main(["pretrain", str(labelled_folder), "--run", str(run), *tiny, "--minutes", "0.1"]) == 0
+    record = json.loads((run / "run.json").read_text())
+    last = losses(run)[-1]
+    assert 3 < record["seconds"] < 30
+    assert float(last[4]) < 0.02 * 0.1 * 16 / 256 + 1e-9 or record["steps"] < 80
+
+
+def test_a_messy_folder_trains_and_names_exactly_the_broken_files(tmp_path):
+    folder = tmp_path / "messy"
+    (folder / "deep" / "er").mkdir(parents=True)
+    (folder / "texts").mkdir()
+    generator = np.random.default_rng(0)
+    modes = ["RGB", "L", "P", "CMYK", "RGBA", "I;16", "1", "LA"]
+    for number in range(64):
+        pixels = generator.integers(0, 256, (20, 24, 3), np.uint8)
+        mode = modes[number % len(modes)]
+        image = Image.fromarray(pixels)
+        image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257) if mode == "I;16" else image.convert(mode)
+        name = f"{number:02d}." + {"CMYK": "jpg", "RGB": "jpg"}.get(mode, "png")
+        image.save((folder if number % 2 else folder / "deep" / "er") / name)
+    for number, word in enumerate(["ünïcode 图像", "emoji 🦊", "new\nline", "-dash"]):
+        Image.fromarray(generator.integers(0, 256, (20, 24, 3), np.uint8)).save(folder / f"{word}{number}.png")
+    good = (folder / "01.png").read_bytes()
+    broken = {"empty.png": b"", "cut.png": good[: len(good) // 2], "text.jpg": b"this is no picture"}
+    for name, data in broken.items():
+        (folder / name).write_bytes(data)
+    (folder / "texts" / "notes.txt").write_text("x")
+    os.symlink(folder, folder / "deep" / "loop")
+    run = pretrain(folder, tmp_path / "run", "--image-size", "16")
+    with open(run / "skipped.csv", newline="", encoding="utf-8") as file:
+        assert {row["path"] for row in csv.DictReader(file)} == set(broken)
+    assert json.loads((run / "run.json").read_text())["data"]["images"] == 68
+    embeddings = tmp_path / "embeddings"
+    assert cli.main(["embed", str(run), str(folder), "--out", str(embeddings)]) == 0
+    from ssl_kit.embeddings import Embeddings
+
+    loaded = Embeddings.load(embeddings)
+    assert len(loaded.ids) == 68 and not set(broken) & set(loaded.ids) and any("图像" in name for name in loaded.ids)
+
+
+def test_pretrain_is_a_python_function_too(labelled_folder, tmp_path):
+    encoder = {"name": "resnet18_small", "args": {"channels": [8, 8, 8, 8]}}
+    method = {"class_path": "ssl_kit.methods.simclr.SimCLR", "init_args": {"encoder": encoder}}
+    record = ssl_kit.pretrain(str(labelled_folder), method=method, run=str(tmp_path / "run"), epochs=1, batch_size=32)
+    assert record["method"] == "SimCLR" and record["dim"] == 8
+    with pytest.raises(UserError, match="temprature"):
+        broken = {**method, "init_args": {"encoder": encoder, "temprature": 1}}
+        ssl_kit.pretrain(str(labelled_folder), method=broken, run=str(tmp_path / "other"), epochs=1)
+
+
+def test_init_starts_from_an_encoder(finished, labelled_folder, tmp_path, capsys):
+    run = pretrain(labelled_folder, tmp_path / "run", "--init", str(finished), "--method.optim.lr", "1e-12", "--epochs", "1")
+    assert "100.0% of the weights matched" in capsys.readouterr().out
+    one, other = weights(run), weights(finished)
+    assert torch.allclose(one["conv1.weight"], other["conv1.weight"], atol=1e-6)
+    assert cli.main(["pretrain", str(labelled_folder), "--run", str(tmp_path / "x"), *TINY, "--init", "timm:resnet18"]) == 2
+
+
+def test_two_views_of_the_world_agree(finished, labelled_folder, tmp_path):
+    """float32 and views made by the device executor train to nearly the same loss as the defaults."""
+    run = pretrain(labelled_folder, tmp_path / "run", "--views-on", "device", "--precision", "float32")
+    first, second = losses(run)[0], losses(finished)[0]
+    assert float(first[3]) == pytest.approx(float(second[3]), rel=0.05)
