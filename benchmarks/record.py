@@ -24,8 +24,9 @@ RECORDS = ROOT / "docs" / "numbers"
 PAGE = ROOT / "docs" / "numbers.md"
 HEAD = """# Numbers
 
-Made by `python benchmarks/record.py` from `docs/numbers/*.json`; do not edit. Ratios are better-is-larger, measured side by side in
-one run (interleaved), median with minimum and maximum. Accuracies are fractions with 95 % bootstrap intervals over the test images.
+Made by `python benchmarks/record.py` from `docs/numbers/*.json`; do not edit. Ratios are better-is-larger,
+measured side by side in one run (interleaved), median with minimum and maximum. Accuracies are fractions with 95 %
+bootstrap intervals.
 """
 
 
@@ -34,8 +35,8 @@ def machine() -> str:
     processor = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        processor = names[0] if names else processor
+        lines = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        processor = lines[0] if lines else processor
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return f"{len(os.sched_getaffinity(0))} cores of {processor}, {memory:.0f} GiB, shared"
 
@@ -44,9 +45,9 @@ def keep(name: str, command: str, rows: list[dict[str, Any]]) -> None:
     """Writes docs/numbers/NAME.json."""
     asked = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     commit = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    record = {"command": command, "commit": commit, "date": time.strftime("%Y-%m-%d"), "machine": machine(), "rows": rows}
+    made = {"command": command, "commit": commit, "date": time.strftime("%Y-%m-%d"), "machine": machine()}
     RECORDS.mkdir(parents=True, exist_ok=True)
-    (RECORDS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (RECORDS / f"{name}.json").write_text(json.dumps({**made, "rows": rows}, indent=1) + "\n")
 
 
 def cell(value: Any) -> str:
@@ -64,7 +65,8 @@ def page() -> str:
     for path in sorted(RECORDS.glob("*.json")):
         record = json.loads(path.read_text())
         columns = list(dict.fromkeys(key for row in record["rows"] for key in row))
-        parts.append(f"\n## {path.stem}\n\n`{record['command']}` - commit {record['commit']}, {record['date']}, {record['machine']}\n\n")
+        where = f"commit {record['commit']}, {record['date']}, {record['machine']}"
+        parts.append(f"\n## {path.stem}\n\n`{record['command']}` - {where}\n\n")
         parts.append("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns) + "\n")
         for row in record["rows"]:
             parts.append("| " + " | ".join(cell(row.get(column)) for column in columns) + " |\n")
@@ -76,7 +78,8 @@ def main() -> None:
         name, options = sys.argv[1], sys.argv[2:]
         with tempfile.TemporaryDirectory() as folder:
             rows = Path(folder) / "rows.json"
-            subprocess.run([sys.executable, f"benchmarks/{name}.py", *options, "--json", str(rows)], cwd=ROOT, check=True)
+            command = [sys.executable, f"benchmarks/{name}.py", *options, "--json", str(rows)]
+            subprocess.run(command, cwd=ROOT, check=True)
             keep(name, " ".join(["python", f"benchmarks/{name}.py", *options]), json.loads(rows.read_text()))
     PAGE.write_text(page())
 

@@ -32,7 +32,14 @@ def test_help_of_everything_comes_without_torch():
         "assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    for word in ("pretrain", "evaluate", "--batch-size", "--image-size", "-c RECIPE", "usage: ssl-kit search EMB IMAGES"):
+    for word in (
+        "pretrain",
+        "evaluate",
+        "--batch-size",
+        "--image-size",
+        "-c RECIPE",
+        "usage: ssl-kit search EMB IMAGES",
+    ):
         assert word in done.stdout
 
 
@@ -78,7 +85,9 @@ def test_recipes_and_options_win_in_order(tmp_path, labelled_folder):
     assert cli._parse("pretrain", pretrain, ["-c", str(tmp_path / "a.yaml")], False)["data"] == "elsewhere"
 
 
-@pytest.mark.parametrize("path", ["os.system", "subprocess.Popen", "builtins.exec", "torch.hub.load", "stranger.Method"])
+@pytest.mark.parametrize(
+    "path", ["os.system", "subprocess.Popen", "builtins.exec", "torch.hub.load", "stranger.Method"]
+)
 def test_a_recipe_cannot_name_foreign_classes(capsys, tmp_path, path):
     (tmp_path / "r.yaml").write_text(f"method:\n  class_path: {path}\n")
     (tmp_path / "stranger.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')\nclass Method: pass\n")
@@ -99,7 +108,10 @@ def test_an_allowed_module_may_be_named(tmp_path, labelled_folder, capsys, monke
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     options = ["--run", str(tmp_path / "run"), "--batch-size", "16", "--trainer.max_steps", "1", "--json"]
-    assert cli.main(["pretrain", str(labelled_folder), "-c", str(tmp_path / "r.yaml"), "--allow", "my_method", *options]) == 0
+    assert (
+        cli.main(["pretrain", str(labelled_folder), "-c", str(tmp_path / "r.yaml"), "--allow", "my_method", *options])
+        == 0
+    )
     assert json.loads(capsys.readouterr().out)["method"] == "Mine"
 
 
@@ -113,4 +125,6 @@ def test_json_is_the_only_thing_on_stdout(labelled_folder, tmp_path, capsys):
 def test_dashes_underscores_and_bare_flags():
     assert cli._underscored("--max-bad") == "--max_bad"
     assert cli._underscored("--views.local-size=3-4") == "--views.local_size=3-4"
-    assert cli._underscored("-k") == "--k" and cli._underscored("my-data") == "my-data" and cli._underscored("-c") == "-c"
+    assert (
+        cli._underscored("-k") == "--k" and cli._underscored("my-data") == "my-data" and cli._underscored("-c") == "-c"
+    )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple, TypedDict
 
@@ -56,7 +56,8 @@ class ViewLoader:
     Args:
         source: where the images come from.
         plan: one array of positions in `source` per batch; or a function that returns an iterator of `Planned`.
-        views: what to make of each image; a batch holds one tensor per view.
+        views: what to make of each image; a batch holds one tensor per view. A mapping {epoch: views} changes them
+            from that epoch on.
         seed: of the run; with the epoch and the position it determines every view.
         epoch: of all batches, when `plan` does not say it.
         threads: for decoding and for the view kernel; None uses all cores of this process.
@@ -72,7 +73,7 @@ class ViewLoader:
         self,
         source: Source,
         plan: Sequence[np.ndarray] | Callable[[], Iterable[Planned]],
-        views: Sequence[View],
+        views: Sequence[View] | Mapping[int, Sequence[View]],
         *,
         seed: int = 0,
         epoch: int = 0,
@@ -80,11 +81,12 @@ class ViewLoader:
         bad: Literal["replace", "drop"] = "drop",
         on_device: bool = False,
     ):
-        self.source, self.plan, self.views = source, plan, tuple(views)
+        self.source, self.plan = source, plan
+        self.views = views if isinstance(views, Mapping) else {0: views}
         self.seed, self.epoch, self.bad, self.on_device = seed, epoch, bad, on_device
         self.threads = threads or available_cores()
         self.waited = 0.0
-        for view in self.views:
+        for view in itertools.chain(*self.views.values()):
             view.check_channels(source.channels)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -124,23 +126,27 @@ class ViewLoader:
         }
 
     def _from_memory(self, planned: Planned) -> tuple[np.ndarray, list[Any]]:
-        images, rows = self.source.images, np.asarray(planned.rows, np.int64)
+        images, rows, views = (
+            self.source.images,
+            np.asarray(planned.rows, np.int64),
+            views_at(self.views, planned.epoch),
+        )
         if isinstance(images, np.ndarray):
             heights, widths = np.full(len(rows), images.shape[1]), np.full(len(rows), images.shape[2])
-            params = self._sample(planned.epoch, rows, heights, widths)
+            params = self._sample(views, planned.epoch, rows, heights, widths)
             if self.on_device:  # pixels stay uint8 until they are there: a quarter of the traffic, once for all views
                 stored = torch.from_numpy(np.ascontiguousarray(images[rows].transpose(0, 3, 1, 2)))
                 return rows, [stored, *(torch.from_numpy(param) for param in params)]
-            return rows, [
-                self._apply((images, rows), param, view) for param, view in zip(params, self.views, strict=True)
-            ]
+            return rows, [self._apply((images, rows), param, view) for param, view in zip(params, views, strict=True)]
         assert images is not None
         chosen = [images[row] for row in rows]
-        params = self._sample(planned.epoch, rows, *_sizes([image.shape[:2] for image in chosen]))
-        return rows, [self._apply(chosen, param, view) for param, view in zip(params, self.views, strict=True)]
+        params = self._sample(views, planned.epoch, rows, *_sizes([image.shape[:2] for image in chosen]))
+        return rows, [self._apply(chosen, param, view) for param, view in zip(params, views, strict=True)]
 
-    def _sample(self, epoch: int, rows: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> list[Params]:
-        return [sample(view, self.seed, epoch, rows, which, heights, widths) for which, view in enumerate(self.views)]
+    def _sample(
+        self, views: Sequence[View], epoch: int, rows: np.ndarray, heights: np.ndarray, widths: np.ndarray
+    ) -> list[Params]:
+        return [sample(view, self.seed, epoch, rows, which, heights, widths) for which, view in enumerate(views)]
 
     def _apply(self, images: Any, params: Params, view: View) -> Tensor:
         return torch.from_numpy(apply_host(images, params, view.size, threads=self.threads))
@@ -148,7 +154,8 @@ class ViewLoader:
     def _from_files(self, planned: Planned, decoders: ThreadPoolExecutor) -> tuple[np.ndarray, list[Tensor]]:
         """Reads each file once and cuts all its views out of one decoding at the smallest sufficient JPEG scale."""
         rows, spare = np.array(planned.rows, np.int64), iter(planned.spare)
-        made = [np.empty((len(rows), self.source.channels, *view.size), np.float32) for view in self.views]
+        views = views_at(self.views, planned.epoch)
+        made = [np.empty((len(rows), self.source.channels, *view.size), np.float32) for view in views]
         good = np.zeros(len(rows), bool)
         pending = np.arange(len(rows))  # places in the batch
         while len(pending):
@@ -159,8 +166,8 @@ class ViewLoader:
             pending = pending[: len(instead)]
             rows[pending] = instead
         if not good.all():
-            rows, made = rows[good], [views[good] for views in made]
-        return rows, [torch.from_numpy(views) for views in made]
+            rows, made = rows[good], [batch[good] for batch in made]
+        return rows, [torch.from_numpy(batch) for batch in made]
 
     def _cut(
         self, epoch: int, rows: np.ndarray, places: np.ndarray, made: list[np.ndarray], decoders: ThreadPoolExecutor
@@ -169,7 +176,8 @@ class ViewLoader:
         opened = dict(zip(places, decoders.map(self._open, rows[places]), strict=True))
         found = np.array([place for place in places if opened[place] is not None], np.int64)
         heights, widths = _sizes([opened[place][1] for place in found])
-        params = self._sample(epoch, rows[found], heights, widths)
+        kinds = views_at(self.views, epoch)
+        params = self._sample(kinds, epoch, rows[found], heights, widths)
 
         def cut(number: int) -> bool:
             place = found[number]
@@ -177,12 +185,12 @@ class ViewLoader:
             own = [param[number : number + 1] for param in params]
             try:
                 image, scale_y, scale_x = decode(
-                    data, self.source.channels, smallest=_needed(own, self.views, height, width)
+                    data, self.source.channels, smallest=_needed(own, kinds, height, width)
                 )
             except BadImageError as error:
                 self.source.skip(int(rows[place]), str(error))  # stops the run when there are too many
                 return False
-            for param, view, views in zip(own, self.views, made, strict=True):
+            for param, view, views in zip(own, kinds, made, strict=True):
                 param[:, [TOP, HEIGHT]] *= scale_y
                 param[:, [LEFT, WIDTH]] *= scale_x
                 apply_host([image], param, view.size, out=views[place : place + 1])
@@ -234,6 +242,11 @@ class TrainingPlan:
                 rows = np.array_split(order[bounds[step] : bounds[step + 1]], self.world_size)[self.rank]
                 yield Planned(epoch, rows, itertools.chain(order[bounds[step + 1] :], order[: bounds[step]]))
             start = (epoch + 1) * self.steps_per_epoch
+
+
+def views_at(schedule: Mapping[int, Sequence[View]], epoch: int) -> Sequence[View]:
+    """The views of an epoch: those of the last entry that has begun. The first entry is for epoch 0."""
+    return schedule[max(first for first in schedule if first <= epoch)]
 
 
 def _sizes(shapes: list[tuple[int, ...]]) -> tuple[np.ndarray, np.ndarray]:

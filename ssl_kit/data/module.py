@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
 
-from ssl_kit.data.batches import TrainingPlan, ViewLoader
+from ssl_kit.data.batches import TrainingPlan, ViewLoader, views_at
 from ssl_kit.data.sources import Source
 from ssl_kit.views.device import apply_device
 from ssl_kit.views.recipe import View
@@ -19,7 +19,7 @@ class ImageData(pl.LightningDataModule):
 
     Args:
         source: unlabelled or labelled images; labels travel in the batch and no method reads them.
-        views: of each image, as many as the method takes.
+        views: {first epoch: views} of each image, as many as the method takes.
         batch_size: images per process and step.
         seed: of the run.
         threads: for decoding and views; None uses all cores of this process.
@@ -30,7 +30,7 @@ class ImageData(pl.LightningDataModule):
     def __init__(
         self,
         source: Source,
-        views: Sequence[View],
+        views: Mapping[int, Sequence[View]],
         *,
         batch_size: int,
         seed: int,
@@ -39,7 +39,7 @@ class ImageData(pl.LightningDataModule):
         channels_last: bool = False,
     ):
         super().__init__()
-        self.source, self.views = source, tuple(views)
+        self.source, self.views = source, views
         self.batch_size, self.seed, self.threads = batch_size, seed, threads
         self.views_on, self.channels_last = views_on, channels_last
         self.steps_per_epoch = TrainingPlan(len(source), batch_size, seed).steps_per_epoch
@@ -66,9 +66,8 @@ class ImageData(pl.LightningDataModule):
         """Makes the views on the device when they are made there, and sets their memory format."""
         if self.views_on == "device":
             stored, *params = batch["views"]
-            batch["views"] = [
-                apply_device(stored, param, view.size) for param, view in zip(params, self.views, strict=True)
-            ]
+            views = views_at(self.views, batch["key"].epoch)
+            batch["views"] = [apply_device(stored, param, view.size) for param, view in zip(params, views, strict=True)]
         if self.channels_last:
             batch["views"] = [view.contiguous(memory_format=torch.channels_last) for view in batch["views"]]
         return batch

@@ -91,6 +91,11 @@ class Encoder(nn.Module):
             raise UserError(f"{self.name} has no {last} last layers to concatenate: {error}; ask for fewer") from error
 
     @property
+    def fixed_size(self) -> bool:
+        """Whether it takes images of `image_size` only: it has position embeddings made for that size."""
+        return bool(_size_argument(self.name, self.image_size))
+
+    @property
     def is_convolutional(self) -> bool:
         """Whether channels_last memory makes it faster: it holds 2-D convolutions other than a patch embedding."""
         return sum(isinstance(module, nn.Conv2d) for module in self.model.modules()) > 1

@@ -55,6 +55,7 @@ def pretrain(
     init: str | None = None,
     limit: int | None = None,
     image_size: int | tuple[int, int] | None = None,
+    grow: dict[int, int] | None = None,
     channels: int = 3,
     epochs: float | None = None,
     minutes: float | None = None,
@@ -81,6 +82,8 @@ def pretrain(
         init: start from an encoder: timm:NAME (weights on disk) or a run or encoder folder.
         limit: use only so many images, for a first try.
         image_size: side of a view in pixels, or height and width; chosen from the images by default.
+        grow: sides of the training views from an epoch on, as {0: 16, 10: 24}; the encoder and its evaluation keep
+            image_size. Small views cost a fraction of the time and teach nearly as much; convolutional encoders only.
         channels: 3 for colour, 1 for grey.
         epochs: passes over the images; 100 by default.
         minutes: train for so long instead; the schedule is fitted to the measured speed.
@@ -111,11 +114,11 @@ def pretrain(
         if init is not None:
             matched = initialise(learner.encoder, init)
             say(f"initialised from {init}: {matched.fraction:.1%} of the weights matched")
-        kinds = views.build(size, channels, learner.num_views)
+        kinds = _view_schedule(views, size, grow, learner)
 
         save_recipe(folder / "recipe.yaml", settings, learner)
         record = _record(folder, data, source, learner, seed)
-        _draw(folder / "pictures" / "views.png", source, kinds, seed)
+        _draw(folder / "pictures" / "views.png", source, kinds[0], seed)
         write_report([folder], folder / "report.html")
         say(f"report: {folder / 'report.html'}")
         _train(learner, source, kinds, folder, record, settings, resume)
@@ -132,7 +135,7 @@ def pretrain(
 def _train(
     learner: Method,
     source: Source,
-    kinds: tuple[View, ...],
+    kinds: dict[int, tuple[View, ...]],
     folder: Path,
     record: RunRecord,
     settings: dict[str, Any],
@@ -167,7 +170,7 @@ def _train(
         channels_last=channels_last,
     )
     horizon = Horizon(settings["epochs"], settings["minutes"], data.steps_per_epoch)
-    measure = _Measure(training, gallery, queries, plain(kinds[0].size))
+    measure = _Measure(training, gallery, queries, plain(learner.encoder.image_size))
     checkpoints = Checkpoints(folder / "checkpoints", settings["checkpoint_minutes"])
     curves = Curves(
         folder / "metrics.csv",
@@ -296,6 +299,16 @@ def _view_size(image_size: int | tuple[int, int] | None, source: Source) -> tupl
     side = min(_LARGEST_DEFAULT, max(8, round(side / 8) * 8))
     say(f"image size: {side} px (from the images; --image_size changes it)")
     return side, side
+
+
+def _view_schedule(
+    views: ViewRecipe, size: tuple[int, int], grow: dict[int, int] | None, learner: Method
+) -> dict[int, tuple[View, ...]]:
+    """First epoch -> the views of the epochs from there on."""
+    build = lambda side: views.build(side, learner.encoder.channels, learner.num_views)
+    if grow and learner.encoder.fixed_size:
+        raise UserError(f"--grow: {learner.encoder.name} takes images of {size[0]} x {size[1]} only; leave --grow out")
+    return {0: build(size)} | {int(epoch): build((side, side)) for epoch, side in (grow or {}).items()}
 
 
 def _hold_out(source: Source) -> tuple[Source, Source | None, Source | None]:

@@ -33,7 +33,11 @@ def pretrain(folder, run, *options):
 
 def losses(run):
     with open(run / "metrics.csv", newline="") as file:
-        return [(row["step"], row["epoch"], row["images"], row["loss"], row["lr"]) for row in csv.DictReader(file) if row["loss"]]
+        return [
+            (row["step"], row["epoch"], row["images"], row["loss"], row["lr"])
+            for row in csv.DictReader(file)
+            if row["loss"]
+        ]
 
 
 def weights(run):
@@ -156,11 +160,16 @@ def test_pretrain_is_a_python_function_too(labelled_folder, tmp_path):
 
 
 def test_init_starts_from_an_encoder(finished, labelled_folder, tmp_path, capsys):
-    run = pretrain(labelled_folder, tmp_path / "run", "--init", str(finished), "--method.optim.lr", "1e-12", "--epochs", "1")
+    run = pretrain(
+        labelled_folder, tmp_path / "run", "--init", str(finished), "--method.optim.lr", "1e-12", "--epochs", "1"
+    )
     assert "100.0% of the weights matched" in capsys.readouterr().out
     one, other = weights(run), weights(finished)
     assert torch.allclose(one["conv1.weight"], other["conv1.weight"], atol=1e-6)
-    assert cli.main(["pretrain", str(labelled_folder), "--run", str(tmp_path / "x"), *TINY, "--init", "timm:resnet18"]) == 2
+    assert (
+        cli.main(["pretrain", str(labelled_folder), "--run", str(tmp_path / "x"), *TINY, "--init", "timm:resnet18"])
+        == 2
+    )
 
 
 def test_two_views_of_the_world_agree(finished, labelled_folder, tmp_path):
