@@ -68,6 +68,7 @@ def pretrain(
     threads: int | None = None,
     views_on: Literal["auto", "host", "device"] = "auto",
     wandb: bool = False,
+    tensorboard: bool = False,
     trainer: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train an encoder on images without labels; writes a run folder.
@@ -96,6 +97,7 @@ def pretrain(
         threads: for decoding and views; all cores by default.
         views_on: where views are made; auto is the accelerator if there is one, else the host.
         wandb: log to Weights & Biases too, offline when no key is set.
+        tensorboard: write TensorBoard events to the run folder too (extra `tensorboard`).
         trainer: any arguments of Lightning's Trainer.
 
     Returns:
@@ -185,7 +187,7 @@ def _train(
         "precision": lightning_precision(chosen.value),
         "max_epochs": -1,  # one endless stream of steps: see ImageData
         "max_steps": horizon.max_steps,
-        "logger": _loggers(settings["wandb"], folder),
+        "logger": _loggers(settings["wandb"], settings["tensorboard"], folder),
         "plugins": [SafeCheckpointIO()],
         "enable_checkpointing": False,
         "enable_progress_bar": False,
@@ -367,14 +369,20 @@ def _quiet_lightning() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def _loggers(wandb: bool, folder: Path) -> Any:
-    if not wandb:
-        return False
-    from pytorch_lightning.loggers import WandbLogger
+def _loggers(wandb: bool, tensorboard: bool, folder: Path) -> list[Any]:
+    """The opt-in loggers beside `metrics.csv`."""
+    loggers: list[Any] = []
+    if wandb:
+        from pytorch_lightning.loggers import WandbLogger
 
-    offline = not _has_wandb_key()
-    say(f"wandb: {'offline, no key is set (`wandb sync` uploads later)' if offline else 'online'}")
-    return WandbLogger(project="ssl_kit", name=folder.name, save_dir=str(folder), offline=offline)
+        offline = not _has_wandb_key()
+        say(f"wandb: {'offline, no key is set (`wandb sync` uploads later)' if offline else 'online'}")
+        loggers.append(WandbLogger(project="ssl_kit", name=folder.name, save_dir=str(folder), offline=offline))
+    if tensorboard:
+        from pytorch_lightning.loggers import TensorBoardLogger
+
+        loggers.append(TensorBoardLogger(str(folder), name="tensorboard", version=""))
+    return loggers
 
 
 def _has_wandb_key() -> bool:

@@ -113,3 +113,11 @@ def test_stopping_early_ends_the_threads(labelled_folder):
     next(iterator)
     iterator.close()
     assert threading.active_count() <= before + 1  # the kernel's own pool stays
+
+
+def test_a_schedule_changes_the_views_from_an_epoch_on(labelled_folder):
+    source = open_source(labelled_folder)
+    small = ViewRecipe(blur=0.5).build((8, 8), 3, 2)
+    plan = TrainingPlan(len(source), 80, 0)
+    batches = itertools.islice(ViewLoader(source, plan.batches, {0: small, 2: VIEWS}, seed=5), 6)
+    assert [batch["views"][0].shape[-1] for batch in batches] == [8, 8, 8, 8, 12, 12]

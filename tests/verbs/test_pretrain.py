@@ -122,31 +122,35 @@ def test_a_messy_folder_trains_and_names_exactly_the_broken_files(tmp_path):
     (folder / "texts").mkdir()
     generator = np.random.default_rng(0)
     modes = ["RGB", "L", "P", "CMYK", "RGBA", "I;16", "1", "LA"]
-    for number in range(64):
+    for number in range(996):
         pixels = generator.integers(0, 256, (20, 24, 3), np.uint8)
         mode = modes[number % len(modes)]
         image = Image.fromarray(pixels)
         image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257) if mode == "I;16" else image.convert(mode)
-        name = f"{number:02d}." + {"CMYK": "jpg", "RGB": "jpg"}.get(mode, "png")
+        name = f"{number:03d}." + {"CMYK": "jpg", "RGB": "jpg"}.get(mode, "png")
         image.save((folder if number % 2 else folder / "deep" / "er") / name)
     for number, word in enumerate(["ünïcode 图像", "emoji 🦊", "new\nline", "-dash"]):
         Image.fromarray(generator.integers(0, 256, (20, 24, 3), np.uint8)).save(folder / f"{word}{number}.png")
-    good = (folder / "01.png").read_bytes()
-    broken = {"empty.png": b"", "cut.png": good[: len(good) // 2], "text.jpg": b"this is no picture"}
+    png, jpeg = (folder / "001.png").read_bytes(), (folder / "deep" / "er" / "000.jpg").read_bytes()
+    broken = {f"empty{number}.png": b"" for number in range(3)}
+    broken |= {f"cut{number}.png": png[: len(png) * number // 4] for number in range(1, 4)}
+    broken |= {f"deep/cut{number}.jpg": jpeg[: len(jpeg) * number // 3] for number in range(1, 3)}
+    broken |= {"text.jpg": b"this is no picture", "page.png": b"<html><body>404</body></html>"}
+    assert len(broken) == 10
     for name, data in broken.items():
         (folder / name).write_bytes(data)
     (folder / "texts" / "notes.txt").write_text("x")
     os.symlink(folder, folder / "deep" / "loop")
-    run = pretrain(folder, tmp_path / "run", "--image-size", "16")
+    run = pretrain(folder, tmp_path / "run", "--image-size", "16", "--batch-size", "100", "--epochs", "1")
     with open(run / "skipped.csv", newline="", encoding="utf-8") as file:
         assert {row["path"] for row in csv.DictReader(file)} == set(broken)
-    assert json.loads((run / "run.json").read_text())["data"]["images"] == 68
+    assert json.loads((run / "run.json").read_text())["data"]["images"] == 1000
     embeddings = tmp_path / "embeddings"
     assert cli.main(["embed", str(run), str(folder), "--out", str(embeddings)]) == 0
     from ssl_kit.embeddings import Embeddings
 
     loaded = Embeddings.load(embeddings)
-    assert len(loaded.ids) == 68 and not set(broken) & set(loaded.ids) and any("图像" in name for name in loaded.ids)
+    assert len(loaded.ids) == 1000 and not set(broken) & set(loaded.ids) and any("图像" in name for name in loaded.ids)
 
 
 def test_pretrain_is_a_python_function_too(labelled_folder, tmp_path):
@@ -177,3 +181,22 @@ def test_two_views_of_the_world_agree(finished, labelled_folder, tmp_path):
     run = pretrain(labelled_folder, tmp_path / "run", "--views-on", "device", "--precision", "float32")
     first, second = losses(run)[0], losses(finished)[0]
     assert float(first[3]) == pytest.approx(float(second[3]), rel=0.05)
+
+
+def test_wandb_and_tensorboard_are_opt_in_and_offline(labelled_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = pretrain(labelled_folder, tmp_path / "run", "--wandb", "--tensorboard", "--epochs", "1")
+    assert "wandb: offline" in capsys.readouterr().out
+    assert list((run / "wandb").glob("offline-run-*")) and list((run / "tensorboard").rglob("events.out.*"))
+
+
+def test_growing_views_train_and_are_refused_where_they_cannot(labelled_folder, tmp_path, capsys):
+    run = pretrain(labelled_folder, tmp_path / "run", "--grow", "{0: 8, 3: 12}", "--image-size", "16")
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["grow"] == {0: 8, 3: 12}
+    assert Encoder.load(run / "encoder").image_size == (16, 16)
+    vit = ["--method.encoder.name", "vit_tiny_patch16_224", "--method.encoder.args", "{patch_size: 4, depth: 1}"]
+    options = [*TINY, *vit, "--image-size", "16", "--grow", "{0: 8}"]
+    assert cli.main(["pretrain", str(labelled_folder), "--run", str(tmp_path / "vit"), *options]) == 2
+    assert "takes images of 16 x 16 only" in capsys.readouterr().err
