@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -10,6 +12,7 @@ import torch
 from ssl_kit.core.errors import UserError
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _LIGHTNING = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
 
 
@@ -51,6 +54,23 @@ def lightning_precision(precision: str) -> str:
 def available_cores() -> int:
     """Cores this process may use (a container or `taskset` may allow fewer than the machine has)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def keep_memory() -> bool:
+    """Asks glibc to keep freed memory for the next step instead of giving it back; whether it could be asked.
+
+    Activations of a training step are tens of MB each. By default each is mapped and unmapped anew, and the page
+    faults cost 10 % of a bf16 step (495..522 to 567..574 images/s, ResNet-18 of width 16 at 32 px on 2 cores), more in
+    float32.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):  # musl has neither
+        return False
+    most = 2**31 - 1
+    return all(mallopt(option, most) == 1 for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD))
 
 
 def fast_bfloat16() -> bool:

@@ -17,7 +17,14 @@ import torch
 from ssl_kit.core.console import next_command, say
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import lock
-from ssl_kit.core.machine import Precision, choose_device, choose_precision, lightning_precision
+from ssl_kit.core.machine import (
+    Precision,
+    available_cores,
+    choose_device,
+    choose_precision,
+    keep_memory,
+    lightning_precision,
+)
 from ssl_kit.data.batches import ViewLoader
 from ssl_kit.data.labels import stratified
 from ssl_kit.data.module import ImageData
@@ -94,7 +101,7 @@ def pretrain(
         evaluate_every: epochs between looks at the features (rank; kNN when there are labels), at least.
         checkpoint_minutes: minutes between checkpoints.
         max_bad: fraction of files that may be undecodable before the run stops.
-        threads: for decoding and views; all cores by default.
+        threads: for decoding and views; all cores by default, half of them while the CPU trains.
         views_on: where views are made; auto is the accelerator if there is one, else the host.
         wandb: log to Weights & Biases too, offline when no key is set.
         tensorboard: write TensorBoard events to the run folder too (extra `tensorboard`).
@@ -107,6 +114,7 @@ def pretrain(
     folder = Path(run or f"runs/{Path(data).name or 'run'}")
     _check_folder(folder, resume, overwrite)
     with lock(folder):
+        keep_memory()
         pl.seed_everything(seed, verbose=False)
         source = open_source(data, limit=limit, channels=channels, max_bad=max_bad, threads=threads)
         size = _view_size(image_size, source)
@@ -167,7 +175,7 @@ def _train(
         kinds,
         batch_size=settings["batch_size"],
         seed=settings["seed"],
-        threads=settings["threads"],
+        threads=settings["threads"] or max(1, available_cores() // (2 if device.value == "cpu" else 1)),
         views_on="device" if on_device else "host",
         channels_last=channels_last,
     )
