@@ -8,7 +8,7 @@ import os
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pytorch_lightning as pl
@@ -26,27 +26,22 @@ from ssl_kit.core.machine import (
     lightning_precision,
 )
 from ssl_kit.data.batches import ViewLoader
-from ssl_kit.data.labels import stratified
 from ssl_kit.data.module import ImageData
 from ssl_kit.data.skipped import write_skipped
 from ssl_kit.data.sources import Source, open_source
-from ssl_kit.embeddings import embed
 from ssl_kit.encoders.encoder import initialise
-from ssl_kit.evaluation.neighbours import knn_accuracy
 from ssl_kit.methods.method import Method
 from ssl_kit.report.pictures import draw_views
 from ssl_kit.report.report import write_report
 from ssl_kit.training.checkpoint import Checkpoints, SafeCheckpointIO, newest
 from ssl_kit.training.horizon import Horizon
-from ssl_kit.training.monitor import Bar, Curves, feature_health
+from ssl_kit.training.monitor import Bar, Curves
 from ssl_kit.verbs.building import build_method, save_recipe
+from ssl_kit.verbs.following import Measure, Refresh, hold_out
 from ssl_kit.verbs.record import RunRecord, versions
 from ssl_kit.views.recipe import View, ViewRecipe, plain
 
 _MEASURED = 2_048  # images whose features the monitor looks at
-_GALLERY = 10_000  # labelled images that vote in the monitor's kNN, at most
-_QUERIES = 2_000  # labelled images held out for the monitor's kNN, at most
-_HELD_OUT = 0.05  # of the labelled images, at most
 _LARGEST_DEFAULT = 224  # pixels: the default view of larger images
 _SHOWN = 8  # images in the picture of the views
 
@@ -156,31 +151,19 @@ def _train(
     Raises:
         SystemExit: stopped by a signal, with the conventional code, after the state was saved.
     """
-    training, gallery, queries = _hold_out(source)
-    device = choose_device()
-    chosen = choose_precision(settings["precision"], device.value)
-    on_device = settings["views_on"] == "device" or (
-        settings["views_on"] == "auto" and device.value != "cpu" and isinstance(training.images, np.ndarray)
-    )
-    channels_last = learner.encoder.is_convolutional
-    say(f"device: {device.value} ({device.reason})")
-    say(f"precision: {chosen.value} ({chosen.reason})")
-    say(f"memory: {'channels_last (convolutions)' if channels_last else 'contiguous (no convolutions)'}")
-    say(f"views on: {'device' if on_device else 'host'} ({settings['views_on']})")
-    if channels_last:
-        learner.to(memory_format=torch.channels_last)
-
+    training, gallery, queries = hold_out(source)
+    fitted = _fit_to_machine(learner, training, settings)
     data = ImageData(
         training,
         kinds,
         batch_size=settings["batch_size"],
         seed=settings["seed"],
-        threads=settings["threads"] or max(1, available_cores() // (2 if device.value == "cpu" else 1)),
-        views_on="device" if on_device else "host",
-        channels_last=channels_last,
+        threads=fitted.threads,
+        views_on=fitted.views_on,
+        channels_last=fitted.channels_last,
     )
     horizon = Horizon(settings["epochs"], settings["minutes"], data.steps_per_epoch)
-    measure = _Measure(training, gallery, queries, plain(learner.encoder.image_size))
+    measure = Measure(training, gallery, queries, plain(learner.encoder.image_size))
     checkpoints = Checkpoints(folder / "checkpoints", settings["checkpoint_minutes"])
     curves = Curves(
         folder / "metrics.csv",
@@ -188,11 +171,11 @@ def _train(
         measure_every=settings["evaluate_every"],
         interrupted=lambda: checkpoints.signal is not None,
     )
-    refresh = _Refresh(record, curves, checkpoints)
+    refresh = Refresh(record, curves, checkpoints)
     arguments = {
-        "accelerator": device.value,
+        "accelerator": fitted.device,
         "devices": 1,
-        "precision": lightning_precision(chosen.value),
+        "precision": lightning_precision(fitted.precision),
         "max_epochs": -1,  # one endless stream of steps: see ImageData
         "max_steps": horizon.max_steps,
         "logger": _loggers(settings["wandb"], settings["tensorboard"], folder),
@@ -219,56 +202,33 @@ def _train(
     record.progress(curves, learner.encoder.dim)
 
 
-class _Measure:
-    """Features of fixed clean images: rank and spread always, kNN of held-out images when there are labels."""
-
-    def __init__(self, training: Source, gallery: Source | None, queries: Source | None, view: View):
-        self.images = training.subset(np.linspace(0, len(training) - 1, min(_MEASURED, len(training))).astype(np.int64))
-        self.gallery, self.queries, self.view = gallery, queries, view
-
-    def __call__(self, method: pl.LightningModule) -> dict[str, float]:
-        assert isinstance(method, Method)
-        encoder = method.encoder
-        scores = feature_health(embed(encoder, self.images, view=self.view, label="rank").vectors)
-        if self.gallery is not None and self.queries is not None:
-            known = embed(encoder, self.gallery, view=self.view, label="kNN gallery")
-            asked = embed(encoder, self.queries, view=self.view, label="kNN queries")
-            scores["knn_top1"] = float(knn_accuracy(known.vectors, known.labels, asked.vectors, asked.labels))
-        return scores
+class _Fitted(NamedTuple):
+    device: str
+    precision: str
+    channels_last: bool
+    views_on: Literal["host", "device"]
+    threads: int
 
 
-class _Refresh(pl.Callback):
-    """After each measurement: run.json, the report, and the best checkpoint by kNN."""
-
-    def __init__(self, record: RunRecord, curves: Curves, checkpoints: Checkpoints):
-        self.record, self.curves, self.checkpoints = record, curves, checkpoints
-        self.best = -1.0
-        self._seen = 0
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._seen = len(self.curves.history)
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if len(self.curves.history) == self._seen or not self.curves.history:
-            return
-        self._seen = len(self.curves.history)
-        row = self.curves.history[-1]
-        if "effective_rank" not in row:
-            return
-        assert isinstance(pl_module, Method)
-        self.record.progress(self.curves, pl_module.encoder.dim)
-        write_report([self.record.folder], self.record.folder / "report.html")
-        if row.get("knn_top1", -1.0) > self.best:
-            self.best = row["knn_top1"]
-            self.checkpoints.save_best(trainer)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best = state_dict["best"]
+def _fit_to_machine(learner: Method, training: Source, settings: dict[str, Any]) -> _Fitted:
+    """Chooses what the options leave open, and says each choice with its reason."""
+    device = choose_device()
+    precision = choose_precision(settings["precision"], device.value)
+    views_on, reason = settings["views_on"], "asked for"
+    if views_on == "auto":
+        # the device executor needs stored images of one size, and is slower than the host's on a CPU
+        suits = device.value != "cpu" and isinstance(training.images, np.ndarray)
+        views_on = "device" if suits else "host"
+        reason = "an accelerator and images of one size" if suits else "no accelerator, or images not in memory as one"
+    channels_last = learner.encoder.is_convolutional
+    if channels_last:
+        learner.to(memory_format=torch.channels_last)
+    say(f"device: {device.value} ({device.reason})")
+    say(f"precision: {precision.value} ({precision.reason})")
+    say(f"memory format: {'channels_last (it convolves)' if channels_last else 'contiguous (it does not convolve)'}")
+    say(f"views on: {views_on} ({reason})")
+    threads = settings["threads"] or max(1, available_cores() // (2 if device.value == "cpu" else 1))
+    return _Fitted(device.value, precision.value, channels_last, views_on, threads)
 
 
 def channel_statistics(source: Source, size: tuple[int, int]) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -319,22 +279,6 @@ def _view_schedule(
     if grow and learner.encoder.fixed_size:
         raise UserError(f"--grow: {learner.encoder.name} takes images of {size[0]} x {size[1]} only; leave --grow out")
     return {0: build(size)} | {int(epoch): build((side, side)) for epoch, side in (grow or {}).items()}
-
-
-def _hold_out(source: Source) -> tuple[Source, Source | None, Source | None]:
-    """(training images, kNN gallery, kNN queries); the queries are labelled images that are never trained on."""
-    labelled = source.labels >= 0
-    if len(source.classes) < 2 or labelled.sum() < 100:
-        return source, None, None
-    fraction = min(_HELD_OUT, _QUERIES / labelled.sum())
-    held = np.zeros(len(source), bool)
-    held[labelled] = stratified(source.labels[labelled], fraction)
-    rest = np.flatnonzero(labelled & ~held)
-    gallery = rest[np.linspace(0, len(rest) - 1, min(_GALLERY, len(rest))).astype(np.int64)]
-    say(
-        f"labels found: kNN is followed on {held.sum():,} images held out of training; labels are used for nothing else"
-    )
-    return source.subset(~held), source.subset(gallery), source.subset(held)
 
 
 def _record(folder: Path, data: str, source: Source, learner: Method, seed: int) -> RunRecord:
