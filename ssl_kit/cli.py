@@ -94,7 +94,7 @@ def _parse(verb: str, function: Any, rest: list[str], everything: bool) -> dict[
     rest, allow = _taken(rest, ("--allow",))
     rest, recipes = _taken(rest, ("-c", "--config"))
     restrict_imports(allow)
-    parser = ArgumentParser(prog=f"ssl-kit {verb}", exit_on_error=False)
+    parser = ArgumentParser(prog=f"ssl-kit {verb}", exit_on_error=False, allow_abbrev=False)
     if verb in _WITH_RECIPE:
         parser.add_argument("-c", "--config", action="config")
     _add_arguments(parser, verb, function)
@@ -175,7 +175,7 @@ def _underscored(argument: str) -> str:
 def _flags(rest: list[str], function: Any) -> list[str]:
     """`--resume` alone means `--resume=true`, for options that are yes or no."""
     flags = {f"--{name}" for name, kind in function.__annotations__.items() if kind in (bool, "bool")}
-    following = [*rest[1:], "--"]
+    following = [*rest, "--"][1:]
     return [
         f"{argument}=true" if argument in flags and after not in ("true", "false") else argument
         for argument, after in zip(rest, following, strict=True)

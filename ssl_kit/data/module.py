@@ -25,6 +25,10 @@ class ImageData(pl.LightningDataModule):
         threads: for decoding and views; None uses all cores of this process.
         views_on: where views are made.
         channels_last: memory format of the views, faster for convolutional networks.
+
+    Attributes:
+        steps_per_epoch: batches of one epoch.
+        total_steps: optimiser steps of the run as first planned, for runs whose end Lightning does not know.
     """
 
     def __init__(
@@ -43,6 +47,7 @@ class ImageData(pl.LightningDataModule):
         self.batch_size, self.seed, self.threads = batch_size, seed, threads
         self.views_on, self.channels_last = views_on, channels_last
         self.steps_per_epoch = TrainingPlan(len(source), batch_size, seed).steps_per_epoch
+        self.total_steps = -1
         self.loader: ViewLoader | None = None
 
     def train_dataloader(self) -> ViewLoader:

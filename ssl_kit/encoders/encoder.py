@@ -14,6 +14,7 @@ from typing import Any
 
 import timm
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -281,10 +282,12 @@ def _find_weights(encoder: Encoder, init: str) -> dict[str, Tensor]:
     name = init.removeprefix("timm:")
     if not timm.is_model(name):
         raise UserError(f"--init {init}: no timm model is called {name!r}; see timm.list_models(pretrained=True)")
-    try:
-        model = timm.create_model(name, pretrained=True, num_classes=0, in_chans=encoder.channels)
-    except (OSError, RuntimeError) as error:  # no network, no cached weights, or a model without weights
-        raise UserError(
-            f"--init {init}: no weights of {name} on this disk ({error}); give an encoder folder"
-        ) from error
+    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    file = try_to_load_from_cache(config.hf_hub_id, WEIGHTS) if config is not None and config.hf_hub_id else None
+    if not isinstance(file, str):  # never fetched: nothing here uses the network
+        raise UserError(f"--init {init}: no weights of {name} in timm's cache on this disk; give an encoder folder")
+    local = {"file": file, "hf_hub_id": None}
+    model = timm.create_model(
+        name, pretrained=True, pretrained_cfg_overlay=local, num_classes=0, in_chans=encoder.channels
+    )
     return model.state_dict()

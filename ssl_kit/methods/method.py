@@ -67,7 +67,7 @@ class Method(pl.LightningModule):
             self,
             images_per_step=data.batch_size * trainer.world_size * trainer.accumulate_grad_batches,
             steps_per_epoch=data.steps_per_epoch / trainer.accumulate_grad_batches,
-            total_steps=int(trainer.estimated_stepping_batches),
+            total_steps=trainer.max_steps if trainer.max_steps > 0 else data.total_steps,
         )
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

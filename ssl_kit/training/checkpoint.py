@@ -179,7 +179,10 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         kind = "tensor" if isinstance(value, Tensor) else "array"
         tensor = value.detach() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
         tensors[path] = tensor.cpu().contiguous().clone()
-        return {"$": kind, "name": path}
+        # fused optimisers walk weight, gradient and momentum in memory order: a channels_last buffer that comes back
+        # contiguous gives wrong updates without a word
+        dense = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+        return {"$": kind, "name": path} | ({"channels_last": True} if dense else {})
     if isinstance(value, dict):
         items = [[_encode(key, "", {}), _encode(item, f"{path}/{key}", tensors)] for key, item in value.items()]
         if all(isinstance(key, str) and key != "$" for key in value):
@@ -211,5 +214,7 @@ def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
         return tuple(_decode(item, tensors) for item in value["items"])
     if kind in ("tensor", "array") and value.get("name") in tensors:
         tensor = tensors[value["name"]]
+        if value.get("channels_last"):
+            tensor = tensor.contiguous(memory_format=torch.channels_last)
         return tensor if kind == "tensor" else tensor.numpy()
     raise UserError(f"this checkpoint holds a {kind!r} that ssl_kit does not write; it is damaged or from elsewhere")

@@ -184,7 +184,11 @@ def read_curves(path: Path) -> list[dict[str, float]]:
     if not path.exists():
         return []
     with open(path, newline="", encoding="utf-8") as file:
-        return [{key: float(cell) for key, cell in row.items() if cell} for row in csv.DictReader(file)]
+        return [{key: _number(cell) for key, cell in row.items() if cell} for row in csv.DictReader(file)]
+
+
+def _number(cell: str) -> float:
+    return int(cell) if cell.isdigit() else float(cell)  # a row that is written again must look the same
 
 
 class Bar(pl.Callback):

@@ -163,6 +163,7 @@ def _train(
         channels_last=fitted.channels_last,
     )
     horizon = Horizon(settings["epochs"], settings["minutes"], data.steps_per_epoch)
+    data.total_steps = horizon.total
     measure = Measure(training, gallery, queries, plain(learner.encoder.image_size))
     checkpoints = Checkpoints(folder / "checkpoints", settings["checkpoint_minutes"])
     curves = Curves(

@@ -7,6 +7,7 @@ Imports nothing heavy: the command line needs this before it knows what to do.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,10 +55,16 @@ def restrict_imports(allow: Sequence[str] = ()) -> None:
 
 
 def brief(error: Exception) -> str:
-    """The telling line of an argument parser's message, which repeats itself over many."""
-    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip(" -")]
-    telling = [
-        line for line in lines if "is not accepted" in line or "not a valid" in line.lower() or "Expected" in line
-    ]
-    named = [line for line in telling if "is not accepted" in line] or telling or lines
-    return named[0] if named else type(error).__name__
+    """The telling part of an argument parser's message, which repeats itself over many lines: which key, what, got."""
+    text = str(error)
+    keys = ".".join(dict.fromkeys(re.findall(r'Parser key "([^"]+)"', text)))
+    lines = [line.strip(" -") for line in text.splitlines() if line.strip(" -")]
+    denied = re.search(r"Importing '([^']+)' is not allowed", text)
+    if denied:
+        module = denied.group(1).rpartition(".")[0]
+        return f"--{keys}: {denied.group(1)} is outside ssl_kit; if you trust that module, add --allow {module}"
+    telling = [line for line in lines if "is not accepted" in line or "not a valid" in line.lower()]
+    telling = telling or [line for line in lines if "Expected a" in line] or lines or [type(error).__name__]
+    given = re.search(r"Given value: ([^\n]+)", text)
+    got = f"; got {given.group(1)}" if given and "NestedArg" not in given.group(1) else ""
+    return (f"--{keys}: " if keys else "") + telling[0] + (got if "Got value" not in telling[0] else "")

@@ -110,6 +110,8 @@ class ViewRecipe:
         scale: (smallest, largest) area of the crop as a fraction of the image.
         hue: largest shift, in turns, before `strength`.
         gray: probability of dropping colour.
+        flip_x: probability of a left-right mirror; 0 for digits and text.
+        flip_y: probability of an upside-down mirror.
         solarize: probability of solarizing.
         turn: probability of a quarter, half or three-quarter turn.
         erase: probability of erasing a box.
@@ -122,6 +124,8 @@ class ViewRecipe:
     scale: tuple[float, float] | None = None
     hue: float | None = None
     gray: float | None = None
+    flip_x: float | None = None
+    flip_y: float | None = None
     solarize: float | None = None
     turn: float | None = None
     erase: float | None = None

@@ -50,6 +50,12 @@ def test_shared_tensors_and_views_are_stored_apart(tmp_path):
     assert torch.equal(loaded["a"], base[2:5]) and torch.equal(loaded["b"], base)
 
 
+def test_the_memory_format_comes_back(tmp_path):
+    weight = torch.rand(4, 3, 2, 2).contiguous(memory_format=torch.channels_last)
+    loaded = SafeCheckpointIO().load_checkpoint(save(tmp_path / "c", {"global_step": 0, "momentum": weight}))
+    assert torch.equal(loaded["momentum"], weight) and loaded["momentum"].stride() == weight.stride()
+
+
 def test_generators_continue_where_they_were():
     state = generators()
     wanted = (torch.rand(3), np.random.rand(3), random.random())
