@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import netrc
 import os
+import shlex
 import shutil
 import warnings
 from pathlib import Path
@@ -133,7 +134,7 @@ def pretrain(
         record.update(status="finished", encoder_sha256=learner.encoder.sha256)
         write_report([folder], folder / "report.html")
     say(f"verdict: {record.entries['verdict']['state']} - {record.entries['verdict']['reason']}")
-    next_command(f"ssl-kit evaluate {folder} {data if source.classes else 'LABELLED'}")
+    next_command(f"ssl-kit evaluate {shlex.quote(str(folder))} {shlex.quote(data) if source.classes else 'LABELLED'}")
     return record.entries
 
 
