@@ -43,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"ssl-kit: {error}", file=sys.stderr)
         return 2
+    except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        print(f"ssl-kit: {error}; choose another path", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("ssl-kit: interrupted", file=sys.stderr)
         return 130
@@ -93,6 +96,8 @@ def _parse(verb: str, function: Any, rest: list[str], everything: bool) -> dict[
     rest = _flags([_underscored(argument) for argument in rest], function)
     rest, allow = _taken(rest, ("--allow",))
     rest, recipes = _taken(rest, ("-c", "--config"))
+    if "--resume=true" in rest and (own := _own_recipe(rest)) is not None:
+        recipes = [own, *recipes]  # a resumed run needs nothing said again
     restrict_imports(allow)
     parser = ArgumentParser(prog=f"ssl-kit {verb}", exit_on_error=False, allow_abbrev=False)
     if verb in _WITH_RECIPE:
@@ -180,6 +185,14 @@ def _flags(rest: list[str], function: Any) -> list[str]:
         f"{argument}=true" if argument in flags and after not in ("true", "false") else argument
         for argument, after in zip(rest, following, strict=True)
     ]
+
+
+def _own_recipe(rest: list[str]) -> str | None:
+    """RUN/recipe.yaml of `--run RUN`, if it exists."""
+    given = [argument.partition("=")[2] or after for argument, after in zip(rest, [*rest, ""][1:], strict=True)]
+    runs = [value for argument, value in zip(rest, given, strict=True) if argument.partition("=")[0] == "--run"]
+    path = Path(runs[-1]) / "recipe.yaml" if runs else None
+    return str(path) if path is not None and path.is_file() else None
 
 
 def _taken(rest: list[str], names: tuple[str, ...]) -> tuple[list[str], list[str]]:

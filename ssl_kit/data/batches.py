@@ -224,6 +224,8 @@ class TrainingPlan:
     """
 
     def __init__(self, count: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
+        if batch_size < 1:
+            raise UserError(f"--batch_size {batch_size}: wanted at least 1")
         together = batch_size * world_size
         if count < together:
             raise UserError(

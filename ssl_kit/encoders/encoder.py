@@ -276,6 +276,9 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 def _find_weights(encoder: Encoder, init: str) -> dict[str, Tensor]:
     if not init.startswith("timm:"):
+        bare = Path(init) / WEIGHTS
+        if bare.is_file() and not (Path(init) / RECORD).is_file():  # a timm folder from elsewhere
+            return _read_weights(bare)
         folder = find_encoder(init)
         verify_file(folder, WEIGHTS, read_json(folder / RECORD)["sha256"])
         return _read_weights(folder / WEIGHTS)

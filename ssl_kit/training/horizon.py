@@ -10,7 +10,8 @@ import pytorch_lightning as pl
 from ssl_kit.core.errors import UserError
 
 _DEFAULT_EPOCHS = 100
-_CALIBRATION = 40  # steps between fits of the horizon; the first so many (compilation, caches) are not measured
+_UNMEASURED = 5  # first steps: compilation and caches
+_FITS = 10  # steps between fits of the horizon to the speed so far
 
 
 class Horizon(pl.Callback):
@@ -46,21 +47,24 @@ class Horizon(pl.Callback):
         """Starts the clock."""
         self._began = time.perf_counter()
         self._first = None
+        if self.minutes is None:  # a resumed run may have been given another length
+            trainer.lr_scheduler_configs[0].scheduler.total_steps = trainer.max_steps  # type: ignore[union-attr]
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """With `minutes`: every 40 steps sets the schedule's horizon from the speed so far."""
+        """With `minutes`: every 10 steps sets the schedule's horizon from the speed so far."""
         if self.minutes is None:
             return
         step, seconds, limit = trainer.global_step, self.seconds(), 60 * self.minutes
-        if step % _CALIBRATION == 0:
-            if self._first is None:
-                self._first = (step, seconds)
-            elif step > self._first[0]:
-                speed = (step - self._first[0]) / (seconds - self._first[1])
-                self.total = max(step + 1, step + round(speed * (limit - seconds)))
-                trainer.lr_scheduler_configs[0].scheduler.total_steps = self.total  # type: ignore[union-attr]
+        if self._first is None:
+            self._first = (step + _UNMEASURED, 0.0)
+        if step == self._first[0]:
+            self._first = (step, seconds)
+        elif step > self._first[0] and step % _FITS == 0:
+            speed = (step - self._first[0]) / (seconds - self._first[1])
+            self.total = max(step + 1, step + round(speed * (limit - seconds)))
+            trainer.lr_scheduler_configs[0].scheduler.total_steps = self.total  # type: ignore[union-attr]
         if seconds >= limit or step >= self.total:
             trainer.should_stop = True
 

@@ -68,6 +68,7 @@ class Curves(pl.Callback):
         """Opens the file, without the rows that a resumed run will write again."""
         self.history = [row for row in read_curves(self.path) if row["step"] <= trainer.global_step]
         self.row = next((row for row in reversed(self.history) if "loss" in row), {})
+        self._losses = [loss.to(pl_module.device) for loss in self._losses]  # a checkpoint's are on the CPU
         self._rewrite()
         self._started = self._interval_started = time.perf_counter()
         self._waited = 0.0
@@ -117,6 +118,12 @@ class Curves(pl.Callback):
     def elapsed(self) -> float:
         """Seconds of training over all sittings."""
         return self.seconds + time.perf_counter() - getattr(self, "_started", time.perf_counter())
+
+    def recall(self) -> None:
+        """Takes the rows from the file when a resumed run had nothing left to train."""
+        if not self.row:
+            self.history = read_curves(self.path)
+            self.row = next(row for row in reversed(self.history) if "loss" in row)
 
     def _log(self, trainer: pl.Trainer) -> None:
         data = cast(Any, trainer).datamodule

@@ -13,6 +13,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from ssl_kit.core.console import say
+from ssl_kit.core.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,13 @@ class Optim:
     warmup_epochs: float = 2.0
     final_lr: float = 0.0
 
+    def __post_init__(self) -> None:
+        if not self.lr > 0 or self.weight_decay < 0 or self.warmup_epochs < 0:
+            raise UserError(
+                f"optim: got lr {self.lr}, weight_decay {self.weight_decay}, warmup_epochs {self.warmup_epochs}; "
+                "wanted lr above 0 and the others at least 0"
+            )
+
     def peak_lr(self, images_per_step: int) -> float:
         """The learning rate at the end of the warm-up, for this many images a step over all processes."""
         return self.lr if self.lr_per is None else self.lr * images_per_step / self.lr_per
@@ -55,7 +63,7 @@ class Optim:
         say(
             f"optimiser: {self.name}, peak lr {peak:.4g} (lr {self.lr:g} per {self.lr_per or images_per_step} images, "
             f"{images_per_step} images a step), weight decay {self.weight_decay:g}, "
-            f"warm-up {schedule.warmup_steps:,} of {total_steps:,} steps"
+            f"warm-up {min(schedule.warmup_steps, total_steps // 2):,} of {total_steps:,} steps"
         )
         return optimiser, schedule
 
@@ -85,16 +93,17 @@ class Schedule(LambdaLR):
     """
 
     def __init__(self, optimiser: Optimizer, warmup_steps: int, total_steps: int, final_lr: float = 0.0):
-        self.warmup_steps = min(warmup_steps, total_steps // 2)
+        self.warmup_steps = warmup_steps
         self.total_steps = total_steps
         self.final_lr = final_lr
         super().__init__(optimiser, self.factor)
 
     def factor(self, step: int) -> float:
         """The fraction of the peak rate at `step` (0 is the first step)."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        done = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
+        warmup = min(self.warmup_steps, self.total_steps // 2)  # the horizon of a run by minutes moves
+        if step < warmup:
+            return (step + 1) / warmup
+        done = min(1.0, (step - warmup) / max(1, self.total_steps - warmup))
         return self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
     def state_dict(self) -> dict[str, Any]:

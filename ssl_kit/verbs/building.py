@@ -10,12 +10,14 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from pytorch_lightning import Trainer
 
 from ssl_kit.core.errors import UserError
-from ssl_kit.core.files import atomic_file
+from ssl_kit.core.files import atomic_file, read_json
 from ssl_kit.methods.method import Method
-from ssl_kit.verbs.recipes import brief
+from ssl_kit.verbs.recipes import brief, read_recipe
 
 SIMCLR = "ssl_kit.methods.simclr.SimCLR"
 _ENCODER = "ssl_kit.encoders.encoder.Encoder"
+# what makes a step what it is: a resumed run keeps it
+_FIXED = ("method", "views", "grow", "image_size", "channels", "limit", "batch_size", "seed")
 _MEASURED = ("image_size", "channels", "mean", "std")  # encoder arguments that come from the images
 
 
@@ -63,8 +65,8 @@ def build_method(
         raise UserError(f"method: {brief(error)}") from error
 
 
-def save_recipe(path: Path, settings: dict[str, Any], method: Method) -> None:
-    """Writes the resolved recipe: `ssl-kit pretrain -c recipe.yaml` repeats the run."""
+def resolved_recipe(settings: dict[str, Any], method: Method) -> dict[str, Any]:
+    """All settings of a run as one recipe, without what is measured on the images."""
     recipe = {key: _plain(value) for key, value in settings.items() if value is not None}
     spec = recipe.setdefault("method", default_method())
     arguments = spec.setdefault("init_args", {})
@@ -73,8 +75,28 @@ def save_recipe(path: Path, settings: dict[str, Any], method: Method) -> None:
     for key in _MEASURED:
         encoder_args.pop(key, None)
     arguments["encoder"] = {**encoder_args, "name": method.encoder.name}
+    return recipe
+
+
+def save_recipe(path: Path, recipe: dict[str, Any]) -> None:
+    """Writes a resolved recipe: `ssl-kit pretrain -c recipe.yaml` repeats the run."""
     with atomic_file(path) as temporary:
         temporary.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def check_resumable(folder: Path, recipe: dict[str, Any], images: int) -> None:
+    """Raises `UserError` when a run would go on with other settings or images than it was begun with."""
+    had = read_json(folder / "run.json").get("data", {}).get("images", images)
+    if had != images:
+        raise UserError(f"--resume: the run was begun on {had:,} images, {recipe['data']} has {images:,} now")
+    begun = read_recipe(str(folder / "recipe.yaml"))
+    now = yaml.safe_load(yaml.safe_dump(recipe))
+    for key in _FIXED:
+        if begun.get(key) != now.get(key):
+            raise UserError(
+                f"--resume: {key} was {begun.get(key)} and is {now.get(key)} now; "
+                f"leave the recipe and {key} out to go on with the run's own, or start anew with --overwrite"
+            )
 
 
 def _plain(value: Any) -> Any:

@@ -33,6 +33,8 @@ def hold_out(source: Source) -> tuple[Source, Source | None, Source | None]:
     fraction = min(_HELD_OUT, _QUERIES / labelled.sum())
     held = np.zeros(len(source), bool)
     held[labelled] = stratified(source.labels[labelled], fraction)
+    if held.sum() < 2:  # a few images of each of many classes
+        return source, None, None
     rest = np.flatnonzero(labelled & ~held)
     gallery = rest[np.linspace(0, len(rest) - 1, min(_GALLERY, len(rest))).astype(np.int64)]
     say(
@@ -76,6 +78,13 @@ class Refresh(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Acts when the curves have a new measurement."""
+        self._look(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The last measurement is made when training ends."""
+        self._look(trainer, pl_module)
+
+    def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if len(self.curves.history) == self._seen or not self.curves.history:
             return
         self._seen = len(self.curves.history)

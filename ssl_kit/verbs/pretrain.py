@@ -27,6 +27,7 @@ from ssl_kit.core.machine import (
     lightning_precision,
 )
 from ssl_kit.data.batches import ViewLoader
+from ssl_kit.data.decode import BadImageError
 from ssl_kit.data.module import ImageData
 from ssl_kit.data.skipped import write_skipped
 from ssl_kit.data.sources import Source, open_source
@@ -37,7 +38,7 @@ from ssl_kit.report.report import write_report
 from ssl_kit.training.checkpoint import Checkpoints, SafeCheckpointIO, newest
 from ssl_kit.training.horizon import Horizon
 from ssl_kit.training.monitor import Bar, Curves
-from ssl_kit.verbs.building import build_method, save_recipe
+from ssl_kit.verbs.building import build_method, check_resumable, resolved_recipe, save_recipe
 from ssl_kit.verbs.following import Measure, Refresh, hold_out
 from ssl_kit.verbs.record import RunRecord, versions
 from ssl_kit.views.recipe import View, ViewRecipe, plain
@@ -108,8 +109,9 @@ def pretrain(
     """
     settings = {key: value for key, value in locals().items() if key not in ("run", "resume", "overwrite")}
     folder = Path(run or f"runs/{Path(data).name or 'run'}")
-    _check_folder(folder, resume, overwrite)
+    _check_options(settings)
     with lock(folder):
+        _check_folder(folder, resume, overwrite)
         keep_memory()
         pl.seed_everything(seed, verbose=False)
         source = open_source(data, limit=limit, channels=channels, max_bad=max_bad, threads=threads)
@@ -121,13 +123,21 @@ def pretrain(
             matched = initialise(learner.encoder, init)
             say(f"initialised from {init}: {matched.fraction:.1%} of the weights matched")
         kinds = _view_schedule(views, size, grow, learner)
+        training, gallery, queries = hold_out(source)
+        loader, horizon, fitted = _fit_to_machine(learner, training, kinds, settings)
 
-        save_recipe(folder / "recipe.yaml", settings, learner)
+        recipe = resolved_recipe(settings, learner)
+        if resume:
+            check_resumable(folder, recipe, len(source))
+        if overwrite:
+            _clear(folder)
+        save_recipe(folder / "recipe.yaml", recipe)
         record = _record(folder, data, source, learner, seed)
         _draw(folder / "pictures" / "views.png", source, kinds[0], seed)
         write_report([folder], folder / "report.html")
         say(f"report: {folder / 'report.html'}")
-        _train(learner, source, kinds, folder, record, settings, resume)
+        measure = Measure(training, gallery, queries, plain(size))
+        _train(learner, loader, horizon, fitted, measure, record, settings, resume)
 
         write_skipped(folder / "skipped.csv", source.skipped)
         learner.encoder.save(folder / "encoder", record.provenance())
@@ -140,9 +150,10 @@ def pretrain(
 
 def _train(
     learner: Method,
-    source: Source,
-    kinds: dict[int, tuple[View, ...]],
-    folder: Path,
+    loader: ImageData,
+    horizon: Horizon,
+    fitted: _Fitted,
+    measure: Measure,
     record: RunRecord,
     settings: dict[str, Any],
     resume: bool,
@@ -152,28 +163,13 @@ def _train(
     Raises:
         SystemExit: stopped by a signal, with the conventional code, after the state was saved.
     """
-    training, gallery, queries = hold_out(source)
-    fitted = _fit_to_machine(learner, training, settings)
-    data = ImageData(
-        training,
-        kinds,
-        batch_size=settings["batch_size"],
-        seed=settings["seed"],
-        threads=fitted.threads,
-        views_on=fitted.views_on,
-        channels_last=fitted.channels_last,
-    )
-    horizon = Horizon(settings["epochs"], settings["minutes"], data.steps_per_epoch)
-    data.total_steps = horizon.total
-    measure = Measure(training, gallery, queries, plain(learner.encoder.image_size))
+    folder, options = record.folder, dict(settings["trainer"] or {})
     checkpoints = Checkpoints(folder / "checkpoints", settings["checkpoint_minutes"])
+    stopped = lambda: checkpoints.signal is not None
     curves = Curves(
-        folder / "metrics.csv",
-        measure=measure,
-        measure_every=settings["evaluate_every"],
-        interrupted=lambda: checkpoints.signal is not None,
+        folder / "metrics.csv", measure=measure, measure_every=settings["evaluate_every"], interrupted=stopped
     )
-    refresh = Refresh(record, curves, checkpoints)
+    callbacks = [horizon, curves, Bar(curves, lambda: horizon.total), Refresh(record, curves, checkpoints), checkpoints]
     arguments = {
         "accelerator": fitted.device,
         "devices": 1,
@@ -186,9 +182,9 @@ def _train(
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "use_distributed_sampler": False,
-        "callbacks": [horizon, curves, Bar(curves, lambda: horizon.total), refresh, checkpoints],
+        "callbacks": [*callbacks, *(options.pop("callbacks", None) or [])],
         "default_root_dir": str(folder),
-        **(settings["trainer"] or {}),
+        **options,
     }
     _quiet_lightning()
     trainer = pl.Trainer(**arguments)
@@ -196,24 +192,29 @@ def _train(
     device_name = str(trainer.strategy.root_device)
     record.update(status="running", device=device_name, world_size=trainer.world_size, chance_loss=chance)
     path = newest(folder / "checkpoints") if resume else None
-    trainer.fit(learner, datamodule=data, ckpt_path=str(path) if path is not None else None)
-    if checkpoints.signal is not None:
+    try:
+        trainer.fit(learner, datamodule=loader, ckpt_path=str(path) if path is not None else None)
+    except UserError:
+        record.update(status="failed")
+        raise
+    if stopped():
         record.update(status="interrupted")
-        say(f"stopped at step {trainer.global_step:,}; go on with --resume")
+        say(f"stopped at step {trainer.global_step:,}; go on with: ssl-kit pretrain --run {folder} --resume")
+        assert checkpoints.signal is not None
         raise SystemExit(128 + checkpoints.signal)
+    curves.recall()
     record.progress(curves, learner.encoder.dim)
 
 
 class _Fitted(NamedTuple):
     device: str
     precision: str
-    channels_last: bool
-    views_on: Literal["host", "device"]
-    threads: int
 
 
-def _fit_to_machine(learner: Method, training: Source, settings: dict[str, Any]) -> _Fitted:
-    """Chooses what the options leave open, and says each choice with its reason."""
+def _fit_to_machine(
+    learner: Method, training: Source, kinds: dict[int, tuple[View, ...]], settings: dict[str, Any]
+) -> tuple[ImageData, Horizon, _Fitted]:
+    """Chooses what the options leave open, says each choice with its reason, and plans the run."""
     device = choose_device()
     precision = choose_precision(settings["precision"], device.value)
     views_on, reason = settings["views_on"], "asked for"
@@ -222,6 +223,8 @@ def _fit_to_machine(learner: Method, training: Source, settings: dict[str, Any])
         suits = device.value != "cpu" and isinstance(training.images, np.ndarray)
         views_on = "device" if suits else "host"
         reason = "an accelerator and images of one size" if suits else "no accelerator, or images not in memory as one"
+    elif views_on == "device" and not isinstance(training.images, np.ndarray):
+        raise UserError("--views_on device needs images of one size that fit into memory; use --views_on host")
     channels_last = learner.encoder.is_convolutional
     if channels_last:
         learner.to(memory_format=torch.channels_last)
@@ -230,7 +233,19 @@ def _fit_to_machine(learner: Method, training: Source, settings: dict[str, Any])
     say(f"memory format: {'channels_last (it convolves)' if channels_last else 'contiguous (it does not convolve)'}")
     say(f"views on: {views_on} ({reason})")
     threads = settings["threads"] or max(1, available_cores() // (2 if device.value == "cpu" else 1))
-    return _Fitted(device.value, precision.value, channels_last, views_on, threads)
+    loader = ImageData(
+        training,
+        kinds,
+        batch_size=settings["batch_size"],
+        seed=settings["seed"],
+        threads=threads,
+        views_on=views_on,
+        channels_last=channels_last,
+    )
+    accumulated = (settings["trainer"] or {}).get("accumulate_grad_batches") or 1
+    horizon = Horizon(settings["epochs"], settings["minutes"], loader.steps_per_epoch / accumulated)
+    loader.total_steps = horizon.total
+    return loader, horizon, _Fitted(device.value, precision.value)
 
 
 def channel_statistics(source: Source, size: tuple[int, int]) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -256,8 +271,31 @@ def _check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
         raise UserError(f"{folder} holds a run already; go on with --resume, or start anew with --overwrite")
     if resume and not exists:
         raise UserError(f"--resume: {folder} holds no run; check --run, or leave --resume out to start one")
-    if overwrite and exists:
-        shutil.rmtree(folder)
+
+
+def _clear(folder: Path) -> None:
+    """Deletes a former run; its lock, which is held, stays."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != ".lock":
+            path.unlink()
+
+
+def _check_options(settings: dict[str, Any]) -> None:
+    """Raises `UserError` for numbers out of range and trainer options that would be ignored or break a promise."""
+    for name in ("batch_size", "threads", "limit", "channels", "image_size"):
+        value = settings[name]
+        if isinstance(value, int) and value < 1:
+            raise UserError(f"--{name} {value}: wanted at least 1")
+    if any(epoch < 0 or side < 1 for epoch, side in (settings["grow"] or {}).items()):
+        raise UserError(f"--grow {settings['grow']}: wanted epochs from 0 and sides of at least 1 pixel")
+    options = settings["trainer"] or {}
+    instead = {"max_epochs": "--epochs", "plugins": "no other", "enable_checkpointing": "--checkpoint_minutes"}
+    for name in [name for name in options if name in instead]:
+        raise UserError(f"--trainer.{name} has no meaning here: use {instead[name]}")
+    if options.get("devices", 1) not in (1, "1") or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("several processes are not supported yet: leave --trainer.devices out and start one process")
 
 
 def _view_size(image_size: int | tuple[int, int] | None, source: Source) -> tuple[int, int]:
@@ -267,10 +305,22 @@ def _view_size(image_size: int | tuple[int, int] | None, source: Source) -> tupl
     if image_size is not None:
         return image_size
     rows = np.linspace(0, len(source) - 1, min(256, len(source))).astype(np.int64)
-    side = int(np.median([min(source.size(int(row))) for row in rows]))
+    sides = [min(source.size(int(row))) for row in rows if _readable(source, int(row))]
+    if not sides:
+        raise UserError(f"{source.name}: none of {len(rows)} sampled images can be read; see --max-bad")
+    side = int(np.median(sides))
     side = min(_LARGEST_DEFAULT, max(8, round(side / 8) * 8))
     say(f"image size: {side} px (from the images; --image_size changes it)")
     return side, side
+
+
+def _readable(source: Source, row: int) -> bool:
+    try:
+        source.size(row)
+    except BadImageError as error:
+        source.skip(row, str(error))
+        return False
+    return True
 
 
 def _view_schedule(

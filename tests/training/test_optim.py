@@ -74,4 +74,6 @@ def test_lars_step_by_hand():
 
 def test_warm_up_is_at_most_half_of_a_short_run():
     schedule = Schedule(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), warmup_steps=100, total_steps=10)
-    assert schedule.warmup_steps == 5 and schedule.factor(10) == 0 and math.isclose(schedule.factor(4), 1)
+    assert schedule.factor(10) == 0 and math.isclose(schedule.factor(4), 1) and math.isclose(schedule.factor(0), 0.2)
+    schedule.total_steps = 6  # a run by minutes learns its horizon on the way
+    assert math.isclose(schedule.factor(2), 1) and schedule.factor(6) == 0

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,6 +99,51 @@ def test_a_stopped_run_continues_as_if_nothing_had_happened(finished, labelled_f
     assert losses(run) == losses(finished) and equal(weights(run), weights(finished))
 
 
+def test_resuming_needs_nothing_said_again_and_a_finished_run_stays_as_it_is(finished, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    assert cli.main(["pretrain", "--run", str(run), "--resume"]) == 0
+    assert losses(run) == losses(finished) and equal(weights(run), weights(finished))
+    capsys.readouterr()
+    for option, value in [("--seed", "5"), ("--batch-size", "8"), ("--method.temperature", "0.9")]:
+        assert cli.main(["pretrain", "--run", str(run), "--resume", option, value]) == 2
+        assert f"--resume: {option.strip('-').split('.')[0].replace('-', '_')} was" in capsys.readouterr().err
+
+
+def test_a_longer_run_goes_on_with_a_schedule_of_its_new_length(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    assert cli.main(["pretrain", "--run", str(run), "--resume", "--epochs", "12"]) == 0
+    added = losses(run)[len(losses(finished)) :]
+    assert float(added[0][4]) > 0 and float(added[-1][4]) == 0
+
+
+def test_a_mistake_costs_nothing(finished, labelled_folder, tmp_path, capsys):
+    run = tmp_path / "run"
+    for wrong in (["--batch-size", "1000"], ["--batch-size", "0"], ["--minutes", "1"], ["--method.optim.lr", "-1"]):
+        assert cli.main(["pretrain", str(labelled_folder), "--run", str(run), *TINY, *wrong]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    for wrong in (["--trainer.max_epochs", "3"], ["--trainer.devices", "2"], ["--grow", "{0: 0}"]):
+        assert cli.main(["pretrain", str(labelled_folder), "--run", str(run), *TINY, *wrong]) == 2
+    assert not (run / "run.json").exists()
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    assert cli.main(["pretrain", str(tmp_path / "nowhere"), "--run", str(copy), "--overwrite"]) == 2
+    assert equal(weights(copy), weights(finished))
+    pretrain(labelled_folder, copy, "--overwrite", "--epochs", "1")
+    assert not equal(weights(copy), weights(finished))
+
+
+def test_small_classes_train_without_a_monitor_of_their_labels(tmp_path):
+    for label in range(60):
+        (tmp_path / "images" / f"{label:02d}").mkdir(parents=True)
+        for number in range(2):
+            pixels = np.random.default_rng(label * 2 + number).integers(0, 256, (12, 12, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / f"{label:02d}" / f"{number}.png")
+    run = pretrain(tmp_path / "images", tmp_path / "run", "--epochs", "1")
+    assert "0.000" not in json.loads((run / "run.json").read_text())["verdict"]["reason"]
+
+
 def test_an_existing_run_is_refused_with_the_two_ways_on(finished, labelled_folder, tmp_path, capsys):
     assert cli.main(["pretrain", str(labelled_folder), "--run", str(finished), *TINY]) == 2
     message = capsys.readouterr().err
@@ -113,7 +159,8 @@ def test_minutes_end_the_run_with_the_schedule_at_its_end(labelled_folder, tmp_p
     record = json.loads((run / "run.json").read_text())
     last = losses(run)[-1]
     assert 3 < record["seconds"] < 30
-    assert float(last[4]) < 0.02 * 0.1 * 16 / 256 + 1e-9 or record["steps"] < 80
+    rates = [float(row[4]) for row in losses(run)]
+    assert float(last[4]) < 0.1 * 0.1 * 16 / 256 and rates.index(max(rates)) <= len(rates) // 2
 
 
 def test_a_messy_folder_trains_and_names_exactly_the_broken_files(tmp_path):
@@ -176,11 +223,13 @@ def test_init_starts_from_an_encoder(finished, labelled_folder, tmp_path, capsys
     )
 
 
-def test_two_views_of_the_world_agree(finished, labelled_folder, tmp_path):
-    """float32 and views made by the device executor train to nearly the same loss as the defaults."""
-    run = pretrain(labelled_folder, tmp_path / "run", "--views-on", "device", "--precision", "float32")
-    first, second = losses(run)[0], losses(finished)[0]
-    assert float(first[3]) == pytest.approx(float(second[3]), rel=0.05)
+def test_views_of_either_executor_train_alike(labelled_folder, tmp_path):
+    runs = [
+        pretrain(labelled_folder, tmp_path / place, "--views-on", place, "--precision", "float32", "--epochs", "2")
+        for place in ("device", "host")
+    ]
+    first, second = (float(losses(run)[0][3]) for run in runs)
+    assert first == pytest.approx(second, rel=2e-3)
 
 
 def test_wandb_and_tensorboard_are_opt_in_and_offline(labelled_folder, tmp_path, capsys, monkeypatch):
