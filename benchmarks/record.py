@@ -1,6 +1,7 @@
 """Runs a benchmark, keeps its rows with where they came from, and rewrites docs/numbers.md from all that is kept.
 
     python benchmarks/record.py views --quick      # runs benchmarks/views.py --quick --json ..., then rewrites the page
+    python benchmarks/record.py cifar10=scores runs/c10    # keeps the rows of scores.py under another name
     python benchmarks/record.py                    # rewrites the page only
 
 The records are docs/numbers/NAME.json: {"command", "commit", "date", "machine", "rows"}; a row is what design says of
@@ -75,12 +76,13 @@ def page() -> str:
 
 def main() -> None:
     if len(sys.argv) > 1:
-        name, options = sys.argv[1], sys.argv[2:]
+        name, _, benchmark = sys.argv[1].partition("=")
+        benchmark, options = benchmark or name, sys.argv[2:]
         with tempfile.TemporaryDirectory() as folder:
             rows = Path(folder) / "rows.json"
-            command = [sys.executable, f"benchmarks/{name}.py", *options, "--json", str(rows)]
+            command = [sys.executable, f"benchmarks/{benchmark}.py", *options, "--json", str(rows)]
             subprocess.run(command, cwd=ROOT, check=True)
-            keep(name, " ".join(["python", f"benchmarks/{name}.py", *options]), json.loads(rows.read_text()))
+            keep(name, " ".join(["python", f"benchmarks/{benchmark}.py", *options]), json.loads(rows.read_text()))
     PAGE.write_text(page())
 
 
