@@ -28,7 +28,7 @@ def console() -> Console:
     """The console for people's text; colours and width follow the terminal, `NO_COLOR` is obeyed by rich."""
     stream = sys.stderr if _settings["to_stderr"] else sys.stdout
     width = None if stream.isatty() else _PLAIN_WIDTH
-    return Console(file=stream, quiet=_settings["quiet"], width=width, highlight=False)
+    return Console(file=stream, quiet=_settings["quiet"], width=width, highlight=False, markup=False, emoji=False)
 
 
 def say(text: str) -> None:
@@ -38,7 +38,9 @@ def say(text: str) -> None:
 
 def warn(text: str) -> None:
     """Prints one line that a user should not miss, on stderr, also under `--quiet`."""
-    Console(stderr=True, highlight=False).print(f"warning: {text}", markup=False, style="yellow", soft_wrap=True)
+    Console(stderr=True, highlight=False, emoji=False).print(
+        f"warning: {text}", markup=False, style="yellow", soft_wrap=True
+    )
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
