@@ -1,20 +1,31 @@
 """One look for all verbs: tables, progress bars and notes, built on rich.
 
-Everything for people goes through `console()`; a verb *returns* its machine-readable record and the command line
-prints it under `--json`. With `--json` people's text moves to stderr, so that stdout holds one JSON document.
+    say      what was found, what was chosen and why           not under --quiet
+    result   what came out, as a line; `table` as a table      under --quiet too
+    warn     what must not be missed, on stderr                under --quiet too
+    progress a bar on stderr                                   not under --quiet, and on a terminal only
+
+A verb *returns* its machine-readable record and the command line prints it under `--json`; people's text then moves to
+stderr, so that stdout holds one JSON document. Without a terminal there are plain lines: no frames, no colours, and a
+row of a table is one line, however long.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import IO
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-_PLAIN_WIDTH = 120  # columns of a table when the output is a file or a pipe
+from ssl_kit.core.processes import is_first
+
+# what would move the cursor, ring or recolour the terminal, in names of files above all; shown as Python writes it
+_CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
 
 _settings = {"to_stderr": False, "quiet": False, "live": False}
 
@@ -24,33 +35,41 @@ def configure(*, to_stderr: bool = False, quiet: bool = False) -> None:
     _settings.update(to_stderr=to_stderr, quiet=quiet)
 
 
-def console() -> Console:
-    """The console for people's text; colours and width follow the terminal, `NO_COLOR` is obeyed by rich."""
-    stream = sys.stderr if _settings["to_stderr"] else sys.stdout
-    width = None if stream.isatty() else _PLAIN_WIDTH
-    return Console(file=stream, quiet=_settings["quiet"], width=width, highlight=False, markup=False, emoji=False)
-
-
 def say(text: str) -> None:
     """Prints one line: what was found, what was chosen and why. `[` in the text is literal."""
-    console().print(text, markup=False, soft_wrap=True)
+    if not _settings["quiet"]:
+        _print(text)
+
+
+def result(text: str) -> None:
+    """Prints one line of what came out, also under `--quiet`; not beside `--json`, which says it better."""
+    if not (_settings["quiet"] and _settings["to_stderr"]):
+        _print(text)
 
 
 def warn(text: str) -> None:
-    """Prints one line that a user should not miss, on stderr, also under `--quiet`."""
-    Console(stderr=True, highlight=False, emoji=False).print(
-        f"warning: {text}", markup=False, style="yellow", soft_wrap=True
-    )
+    """Prints one line that a user should not miss, on stderr, also under `--quiet`; one process for all."""
+    if not is_first():
+        return
+    console = stderr_console()
+    console.print(printable(f"warning: {text}", console.file), style="yellow", soft_wrap=True)
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Prints a table; the first column is left-aligned, the others right-aligned."""
-    grid = Table(title=title, title_justify="left", header_style="bold")
-    for position, column in enumerate(columns):
+    """Prints a table, a result; the first column is left-aligned, the others right-aligned."""
+    if _settings["quiet"] and _settings["to_stderr"]:
+        return
+    console = _console()
+    cells = [[printable(str(cell), console.file) for cell in row] for row in (columns, *rows)]
+    if not console.is_terminal:
+        _print("\n".join([title, *_aligned(cells)]))
+        return
+    grid = Table(title=printable(title, console.file), title_justify="left", header_style="bold")
+    for position, column in enumerate(cells[0]):
         grid.add_column(column, justify="left" if position == 0 else "right")
-    for row in rows:
-        grid.add_row(*(str(cell) for cell in row))
-    console().print(grid)
+    for row in cells[1:]:
+        grid.add_row(*row)
+    console.print(grid)
 
 
 def next_command(command: str) -> None:
@@ -60,22 +79,73 @@ def next_command(command: str) -> None:
 
 @contextmanager
 def progress(total: int, label: str) -> Iterator[Progress]:
-    """A progress bar on stderr with items done, rate and time left; silent when stderr is not a terminal.
+    """A progress bar on stderr with items done and time left; silent when stderr is not a terminal.
 
     Use `bar.advance(bar.task_ids[0], n)` inside.
     """
-    if _settings["live"]:  # inside another bar, such as that of a training run
-        with Progress(disable=True) as bar:
-            bar.add_task(label, total=total)
-            yield bar
-        return
-    stderr = Console(stderr=True, quiet=_settings["quiet"])
+    console = stderr_console()
+    silent = _settings["live"] or not shows_bars()  # live: inside another bar, such as that of a training run
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True, disable=silent) as bar:
         bar.add_task(label, total=total)
         yield bar
+
+
+def shows_bars() -> bool:
+    """Whether a progress bar has somebody to look at it: stderr is a terminal, and not `--quiet`."""
+    return stderr_console().is_terminal and not _settings["quiet"]
+
+
+def stderr_console() -> Console:
+    """The console of bars and warnings; colours and width follow the terminal, `NO_COLOR` is obeyed by rich."""
+    return Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def live(on: bool) -> None:
     """Says that a bar is up for long: bars of shorter work stay silent meanwhile."""
     _settings["live"] = on
+
+
+@contextmanager
+def if_interrupted(kept: Callable[[], str]) -> Iterator[None]:
+    """Ctrl-C in the block ends it with a `KeyboardInterrupt` that says what is kept and how to go on.
+
+    Verbs that leave nothing behind do without: the command line says "nothing was written" for them.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Lightning answers the Ctrl-C that it sees by SystemExit(1)
+        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        raise KeyboardInterrupt(kept()) from stop
+
+
+def printable(text: str, stream: IO[str]) -> str:
+    """The text as `stream` can take it: control characters, and what its encoding lacks, as backslash escapes."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.translate(_CONTROL).encode(encoding, "backslashreplace").decode(encoding)
+
+
+def _console() -> Console:
+    stream = sys.stderr if _settings["to_stderr"] else sys.stdout
+    return Console(file=stream, highlight=False, markup=False, emoji=False)
+
+
+def _print(text: str) -> None:
+    console = _console()
+    console.print(printable(text, console.file), soft_wrap=True)
+
+
+def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:
+    """One line per row, columns two spaces apart, the first left-aligned and the others right-aligned."""
+    rows = [[cell.replace("\n", " ") for cell in row] for row in cells]
+    count = max(map(len, rows))
+    rows = [[*row, *[""] * (count - len(row))] for row in rows]
+    widths = [max(cell_len(row[column]) for row in rows) for column in range(count)]
+    lines = []
+    for row in rows:
+        padding = [" " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)]
+        parts = [row[0] + padding[0], *(space + cell for cell, space in zip(row[1:], padding[1:], strict=True))]
+        lines.append("  ".join(parts).rstrip())
+    return lines

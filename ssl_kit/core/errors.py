@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this"."""
+"""Exceptions that mean "the user can fix this"."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The command line prints the message and exits with 2; any other exception is our own mistake and exits with 1.
     """
+
+
+class DamagedError(UserError):
+    """A file that is missing, cut short or altered since it was written."""

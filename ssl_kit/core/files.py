@@ -1,50 +1,75 @@
 """Files that are either there, whole and verified, or not there at all.
 
 One writer for checkpoints, encoder folders, embeddings and indexes. The order is what makes it safe: a temporary
-folder beside the target, fsync of every file, the manifest with the sha256 of each file last, rename, fsync of the
-parent. A reader verifies the manifest and says which file is damaged.
+folder beside the target (never in TMPDIR, which may be another disk), fsync of every file, the manifest with the sha256
+of each file last, rename, fsync of the parent. A folder that is there already and the new one swap their names in one
+step; where the file system cannot do that (NFS), a reader puts the old one back if the writer was killed between two
+renames. A reader verifies the manifest and says which file is damaged.
+
+What is being written is locked, so that the next writer of the same target can tell it from what a killed one has left,
+and removes the latter.
 """
 
 from __future__ import annotations
 
+import csv
+import ctypes
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
-from ssl_kit.core.errors import UserError
+from ssl_kit.core.console import warn
+from ssl_kit.core.errors import DamagedError, UserError
+from ssl_kit.core.sealed import MAX_JSON, read_json, read_sealed, sealed  # noqa: F401 (who writes files reads some)
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked, and what killed writers leave stays
+    fcntl = None  # type: ignore[assignment]
 
 MANIFEST = "manifest.json"
-_MAX_JSON_BYTES = 64 * 2**20  # larger JSON of a stranger is refused before it is parsed
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of fcntl.h and linux/fs.h
 
 
-class DamagedError(UserError):
-    """A file that is missing, cut short or altered since it was written."""
+class FullError(UserError):
+    """No room for a file: the disk or a quota is full. What was there before is untouched."""
 
 
 @contextmanager
 def atomic_file(path: Path | str) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; when the block ends well, it replaces `path` in one step."""
+    """Yields a temporary path beside `path`; when the block ends well, it replaces `path` in one step.
+
+    Raises:
+        FullError: the disk is full.
+    """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    with _said_when_full(target), _beside(target, ".tmp") as temporary:
         yield temporary
         sync(temporary)
         os.chmod(temporary, 0o644)
         os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync(target.parent)
+        sync(target.parent)
+
+
+def write_csv(path: Path | str, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Writes a table in one step, UTF-8; its folder is made."""
+    with atomic_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)
 
 
 @contextmanager
@@ -55,11 +80,12 @@ def atomic_folder(path: Path | str, manifest: dict[str, Any] | None = None) -> I
         path: the folder to write; an existing one is replaced whole.
         manifest: if given, `manifest.json` is written last: these entries and `files`, the sha256 of every file.
             The dict is read when the block ends, so it may be filled inside.
+
+    Raises:
+        FullError: the disk is full.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-    try:
+    with _said_when_full(target), _beside(target, ".tmp", folder=True) as temporary:
         yield temporary
         if manifest is not None:
             write_manifest(temporary, manifest)
@@ -67,16 +93,150 @@ def atomic_folder(path: Path | str, manifest: dict[str, Any] | None = None) -> I
             sync(file)
         sync(temporary)
         os.chmod(temporary, 0o755)
-        if target.exists():
-            retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-            os.replace(target, retired / target.name)
-            os.replace(temporary, target)
-            shutil.rmtree(retired)
-        else:
-            os.replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _put_in_place(temporary, target)
+
+
+def _put_in_place(made: Path, target: Path) -> None:
+    """Gives the folder `made` its name; what had it before is gone afterwards, or has the temporary name."""
+    if not os.path.lexists(target):
+        os.replace(made, target)
+    elif not _exchanged(made, target):
+        with _beside(target, ".old", folder=True) as retired:
+            try:
+                os.replace(target, retired / target.name)
+                os.replace(made, target)  # a writer killed before this line leaves no target: see `settle`
+            finally:
+                if not os.path.lexists(target):
+                    os.replace(retired / target.name, target)
     sync(target.parent)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Swaps two names in one step; False where the system or the file system cannot."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:  # an old C library
+        return False
+    return renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
+
+
+def settle(path: Path | str) -> None:
+    """Puts a missing folder back that a killed writer had moved away to replace it. Readers call it first.
+
+    Waits for a writer that is just doing that.
+    """
+    target = Path(path)
+    if os.path.lexists(target):
+        return
+    for retired in _left(target, r"\.old"):
+        with _locked(retired, wait=True):
+            if (retired / target.name).exists() and not os.path.lexists(target):
+                os.replace(retired / target.name, target)
+
+
+@contextmanager
+def _beside(target: Path, suffix: str, *, folder: bool = False) -> Iterator[Path]:
+    """A new file or folder beside `target`, locked; removed at the end if it still has its temporary name."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(target)
+    while True:
+        if folder:
+            temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=suffix, dir=target.parent))
+        else:
+            handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=suffix, dir=target.parent)
+            os.close(handle)
+            temporary = Path(name)
+        with _locked(temporary, wait=True):
+            if not temporary.exists():  # another writer came in between and took it for litter
+                continue
+            try:
+                yield temporary
+            finally:
+                _remove(temporary)
+            return
+
+
+def _sweep(target: Path) -> None:
+    """Removes what killed writers of `target` have left."""
+    settle(target)
+    for litter in _left(target, r"\.(tmp|old)"):
+        with _locked(litter, wait=False) as dead:
+            if dead:
+                _remove(litter)
+
+
+def _left(target: Path, suffix: str) -> list[Path]:
+    """What lies beside `target` under one of its temporary names, of living writers and dead ones."""
+    name = re.compile(rf"\.{re.escape(target.name)}\.[a-z0-9_]{{8}}{suffix}")
+    found = os.listdir(target.parent) if target.parent.is_dir() else []
+    return [target.parent / one for one in found if name.fullmatch(one)]
+
+
+@contextmanager
+def _locked(path: Path, *, wait: bool) -> Iterator[bool]:
+    """Holds a file or folder; yields whether it does: no when it is gone, another holds it, or there are no locks."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        yield False
+        return
+    try:
+        yield fcntl is not None and _lock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int, how: int) -> bool:
+    try:
+        fcntl.flock(handle, how)
+    except OSError:  # held by another, or a file system without locks
+        return False
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _said_when_full(target: Path) -> Iterator[None]:
+    """Whoever writes, and however it says that there is no room, one error in words that names the target."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError, FullError) as error:
+        for number in _FULL:
+            if getattr(error, "errno", None) == number or os.strerror(number) in str(error):
+                raise FullError(
+                    f"{target} could not be written: {os.strerror(number)}. Make room there; what it was is kept"
+                ) from error
+        raise
+
+
+@contextmanager
+def if_room(target: Path) -> Iterator[None]:
+    """A full disk in the block is said, and no more: for what a long work can do without."""
+    try:
+        with _said_when_full(target):
+            yield
+    except FullError as error:
+        warn(f"{error}. The work goes on")
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raises `FullError` when the disk of `folder`, which may not exist yet, has less than `needed` bytes to give."""
+    while not folder.exists():
+        folder = folder.parent
+    disk = shutil.disk_usage(folder)
+    if disk.total > 0 and disk.free < needed:
+        raise FullError(
+            f"{folder} has {disk.free / 2**20:,.1f} MiB of free space and {needed / 2**20:,.1f} are needed; make room "
+            "there"
+        )
 
 
 def write_manifest(folder: Path, entries: dict[str, Any]) -> dict[str, Any]:
@@ -84,21 +244,22 @@ def write_manifest(folder: Path, entries: dict[str, Any]) -> dict[str, Any]:
     names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
     files = {name: sha256(folder / name) for name in names if name != MANIFEST and not Path(name).name.startswith(".")}
     manifest = {**entries, "files": files}
-    write_json(folder / MANIFEST, manifest)
+    write_sealed(folder / MANIFEST, manifest)
     return manifest
 
 
-def read_manifest(folder: Path | str, *, verify: bool = True) -> dict[str, Any]:
+def read_manifest(folder: Path | str, *, verify: bool = True, limit: int = MAX_JSON) -> dict[str, Any]:
     """The manifest of `folder`; with `verify`, every file it names is there and has its sha256.
 
     Raises:
         DamagedError: naming the folder, the file, and what was got and wanted.
     """
     folder = Path(folder)
+    settle(folder)
     if not (folder / MANIFEST).is_file():
         raise DamagedError(f"{folder} has no {MANIFEST}: it was not written by ssl_kit, or the writing was cut off")
-    manifest = read_json(folder / MANIFEST)
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+    manifest = read_sealed(folder / MANIFEST, limit)
+    if not isinstance(manifest.get("files"), dict):
         raise DamagedError(f"{folder / MANIFEST} names no files; expected the manifest that ssl_kit writes")
     if verify:
         for name, wanted in manifest["files"].items():
@@ -109,7 +270,7 @@ def read_manifest(folder: Path | str, *, verify: bool = True) -> dict[str, Any]:
 def verify_file(folder: Path, name: str, wanted: str) -> None:
     """Raises `DamagedError` unless `folder/name` stays inside the folder, exists and has the sha256 `wanted`."""
     file = folder / name
-    if ".." in Path(name).parts or Path(name).is_absolute():
+    if ".." in Path(name).parts or Path(name).is_absolute() or "\0" in name:
         raise DamagedError(f"{folder / MANIFEST} names {name!r}, outside its folder; refused")
     if not file.is_file():
         raise DamagedError(f"{file} is missing, though {folder / MANIFEST} names it")
@@ -126,20 +287,19 @@ def sha256(path: Path | str) -> str:
 
 def write_json(path: Path | str, value: Any) -> None:
     """Writes `value` as indented JSON, atomically. NaN and infinities are refused: they are not JSON."""
-    text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False)
+    text = json_text(value)
     with atomic_file(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
 
 
-def read_json(path: Path | str) -> Any:
-    """Reads JSON; a damaged or oversized file raises `DamagedError` with its path."""
-    path = Path(path)
-    if path.stat().st_size > _MAX_JSON_BYTES:
-        raise DamagedError(f"{path} has {path.stat().st_size:,} bytes; JSON files here stay below {_MAX_JSON_BYTES:,}")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise DamagedError(f"{path} is not JSON: {error}") from error
+def json_text(value: Any) -> str:
+    """What `write_json` writes."""
+    return json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def write_sealed(path: Path | str, entries: dict[str, Any]) -> None:
+    """Writes entries as JSON that notices any later change of itself; `core.sealed.read_sealed` reads it."""
+    write_json(path, sealed(entries))
 
 
 def append_line(path: Path | str, value: Any) -> None:

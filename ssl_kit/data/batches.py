@@ -8,11 +8,13 @@ A batch is a pure function of (seed, epoch, rows), whatever the number of thread
 from __future__ import annotations
 
 import itertools
+import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -20,34 +22,28 @@ from torch import Tensor
 
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.machine import available_cores
-from ssl_kit.core.random import Key, permutation
+from ssl_kit.core.random import Key
 from ssl_kit.data.decode import BadImageError, decode, image_size
+from ssl_kit.data.plan import Planned, following
 from ssl_kit.data.sources import Source
 from ssl_kit.views.host import apply_host
 from ssl_kit.views.recipe import View
 from ssl_kit.views.sample import HEIGHT, LEFT, TOP, WIDTH, Params, sample
 
 _PREFETCH = 2  # batches made ahead: one hides the making, the second hides its jitter
+_TOGETHER = 4  # decoded images that go through the view kernel in one call: its overhead is 0.1 ms
 
 
 class Batch(TypedDict):
-    """One step's input: `views`, one (B, C, h, w) float32 in [0, 1] per view; `label` (B,) int64, -1 = unknown."""
+    """One step's input: `views`, one (B, C, h, w) float32 in [0, 1] per view; `label` (B,) int64, -1 = unknown.
+
+    With a loader's `chunk`, `views` is empty and `chunks` makes them.
+    """
 
     views: list[Tensor]
     key: Key
     label: Tensor
-
-
-class Planned(NamedTuple):
-    """A batch before it is made.
-
-    `rows`: (B,) positions in the source. `spare`: positions that stand in for images that cannot be decoded, in
-    order; when it is empty, rows of bad images are dropped.
-    """
-
-    epoch: int
-    rows: np.ndarray
-    spare: Iterable[int]
+    chunks: NotRequired[Chunks]
 
 
 class ViewLoader:
@@ -64,9 +60,10 @@ class ViewLoader:
         bad: for a plan of arrays: "drop" the rows of images that cannot be decoded, or "replace" them by the images of
             the following batches (so that batches keep their size).
         on_device: leave the views to `ImageData.on_after_batch_transfer`: batches hold stored pixels and parameters.
+        chunk: images whose views are held at a time: batches come as `Chunks`.
 
     Attributes:
-        waited: seconds that the consumer has spent waiting for batches.
+        waited: seconds that the consumer has spent waiting for batches and chunks.
     """
 
     def __init__(
@@ -80,41 +77,64 @@ class ViewLoader:
         threads: int | None = None,
         bad: Literal["replace", "drop"] = "drop",
         on_device: bool = False,
+        chunk: int | None = None,
     ):
-        self.source, self.plan = source, plan
+        self.source, self.plan, self.chunk = source, plan, chunk
         self.views = views if isinstance(views, Mapping) else {0: views}
         self.seed, self.epoch, self.bad, self.on_device = seed, epoch, bad, on_device
         self.threads = threads or available_cores()
+        # a batch's Python and numpy parts run beside another batch's kernels, so that two threads are worth 1.9
+        self._producers = min(_PREFETCH, self.threads)
+        self._buffers = _Buffers()
         self.waited = 0.0
         for view in itertools.chain(*self.views.values()):
             view.check_channels(source.channels)
 
     def __iter__(self) -> Iterator[Batch]:
         planned = iter(self._planned())
-        with ThreadPoolExecutor(1, "batches") as producer, ThreadPoolExecutor(self.threads, "decode") as decoders:
+        makers = ThreadPoolExecutor(self._producers, "batches")
+        with makers as producer, ThreadPoolExecutor(self.threads, "decode") as decoders:
+            make = lambda batch: producer.submit(self._make, batch, decoders)
+            start = make if self.chunk is None else lambda batch: self._in_chunks(batch, make)
+            ahead = _PREFETCH if self.chunk is None else 1  # chunks look after each other
             pending: deque[Future[Batch]] = deque()
             try:
-                for batch in itertools.islice(planned, _PREFETCH):
-                    pending.append(producer.submit(self._make, batch, decoders))
+                for batch in itertools.islice(planned, ahead):
+                    pending.append(start(batch))
                 while pending:
                     began = time.perf_counter()
                     made = pending.popleft().result()
                     self.waited += time.perf_counter() - began
                     for batch in itertools.islice(planned, 1):
-                        pending.append(producer.submit(self._make, batch, decoders))
+                        pending.append(start(batch))
                     yield made
             finally:  # the consumer may stop early
-                for future in pending:
-                    future.cancel()
+                producer.shutdown(wait=False, cancel_futures=True)
+
+    def _in_chunks(self, planned: Planned, make: Callable[[Planned], Future[Batch]]) -> Future[Batch]:
+        """The batch whose views are still to be made, chunk by chunk."""
+        assert self.chunk is not None
+        count = -(-len(planned.rows) // self.chunk)
+        splits = np.array_split(planned.rows, count)
+        starts = np.cumsum([0, *map(len, splits)])
+        parts = [planned.part(rows, int(start)) for rows, start in zip(splits, starts, strict=False)]
+        ready: Future[Batch] = Future()
+        ready.set_result(
+            {
+                "views": [],
+                "key": Key(self.seed, planned.epoch, torch.from_numpy(np.array(planned.rows, np.int64))),
+                "label": torch.from_numpy(self.source.labels[planned.rows]),
+                "chunks": Chunks(self, parts, make),
+            }
+        )
+        return ready
 
     def _planned(self) -> Iterable[Planned]:
         if callable(self.plan):
             return self.plan()
-        plan = self.plan
-        return (
-            Planned(self.epoch, rows, itertools.chain(*plan[number + 1 :]) if self.bad == "replace" else ())
-            for number, rows in enumerate(plan)
-        )
+        if self.bad == "drop":
+            return (Planned(self.epoch, rows) for rows in self.plan)
+        return (Planned(self.epoch, rows, following(self.plan, number)) for number, rows in enumerate(self.plan))
 
     def _make(self, planned: Planned, decoders: ThreadPoolExecutor) -> Batch:
         in_memory = self.source.images is not None
@@ -149,22 +169,25 @@ class ViewLoader:
         return [sample(view, self.seed, epoch, rows, which, heights, widths) for which, view in enumerate(views)]
 
     def _apply(self, images: Any, params: Params, view: View) -> Tensor:
-        return torch.from_numpy(apply_host(images, params, view.size, threads=self.threads))
+        out = self._buffers.take(len(params), (self.source.channels, *view.size))
+        threads = self.threads // self._producers
+        return torch.from_numpy(apply_host(images, params, view.size, out=out, threads=threads))
 
     def _from_files(self, planned: Planned, decoders: ThreadPoolExecutor) -> tuple[np.ndarray, list[Tensor]]:
         """Reads each file once and cuts all its views out of one decoding at the smallest sufficient JPEG scale."""
-        rows, spare = np.array(planned.rows, np.int64), iter(planned.spare)
+        rows = np.array(planned.rows, np.int64)
         views = views_at(self.views, planned.epoch)
-        made = [np.empty((len(rows), self.source.channels, *view.size), np.float32) for view in views]
+        made = [self._buffers.take(len(rows), (self.source.channels, *view.size)) for view in views]
         good = np.zeros(len(rows), bool)
         pending = np.arange(len(rows))  # places in the batch
+        spare: dict[int, Iterator[int]] = {}
         while len(pending):
             done = self._cut(planned.epoch, rows, pending, made, decoders)
             good[pending[done]] = True
             pending = pending[~done]
-            instead = list(itertools.islice(spare, len(pending)))
-            pending = pending[: len(instead)]
-            rows[pending] = instead
+            for place in pending.tolist():
+                rows[place] = next(spare.setdefault(place, planned.substitutes(place)), -1)
+            pending = pending[rows[pending] >= 0]
         if not good.all():
             rows, made = rows[good], [batch[good] for batch in made]
         return rows, [torch.from_numpy(batch) for batch in made]
@@ -179,25 +202,35 @@ class ViewLoader:
         kinds = views_at(self.views, epoch)
         params = self._sample(kinds, epoch, rows[found], heights, widths)
 
-        def cut(number: int) -> bool:
-            place = found[number]
-            data, (height, width) = opened[place]
+        def load(number: int) -> np.ndarray | None:
+            """One image, decoded as small as its views allow, their boxes scaled with it."""
+            data, (height, width) = opened[found[number]]
             own = [param[number : number + 1] for param in params]
             try:
                 image, scale_y, scale_x = decode(
                     data, self.source.channels, smallest=_needed(own, kinds, height, width)
                 )
             except BadImageError as error:
-                self.source.skip(int(rows[place]), str(error))  # stops the run when there are too many
-                return False
-            for param, view, views in zip(own, kinds, made, strict=True):
+                self.source.skip(int(rows[found[number]]), str(error))  # stops the run when there are too many
+                return None
+            for param in own if (scale_y, scale_x) != (1, 1) else ():
                 param[:, [TOP, HEIGHT]] *= scale_y
                 param[:, [LEFT, WIDTH]] *= scale_x
-                apply_host([image], param, view.size, out=views[place : place + 1])
-            return True
+            return image
 
-        cut_well = dict(zip(found, decoders.map(cut, range(len(found))), strict=True))
-        return np.array([cut_well.get(place, False) for place in places], bool)
+        def cut(numbers: np.ndarray) -> list[int]:
+            """The views of a few images; the places of those that could be decoded."""
+            images = [load(number) for number in numbers]
+            for run, decoded in _runs([found[number] for number in numbers], images):
+                these = numbers[run]
+                place = slice(found[these[0]], found[these[0]] + len(these))
+                for param, view, views in zip(params, kinds, made, strict=True):
+                    apply_host(decoded, param[these], view.size, out=views[place])
+            return [found[number] for number, image in zip(numbers, images, strict=True) if image is not None]
+
+        groups = np.array_split(np.arange(len(found)), max(1, -(-len(found) // _TOGETHER)))
+        good = [place for places in decoders.map(cut, groups) for place in places]
+        return np.isin(places, good)
 
     def _open(self, row: int) -> tuple[bytes, tuple[int, int]] | None:
         """An image file and its upright (height, width); None when it is bad, which is noted."""
@@ -209,46 +242,94 @@ class ViewLoader:
             return None
 
 
-class TrainingPlan:
-    """Which images each step sees: a pure function of (seed, step), so that resuming needs the step alone.
+class Chunks:
+    """The images of one step in chunks: views are made when they are asked for, and made again when asked for again.
 
-    An epoch shows every image once, shuffled anew, in steps of nearly equal size (they differ by at most one image, so
-    that no image is left out and no step is tiny).
+    Chunk i is `(views, key)`. They are asked for in order (forward pass), then in reverse (backward pass): the loader's
+    threads make the next one in the direction of travel meanwhile, so that at most two are held. Both passes see the
+    same images, also where some cannot be decoded: the second pass asks for those that the first one got.
 
-    Args:
-        count: images of the source.
-        batch_size: images per process and step, at most.
-        seed: of the run.
-        rank: this process's number.
-        world_size: number of processes; each takes a contiguous part of every step.
+    Attributes:
+        finish: what is done to a chunk's batch on the consumer's side: transfer, views on the device, memory format.
     """
 
-    def __init__(self, count: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
-        if batch_size < 1:
-            raise UserError(f"--batch_size {batch_size}: wanted at least 1")
-        together = batch_size * world_size
-        if count < together:
-            raise UserError(
-                f"{count} images are fewer than one step of {together} (batch_size {batch_size} x {world_size} "
-                f"processes); lower --batch_size to at most {count // world_size}, or add images"
-            )
-        self.count, self.seed, self.rank, self.world_size = count, seed, rank, world_size
-        self.steps_per_epoch = -(-count // together)
+    def __init__(self, loader: ViewLoader, parts: list[Planned], make: Callable[[Planned], Future[Batch]]):
+        self.finish: Callable[[Batch], Batch] = lambda batch: batch
+        self._loader, self._parts, self._make = loader, parts, make
+        self._last = -1
+        self._settled: set[int] = set()  # chunks whose images are known
+        self._making: dict[int, Future[Batch]] = {0: make(parts[0])}
 
-    def batches(self, start: int = 0) -> Iterator[Planned]:
-        """All steps from number `start` on, without end."""
-        for epoch in itertools.count(start // self.steps_per_epoch):
-            order = permutation(self.seed, epoch, self.count)
-            bounds = np.linspace(0, self.count, self.steps_per_epoch + 1).round().astype(np.int64)
-            for step in range(start - epoch * self.steps_per_epoch, self.steps_per_epoch):
-                rows = np.array_split(order[bounds[step] : bounds[step + 1]], self.world_size)[self.rank]
-                yield Planned(epoch, rows, itertools.chain(order[bounds[step + 1] :], order[: bounds[step]]))
-            start = (epoch + 1) * self.steps_per_epoch
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __getitem__(self, number: int) -> tuple[list[Tensor], Key]:
+        ahead = number + 1 if number > self._last else number - 1
+        if ahead == len(self):  # the last one will be asked for again, then the one before it
+            ahead = number - 1
+        self._last = number
+        wanted = [chunk for chunk in (number, ahead) if chunk >= 0]
+        self._making = {chunk: self._making.get(chunk) or self._make(self._parts[chunk]) for chunk in wanted}
+        began = time.perf_counter()
+        batch = self._making[number].result()
+        self._loader.waited += time.perf_counter() - began
+        part, rows = self._parts[number], batch["key"].index.numpy()
+        if number in self._settled and not np.array_equal(rows, part.rows):
+            raise UserError(
+                f"{len(part.rows) - len(rows)} images could be read in the forward pass and not again in the backward "
+                "pass; go on with --resume when the storage is reliable"
+            )
+        self._parts[number] = Planned(part.epoch, rows)  # no substitutes any more: it stays as it is
+        self._settled.add(number)
+        finished = self.finish(batch)
+        return finished["views"], finished["key"]
+
+
+class _Buffers:
+    """Arrays for views, used again once nobody holds their batch any more.
+
+    Fresh memory is dear: the kernel zeroes it page by page, 1 ms for the two 224-px views of an image against 2.3 ms
+    for decoding and making them. A tensor made by `torch.from_numpy` holds its array, so the count of references says
+    whether it is free.
+    """
+
+    def __init__(self) -> None:
+        self._held: list[np.ndarray] = []
+        self._lock = threading.Lock()
+
+    def take(self, count: int, shape: tuple[int, ...]) -> np.ndarray:
+        """A (count, *shape) float32 array with arbitrary contents."""
+        with self._lock:
+            free = [held for held in self._held if sys.getrefcount(held) == _UNUSED]
+            fitting = [held for held in free if held.shape[1:] == shape and len(held) >= count]
+            if not fitting:
+                self._held = [held for held in self._held if not any(held is one for one in free)]  # another size's
+                fitting = [np.empty((count + 1, *shape), np.float32)]  # one more: batches differ by one image
+                self._held += fitting
+            return fitting[0][:count]
+
+
+# references of the list, the loop variable and getrefcount's argument; how many they are differs between Pythons
+_UNUSED = next(iter([sys.getrefcount(held) for held in [np.empty(0)]]))
 
 
 def views_at(schedule: Mapping[int, Sequence[View]], epoch: int) -> Sequence[View]:
     """The views of an epoch: those of the last entry that has begun. The first entry is for epoch 0."""
     return schedule[max(first for first in schedule if first <= epoch)]
+
+
+def _runs(places: list[int], images: list[np.ndarray | None]) -> Iterator[tuple[slice, list[np.ndarray]]]:
+    """The stretches of images that are there and whose places follow each other, as slice and images."""
+    start, run = 0, list[np.ndarray]()
+    for position, image in enumerate(images):
+        if run and (image is None or places[position] != places[position - 1] + 1):
+            yield slice(start, position), run
+            run = []
+        if image is not None:
+            start = start if run else position
+            run.append(image)
+    if run:
+        yield slice(start, len(images)), run
 
 
 def _sizes(shapes: list[tuple[int, ...]]) -> tuple[np.ndarray, np.ndarray]:

@@ -11,6 +11,8 @@ from ssl_kit.core.random import permutation
 
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "val", "valid", "validation")
+_DIGITS = 1_000  # Python refuses to read numbers of more than 4,300
+TABLES = (".csv", ".parquet")  # endings of manifests
 
 
 def encode(names: Sequence[str | None]) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -19,7 +21,7 @@ def encode(names: Sequence[str | None]) -> tuple[np.ndarray, tuple[str, ...]]:
     Names that are all whole numbers sort as numbers, so that class "10" follows "9".
     """
     known = {name for name in names if name is not None}
-    numbers = all(name.isascii() and name.removeprefix("-").isdigit() for name in known)
+    numbers = all(len(name) < _DIGITS and name.isascii() and name.removeprefix("-").isdigit() for name in known)
     classes = tuple(sorted(known, key=int) if numbers else sorted(known))
     position: dict[str | None, int] = {name: row for row, name in enumerate(classes)}
     return np.array([position.get(name, -1) for name in names], dtype=np.int64), classes
@@ -45,11 +47,17 @@ def _class_like(ids: Sequence[str], names: Sequence[str | None]) -> bool:
     return not any(str(name).lower() in splits for name in folders) and len(ids) >= 2 * len(folders)
 
 
-def split_folders(folder: Path) -> tuple[Path, Path] | None:
-    """The train and test sub-folders of a folder that has both (any of the names above), else None."""
-    train, test = ([folder / name for name in names] for names in (TRAIN_NAMES, TEST_NAMES))
-    pairs = [(one, two) for one in train for two in test if one.is_dir() and two.is_dir()]
-    return pairs[0] if pairs else None
+def split_parts(folder: Path) -> tuple[Path, Path] | None:
+    """The train and test parts of a folder that has both, else None.
+
+    A part is a sub-folder of one of the names above, or else a manifest of such a name, `train.csv` or `train.parquet`.
+    """
+    found = []
+    for names in (TRAIN_NAMES, TEST_NAMES):
+        folders = [path for name in names if (path := folder / name).is_dir()]
+        tables = [path for name in names for end in TABLES if (path := folder / f"{name}{end}").is_file()]
+        found.append([*folders, *tables])
+    return (found[0][0], found[1][0]) if all(found) else None
 
 
 def stratified(labels: np.ndarray, fraction: float, seed: int = 0) -> np.ndarray:

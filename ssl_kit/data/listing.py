@@ -11,6 +11,7 @@ import os
 import re
 import stat
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -202,6 +203,13 @@ def folder_of_images(path: Path) -> Listing:
         wanted = "wanted .jpg, .png, .webp, .tif, .bmp, .gif ..."
         raise UserError(f"no images in {path}: {'saw ' + seen if seen else 'it has no files'}; {wanted}")
     return listing
+
+
+def folders_without(path: Path, classes: Sequence[str]) -> list[str]:
+    """Folders directly below `path` that gave no class: there is no image in them."""
+    with os.scandir(os.fsencode(path)) as entries:
+        names = {escape(entry.name) for entry in entries if entry.is_dir() and not entry.name.startswith(b".")}
+    return sorted(names - set(classes))
 
 
 def _nearest(path: Path) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ssl_kit.core.console import progress
+from ssl_kit.core.processes import on_this_machine
 from ssl_kit.core.random import permutation
 from ssl_kit.data.decode import BadImageError, decode, image_size
 
@@ -53,9 +54,9 @@ def estimate_bytes(count: int, read: Callable[[int], bytes], channels: int) -> f
 
 
 def fits_in_memory(needed: float) -> tuple[bool, str]:
-    """Whether `needed` decoded bytes may live in RAM, and the words that say why."""
+    """Whether `needed` decoded bytes may live in RAM, for each process of this machine; and the words that say why."""
     available = available_memory()
-    fits = needed < _SHARE * available
+    fits = needed * on_this_machine() < _SHARE * available
     return fits, f"{size_text(needed)} decoded, {size_text(available)} of memory available"
 
 

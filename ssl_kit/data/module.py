@@ -8,7 +8,10 @@ from typing import Any, Literal
 import pytorch_lightning as pl
 import torch
 
-from ssl_kit.data.batches import TrainingPlan, ViewLoader, views_at
+from ssl_kit.core.errors import UserError
+from ssl_kit.core.random import Key
+from ssl_kit.data.batches import Batch, ViewLoader, views_at
+from ssl_kit.data.plan import TrainingPlan
 from ssl_kit.data.sources import Source
 from ssl_kit.views.device import apply_device
 from ssl_kit.views.recipe import View
@@ -20,13 +23,17 @@ class ImageData(pl.LightningDataModule):
     Args:
         source: unlabelled or labelled images; labels travel in the batch and no method reads them.
         views: {first epoch: views} of each image, as many as the method takes.
-        batch_size: images per process and step.
+        batch_size: images per process and step; with `contrastive_batch` per chunk.
         seed: of the run.
         threads: for decoding and views; None uses all cores of this process.
         views_on: where views are made.
         channels_last: memory format of the views, faster for convolutional networks.
+        contrastive_batch: images per process and step where a step is made of chunks; batches then come as `Chunks`.
+        world_size: number of processes.
+        images_per_step: images of a step over all processes, if not so many for each.
 
     Attributes:
+        images_per_step: images of a step over all processes.
         steps_per_epoch: batches of one epoch.
         total_steps: optimiser steps of the run as first planned, for runs whose end Lightning does not know.
     """
@@ -41,21 +48,37 @@ class ImageData(pl.LightningDataModule):
         threads: int | None = None,
         views_on: Literal["host", "device"] = "host",
         channels_last: bool = False,
+        contrastive_batch: int | None = None,
+        world_size: int = 1,
+        images_per_step: int | None = None,
     ):
         super().__init__()
+        if contrastive_batch is not None and contrastive_batch <= batch_size:
+            raise UserError(
+                f"--contrastive_batch {contrastive_batch} is made of chunks of --batch_size {batch_size}; wanted a "
+                "smaller batch size, or leave --contrastive_batch out"
+            )
         self.source, self.views = source, views
         self.batch_size, self.seed, self.threads = batch_size, seed, threads
         self.views_on, self.channels_last = views_on, channels_last
-        self.steps_per_epoch = TrainingPlan(len(source), batch_size, seed).steps_per_epoch
+        self.chunk = None if contrastive_batch is None else batch_size
+        self._per_process = contrastive_batch or batch_size
+        self.images_per_step = images_per_step or self._per_process * world_size
+        self.steps_per_epoch = self._plan(0, world_size).steps_per_epoch
         self.total_steps = -1
         self.loader: ViewLoader | None = None
+
+    def _plan(self, rank: int, world_size: int) -> TrainingPlan:
+        option: Literal["batch_size", "contrastive_batch"] = "batch_size" if self.chunk is None else "contrastive_batch"
+        return TrainingPlan(
+            len(self.source), self._per_process, self.seed, rank, world_size, option, self.images_per_step
+        )
 
     def train_dataloader(self) -> ViewLoader:
         """The stream of steps, from the trainer's own count of finished batches on."""
         trainer = self.trainer
         assert trainer is not None
-        plan = TrainingPlan(len(self.source), self.batch_size, self.seed, trainer.global_rank, trainer.world_size)
-        self.steps_per_epoch = plan.steps_per_epoch
+        plan = self._plan(trainer.global_rank, trainer.world_size)
         progress: Any = trainer.fit_loop.epoch_loop.batch_progress
         self.loader = ResumableLoader(
             self.source,
@@ -64,11 +87,19 @@ class ImageData(pl.LightningDataModule):
             seed=self.seed,
             threads=self.threads,
             on_device=self.views_on == "device",
+            chunk=self.chunk,
         )
         return self.loader
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Makes the views on the device when they are made there, and sets their memory format."""
+        """Makes the views on the device when they are made there, and sets their memory format; of chunks, later."""
+        if "chunks" in batch:
+            device = batch["key"].index.device
+            batch["chunks"].finish = lambda chunk: self._finished(_moved(chunk, device))
+            return batch
+        return self._finished(batch)
+
+    def _finished(self, batch: Any) -> Any:
         if self.views_on == "device":
             stored, *params = batch["views"]
             views = views_at(self.views, batch["key"].epoch)
@@ -76,6 +107,13 @@ class ImageData(pl.LightningDataModule):
         if self.channels_last:
             batch["views"] = [view.contiguous(memory_format=torch.channels_last) for view in batch["views"]]
         return batch
+
+
+def _moved(batch: Batch, device: torch.device) -> Batch:
+    """The batch on the device, what Lightning does to batches that are no chunks; the original stays as it is."""
+    seed, epoch, index = batch["key"]
+    views = [view.to(device, non_blocking=True) for view in batch["views"]]
+    return {"views": views, "key": Key(seed, epoch, index.to(device)), "label": batch["label"]}
 
 
 class ResumableLoader(ViewLoader):

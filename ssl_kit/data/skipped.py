@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import threading
 from pathlib import Path
 
 from ssl_kit.core.errors import UserError
-from ssl_kit.core.files import atomic_file
+from ssl_kit.core.files import write_csv
 
 
 class Skipped:
@@ -18,7 +17,7 @@ class Skipped:
 
     def __init__(self, total: int, max_bad: float) -> None:
         self.total = total  # images listed, good and bad
-        self.max_bad = max_bad  # fraction in [0, 1]
+        self.max_bad = max_bad  # fraction in [0, 1]; 0 is strict
         self.rows: list[tuple[str, str]] = []
         self._known: set[str] = set()
         self._lock = threading.Lock()
@@ -31,19 +30,19 @@ class Skipped:
                 self.rows.append((name, reason))
 
     def check(self) -> None:
-        """Raises `UserError` when more than the fraction `max_bad` of all images is bad."""
+        """Raises `UserError` when more than the fraction `max_bad` of all images is bad; at 0 the first is too many."""
         if len(self.rows) <= self.max_bad * self.total:
             return
         first = "; ".join(f"{name!r}: {reason}" for name, reason in self.rows[:3])
+        allowed = (
+            f"more than the {100 * self.max_bad:g}% allowed" if self.max_bad > 0 else "and --max-bad 0 allows none"
+        )
         raise UserError(
-            f"{len(self.rows):,} of {self.total:,} images could not be decoded, more than the {self.max_bad:.1%}"
-            f" allowed ({first}). Remove or repair them, or allow more with --max-bad"
+            f"{len(self.rows):,} of {self.total:,} images could not be decoded, {allowed} ({first}). Remove or repair "
+            "them, or allow more with --max-bad"
         )
 
 
 def write_skipped(path: Path | str, rows: list[tuple[str, str]]) -> None:
     """Writes `skipped.csv` (path, reason; UTF-8) in one step, also when there is nothing to list."""
-    with atomic_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(("path", "reason"))
-        writer.writerows(sorted(rows))
+    write_csv(path, ("path", "reason"), sorted(rows))

@@ -4,7 +4,7 @@ open_source("photos")             a folder, any nesting
 open_source("list.csv")           or .parquet: a column `path`, relative to the file, and perhaps `label`
 open_source((images, labels))     (N, H, W) or (N, H, W, C) uint8 or uint16 arrays
 open_source("digits"), "mnist5k"  built-in, no download; "mnist5k:train" is the part that evaluation trains on
-open_labelled("cifar10")          train/ + test/ sub-folders as given, otherwise a seeded stratified split
+open_labelled("cifar10")          train/ + test/ sub-folders or manifests as given, else a seeded stratified split
 """
 
 from __future__ import annotations
@@ -12,19 +12,20 @@ from __future__ import annotations
 import io
 import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 import numpy as np
 
-from ssl_kit.core.console import say
+from ssl_kit.core.console import say, warn
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.machine import available_cores
 from ssl_kit.core.random import permutation
 from ssl_kit.data.decode import BadImageError, image_size
-from ssl_kit.data.labels import encode, folder_labels, split_folders, stratified
-from ssl_kit.data.listing import folder_of_images, read_regular, unescape
+from ssl_kit.data.labels import TABLES, encode, folder_labels, split_parts, stratified
+from ssl_kit.data.listing import folder_of_images, folders_without, read_regular, unescape
 from ssl_kit.data.loading import Images, estimate_bytes, fits_in_memory, load_images
 from ssl_kit.data.skipped import Skipped
 from ssl_kit.data.tables import builtin, is_builtin, read_table
@@ -107,7 +108,7 @@ def open_source(
     *,
     limit: int | None = None,
     channels: int = 3,
-    in_memory: Literal["auto"] | bool = "auto",
+    in_memory: Literal["auto"] | bool | Callable[[bool], bool] = "auto",
     max_bad: float = 0.05,
     labelled: bool = False,
     threads: int | None = None,
@@ -118,8 +119,9 @@ def open_source(
         data: see the top of this file.
         limit: use only so many images: a fixed pseudo-random choice, spread over the source, in its order.
         channels: 3 = RGB, 1 = grey.
-        in_memory: decode everything now; "auto" = when that takes less than a quarter of the available memory.
-        max_bad: fraction of files in [0, 1] that may be undecodable.
+        in_memory: decode everything now; "auto" = when that takes less than a quarter of the available memory; a
+            function is asked, given whether it does.
+        max_bad: fraction of files in [0, 1] that may be undecodable; 0 is strict: the first one is an error.
         labelled: labels are needed: folders directly below `data` are classes whatever they look like. Otherwise they
             are taken for classes only when every image lies in `class/file` and each class has two images on average.
         threads: for decoding; None = all cores of this process.
@@ -155,11 +157,12 @@ def open_labelled(
 ) -> tuple[Source, Source]:
     """Opens a labelled source as (train, test); arguments as `open_source`, `limit` is for both parts together.
 
-    A folder with `train/` and `test/` (or `val/`, `valid/`, `validation/`) gives those, with the class names of both.
+    A folder with `train/` and `test/` (or `val/`, `valid/`, `validation/`) gives those, with the class names of both;
+    so does one with `train.csv` and `test.csv` (or `.parquet`), whose paths are relative to the folder.
     Everything else is split 80 : 20, stratified, by a fixed seed: the same rows in every run. Images without a label
     are left out.
     """
-    pair = split_folders(Path(data)) if isinstance(data, str | Path) else None
+    pair = split_parts(Path(data)) if isinstance(data, str | Path) else None
     if pair is None:
         whole = open_source(
             data, limit=limit, channels=channels, in_memory=in_memory, max_bad=max_bad, labelled=True, threads=threads
@@ -167,15 +170,20 @@ def open_labelled(
         test = stratified(whole.labels, _TEST_FRACTION)
         train = ~test & (whole.labels >= 0)
         return _part(whole, train, "train"), _part(whole, test & (whole.labels >= 0), "test")
-    sizes = [len(folder_of_images(folder).ids) for folder in pair] if limit is not None else [0, 0]
+    sizes = [_count(part) for part in pair] if limit is not None else [0, 0]
     shares = [max(2, round(limit * size / sum(sizes))) if limit is not None else None for size in sizes]
     one, two = (
         open_source(
-            folder, limit=share, channels=channels, in_memory=in_memory, max_bad=max_bad, labelled=True, threads=threads
+            part, limit=share, channels=channels, in_memory=in_memory, max_bad=max_bad, labelled=True, threads=threads
         )
-        for folder, share in zip(pair, shares, strict=True)
+        for part, share in zip(pair, shares, strict=True)
     )
     return _shared_classes(one, two)
+
+
+def _count(part: Path) -> int:
+    """Images that a folder or a manifest lists."""
+    return len(read_table(part)[0] if part.is_file() else folder_of_images(part).ids)
 
 
 def _listed(data: Data, channels: int, max_bad: float, labelled: bool) -> Source:
@@ -193,7 +201,7 @@ def _listed(data: Data, channels: int, max_bad: float, labelled: bool) -> Source
     if is_builtin(name) and not path.exists():
         whole = _from_arrays(*builtin(name), channels, name)
         return _part(whole, _rows_of(whole, part), part) if part else whole
-    if path.suffix.lower() in (".csv", ".parquet") and path.is_file():
+    if path.suffix.lower() in TABLES and path.is_file():
         ids, names = read_table(path)
         labels, classes = encode(names)
         return Source(text, ids, labels, classes, channels, None, path.parent, Skipped(len(ids), max_bad))
@@ -201,6 +209,8 @@ def _listed(data: Data, channels: int, max_bad: float, labelled: bool) -> Source
         raise UserError(f"{path} is a file; wanted a folder, a .csv or .parquet with a column 'path', or 'mnist5k'")
     ids = folder_of_images(path).ids
     labels, classes = folder_labels(ids, asked=labelled)
+    if labelled and (empty := folders_without(path, classes)):
+        warn(f"{path}: no images in {', '.join(map(repr, empty[:5]))}; {len(empty)} folders are no classes")
     return Source(text, ids, labels, classes, channels, None, path, Skipped(len(ids), max_bad))
 
 
@@ -212,14 +222,14 @@ def _rows_of(whole: Source, part: str) -> np.ndarray:
     return test if part == "test" else ~test
 
 
-def _decoded(source: Source, in_memory: Literal["auto"] | bool, threads: int) -> Source:
+def _decoded(source: Source, in_memory: Literal["auto"] | bool | Callable[[bool], bool], threads: int) -> Source:
     """Decodes into memory if asked to, or if it fits."""
     assert source.root is not None
     root, ids = source.root, source.ids
     read = lambda row: _read_file(root, ids[row])
     needed = estimate_bytes(len(source), read, source.channels)
     fits, why = fits_in_memory(needed)
-    keep = fits if in_memory == "auto" else bool(in_memory)
+    keep = in_memory(fits) if callable(in_memory) else fits if in_memory == "auto" else in_memory
     say(f"{source.name}: {why}: images are {'decoded once, into RAM' if keep else 'decoded when needed'}")
     if not keep:
         return source
@@ -304,6 +314,8 @@ def _read_file(root: Path, name: str) -> bytes:
         return read_regular(os.path.join(os.fsencode(root), unescape(name)))
     except OSError as error:
         raise BadImageError(error.strerror or str(error)) from error
+    except ValueError as error:  # a name with a NUL, out of a table
+        raise BadImageError(str(error)) from error
 
 
 def _png(image: np.ndarray) -> bytes:

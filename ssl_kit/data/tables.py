@@ -61,7 +61,8 @@ def _read_parquet(path: Path) -> dict[str, list[str | None]]:
     try:
         names = pq.read_schema(path).names
         table = pq.read_table(path, columns=[name for name in ("path", "label") if name in names], partitioning=None)
-    except (pa.ArrowException, OSError) as error:
+        table.validate(full=True)  # text that is none would raise later
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as Parquet: {error}") from error
     if "path" not in names:
         return {name: [] for name in names}

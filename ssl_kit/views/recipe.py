@@ -12,10 +12,14 @@ from typing import Literal
 
 from ssl_kit.core.errors import UserError
 
-Preset = Literal["simclr", "byol", "dino", "mae", "vae", "gray", "overhead", "plain"]
+Preset = Literal["simclr", "byol", "dino", "mae", "vae", "aavae", "aavae_gray", "gray", "overhead", "plain"]
 
 _PROBABILITIES = ("crop", "flip_x", "flip_y", "turn", "jitter", "gray", "blur", "solarize", "erase")
 _COLOUR = ("saturation", "hue", "gray")  # operations that mean something for red, green and blue only
+_SMALL = 96  # pixels: below it SimCLR halves the colour jitter and does not blur (arXiv:2002.05709, appendix B.9)
+# presets whose colour operations need red, green and blue, and what stands in for other channels
+_COLOURFUL: dict[Preset, Preset] = {"simclr": "gray", "byol": "gray", "dino": "gray", "aavae": "aavae_gray"}
+_CLEAN_TARGET = ("aavae", "aavae_gray")
 _LOCAL = 96 / 224  # side of DINO's local crops as a share of the global ones
 MAX_VIEWS = 10  # a view owns 100 of the 1,000 random streams that belong to views; see ssl_kit/core/random.py
 
@@ -104,8 +108,11 @@ class ViewRecipe:
 
     Args:
         preset: where the numbers come from: simclr, byol (asymmetric pair, also MoCo v3), dino (two global and
-            further local crops), mae, vae, gray (one channel), overhead (no up and down, no hue), plain (evaluation).
-        strength: factor on the colour jitter (SimCLR's s): 0.5 for small images, 1.0 for photographs.
+            further local crops), mae, vae, aavae (simclr's view, then the clean image, which no setting below touches),
+            aavae_gray (likewise for one channel), gray (one channel), overhead (no up and down, no hue), plain
+            (evaluation).
+            None stands for the method's own in training, and for simclr elsewhere.
+        strength: factor on the colour jitter (SimCLR's s); None is 1, in training 0.5 below 96 px.
         blur: probability of the blur; 0 for small images.
         scale: (smallest, largest) area of the crop as a fraction of the image.
         hue: largest shift, in turns, before `strength`.
@@ -118,8 +125,8 @@ class ViewRecipe:
         local_size: side of the local crops of `dino` in pixels; the default is 96/224 of the view.
     """
 
-    preset: Preset = "simclr"
-    strength: float = 1.0
+    preset: Preset | None = None
+    strength: float | None = None
     blur: float | None = None
     scale: tuple[float, float] | None = None
     hue: float | None = None
@@ -131,6 +138,16 @@ class ViewRecipe:
     erase: float | None = None
     local_size: int | None = None
 
+    def fitted(self, preset: Preset, size: tuple[int, int], channels: int) -> ViewRecipe:
+        """What is left open here, chosen for a method's `preset` and images of `size` (height, width), `channels`."""
+        chosen = self.preset or preset
+        if self.preset is None and channels != 3:
+            chosen = _COLOURFUL.get(chosen, chosen)
+        if min(size) >= _SMALL:
+            return replace(self, preset=chosen)
+        strength = 0.5 if self.strength is None else self.strength
+        return replace(self, preset=chosen, strength=strength, blur=0.0 if self.blur is None else self.blur)
+
     def build(self, size: tuple[int, int], channels: int, count: int) -> tuple[View, ...]:
         """The `count` views (1 to 10) of one image; `size` (height, width) is that of the global ones.
 
@@ -138,10 +155,11 @@ class ViewRecipe:
             UserError: naming what does not fit: a number out of range, colour operations for `channels` != 3.
         """
         _want(1 <= count <= MAX_VIEWS, f"{count} views were asked for; wanted 1 to {MAX_VIEWS}")
-        _want(self.strength >= 0, f"strength is {self.strength}; wanted 0 (no colour jitter) or more")
-        _want(self.preset in _PRESETS, f"preset is {self.preset!r}; wanted one of {', '.join(_PRESETS)}")
+        preset, strength = self.preset or "simclr", 1.0 if self.strength is None else self.strength
+        _want(strength >= 0, f"strength is {strength}; wanted 0 (no colour jitter) or more")
+        _want(preset in _PRESETS, f"preset is {preset!r}; wanted one of {', '.join(_PRESETS)}")
         local = [round(side * _LOCAL) if self.local_size is None else self.local_size for side in size]
-        views = _PRESETS[self.preset](size, (max(1, local[0]), max(1, local[1])))
+        views = _PRESETS[preset](size, (max(1, local[0]), max(1, local[1])))
         made = [views[min(which, len(views) - 1)] for which in range(count)]
         made = [self._changed(view) for view in made]
         for view in made:
@@ -149,7 +167,9 @@ class ViewRecipe:
         return tuple(made)
 
     def _changed(self, view: View) -> View:
-        s = self.strength
+        if self.preset in _CLEAN_TARGET and view == plain(view.size):
+            return view
+        s = 1.0 if self.strength is None else self.strength
         changes: dict[str, float | tuple[float, float]] = {
             "brightness": view.brightness * s,
             "contrast": view.contrast * s,
@@ -205,6 +225,16 @@ def _vae(size: tuple[int, int], local: tuple[int, int]) -> _Views:
     return (View(size, crop=1, scale=(0.8, 1.0), flip_x=0.5),)
 
 
+def _aavae(size: tuple[int, int], local: tuple[int, int]) -> _Views:
+    """Falcon et al. 2021, arXiv:2107.12329, section 3: SimCLR's view goes in, the clean image is to come out."""
+    return *_simclr(size, local), plain(size)
+
+
+def _aavae_gray(size: tuple[int, int], local: tuple[int, int]) -> _Views:
+    """The same for any number of channels."""
+    return *_gray(size, local), plain(size)
+
+
 def _gray(size: tuple[int, int], local: tuple[int, int]) -> _Views:
     """SimCLR's for any number of channels: no saturation, hue or loss of colour."""
     return (View(size, crop=1, flip_x=0.5, jitter=0.8, brightness=0.8, contrast=0.8, blur=0.5),)
@@ -228,6 +258,8 @@ _PRESETS: dict[str, Callable[[tuple[int, int], tuple[int, int]], _Views]] = {
     "dino": _dino,
     "mae": _mae,
     "vae": _vae,
+    "aavae": _aavae,
+    "aavae_gray": _aavae_gray,
     "gray": _gray,
     "overhead": _overhead,
     "plain": _plain,

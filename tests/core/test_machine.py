@@ -4,7 +4,17 @@ import pytest
 import torch
 
 from ssl_kit.core.errors import UserError
-from ssl_kit.core.machine import available_cores, choose_device, choose_precision, fast_bfloat16, lightning_precision
+from ssl_kit.core.machine import (
+    available_cores,
+    choose_compile,
+    choose_device,
+    choose_precision,
+    choose_tf32,
+    compile_blocks,
+    fast_bfloat16,
+    lightning_precision,
+    use_tf32,
+)
 
 
 def test_precision_is_as_asked_or_what_is_fast():
@@ -21,3 +31,42 @@ def test_precision_is_as_asked_or_what_is_fast():
 def test_device_and_cores():
     assert choose_device().value == ("cuda" if torch.cuda.is_available() else choose_device().value)
     assert 1 <= available_cores() <= 4096
+
+
+def test_compiling_is_for_gpus_and_long_runs():
+    assert not choose_compile("auto", "cpu", 10**6).value and not choose_compile("auto", "mps", None).value
+    assert not choose_compile("auto", "cuda", 200).value and "200 steps" in choose_compile("auto", "cuda", 200).reason
+    assert choose_compile("auto", "cuda", 100_000).value and choose_compile("auto", "cuda", None).value
+    for wanted, value in (("on", True), ("off", False)):
+        assert choose_compile(wanted, "cpu", 10).value is value and choose_compile(wanted, "cuda", 10**6).value is value
+
+
+def test_blocks_are_compiled_whichever_way_they_are_reached(monkeypatch):
+    compiled = []
+
+    def note(module):
+        compiled.append(module)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", note)
+    blocks = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    network = torch.nn.ModuleDict({"stem": torch.nn.Linear(2, 2), "act": torch.nn.ReLU(), "blocks": blocks})
+    compile_blocks(network)
+    assert compiled == [network["stem"], *blocks]
+
+
+@pytest.mark.parametrize(("capability", "has"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_tf32_is_used_where_a_gpu_has_it(monkeypatch, capability, has):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert choose_tf32("auto", "cuda").value is has and choose_tf32("off", "cuda").value is False
+    if not has:
+        with pytest.raises(UserError, match="Ampere"):
+            choose_tf32("on", "cuda")
+    assert choose_tf32("auto", "cpu").value is False
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_tf32_is_set_for_products_and_convolutions(on):
+    use_tf32(on)
+    assert torch.get_float32_matmul_precision() == ("high" if on else "highest")
+    assert torch.backends.cudnn.allow_tf32 is on
+    use_tf32(False)

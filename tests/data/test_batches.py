@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from ssl_kit.core.errors import UserError
-from ssl_kit.data.batches import TrainingPlan, ViewLoader
+from ssl_kit.data.batches import ViewLoader
+from ssl_kit.data.plan import TrainingPlan
 from ssl_kit.data.sources import open_source
 from ssl_kit.views.recipe import ViewRecipe, plain
 
@@ -74,6 +75,22 @@ def test_a_row_does_not_depend_on_its_batch(labelled_folder):
     assert torch.equal(alone["views"][1][0], whole["views"][1][17])
 
 
+def test_an_image_has_the_same_views_on_any_process_and_in_any_order(labelled_folder):
+    source = open_source(labelled_folder)
+
+    def views_of_an_epoch(batch, world):
+        made = {}
+        for rank in range(world):
+            plan = TrainingPlan(len(source), batch, world, rank, world)  # another seed: another order
+            for step in itertools.islice(ViewLoader(source, plan.batches, VIEWS, seed=5), plan.steps_per_epoch):
+                made |= dict(zip(step["key"].index.tolist(), torch.stack(step["views"], dim=1), strict=True))
+        return made
+
+    one, three = views_of_an_epoch(48, 1), views_of_an_epoch(20, 3)
+    assert one.keys() == three.keys() == set(range(len(source)))
+    assert all(torch.equal(views, three[number]) for number, views in one.items())
+
+
 def test_a_bad_file_is_dropped_or_replaced_by_the_next_good_one(labelled_folder, tmp_path):
     for number in range(10):
         image = Image.open(labelled_folder / "a" / f"{number:03d}.png")
@@ -91,6 +108,35 @@ def test_a_bad_file_is_dropped_or_replaced_by_the_next_good_one(labelled_folder,
     strict = open_source(tmp_path, in_memory=False, max_bad=0.1)
     with pytest.raises(UserError, match=r"2 of 10 images could not be decoded"):
         list(ViewLoader(strict, plan, (plain((8, 8)),)))
+
+
+def test_what_stands_in_for_bad_images_does_not_depend_on_processes_or_chunks(labelled_folder, tmp_path):
+    for number in range(30):
+        data = (labelled_folder / "a" / f"{number:03d}.png").read_bytes()
+        (tmp_path / f"{number:02d}.png").write_bytes(data[:90] if number % 4 == 1 else data)
+
+    def rows(count, chunk=None):
+        steps = []
+        for rank in range(count):
+            source = open_source(tmp_path, in_memory=False, max_bad=0.5)
+            plan = TrainingPlan(30, 12 // count, 3, rank, count)
+            loader = ViewLoader(source, plan.batches, (plain((8, 8)),), chunk=chunk)
+            for step, batch in enumerate(itertools.islice(loader, 6)):
+                parts = [batch["chunks"][n][1].index for n in range(len(batch["chunks"]))] if chunk else None
+                steps += [[]] if rank == 0 else []
+                steps[step] += (torch.cat(parts) if parts else batch["key"].index).tolist()
+        return steps
+
+    alone = rows(1)
+    assert all(len(set(step)) == len(step) == 10 and not any(row % 4 == 1 for row in step) for step in alone)
+    assert rows(2) == rows(3) == rows(1, chunk=4) == rows(2, chunk=3) == alone
+
+
+def test_no_process_is_left_without_an_image():
+    with pytest.raises(
+        UserError, match=r"5 images in 2 steps leave some of 4 processes without any; raise --batch_size"
+    ):
+        TrainingPlan(5, 1, 0, world_size=4)
 
 
 def test_views_on_the_device_see_the_same_images(labelled_folder):
@@ -121,3 +167,25 @@ def test_a_schedule_changes_the_views_from_an_epoch_on(labelled_folder):
     plan = TrainingPlan(len(source), 80, 0)
     batches = itertools.islice(ViewLoader(source, plan.batches, {0: small, 2: VIEWS}, seed=5), 6)
     assert [batch["views"][0].shape[-1] for batch in batches] == [8, 8, 8, 8, 12, 12]
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_memory_is_used_again_only_when_nobody_holds_it(labelled_folder, in_memory):
+    source = open_source(labelled_folder, in_memory=in_memory)
+    plan = [np.arange(16)] * 12
+    addresses, held, copies = set(), [], []
+    for number, batch in enumerate(ViewLoader(source, plan, VIEWS, threads=2)):
+        addresses.add(batch["views"][0].data_ptr())
+        if number % 3 == 0:  # a slice of a batch that is kept must stay as it is
+            held.append(batch["views"][0][3:5])
+            copies.append(held[-1].clone())
+        del batch
+    assert all(torch.equal(one, copy) for one, copy in zip(held, copies, strict=True))
+    assert len(held) < len(addresses) < len(plan)
+
+
+def test_views_of_files_do_not_depend_on_which_are_cut_together(labelled_folder, monkeypatch):
+    source = open_source(labelled_folder, in_memory=False)
+    together = batches(source, threads=2)
+    monkeypatch.setattr("ssl_kit.data.batches._TOGETHER", 1)
+    assert same(together, batches(source, threads=2))

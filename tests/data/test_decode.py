@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageOps
 
-from ssl_kit.data.decode import MAX_PIXELS, BadImageError, decode, image_size
+from ssl_kit.data.decode import MAX_PIXELS, BadImageError, _jpeg_header_length, decode, image_size
 
 ORIENTATION = 0x0112
 
@@ -234,6 +234,15 @@ def test_bombs_are_refused_from_the_header():
     assert MAX_PIXELS < 50_000 * 50_000
 
 
+def test_a_png_is_judged_before_its_texts_are_unpacked():
+    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 0, 0, 0, 0)
+    texts = chunk(b"zTXt", b"x\0\0" + zlib.compress(bytes(900_000))) * 80  # 72 MB: Pillow itself gives up at 64
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + texts + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+    for function in (decode, image_size):
+        with pytest.raises(BadImageError, match=r"50,000 x 50,000 pixels"):
+            function(png)
+
+
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "TIFF", "PNG"])
 def test_first_frame(kind):
     frames = [Image.new("RGB", (20, 10), colour) for colour in ((255, 0, 0), (0, 0, 255))]
@@ -258,3 +267,11 @@ def test_half_images_never_pass(monkeypatch):
 def test_a_name_says_nothing():
     png = encoded(picture(), "PNG")  # ImageNet has a PNG called .JPEG
     assert np.array_equal(decode(png).image, picture())
+
+
+def test_tags_are_searched_before_the_first_scan_only():
+    data = encoded(picture(64, 48), "JPEG", exif=exif(6))
+    assert _jpeg_header_length(data) < len(data) and data[_jpeg_header_length(data) :][:2] == b"\xff\xda"
+    plain = encoded(picture(64, 48), "JPEG")
+    assert image_size(plain + b"Exif\x00\x00") == (64, 48)
+    assert _jpeg_header_length(b"\xff\xd8 no segments here") == 19

@@ -12,7 +12,7 @@ from ssl_kit.core.errors import UserError
 from ssl_kit.data import loading
 from ssl_kit.data.decode import BadImageError
 from ssl_kit.data.labels import encode, stratified
-from ssl_kit.data.skipped import write_skipped
+from ssl_kit.data.skipped import Skipped, write_skipped
 from ssl_kit.data.sources import open_labelled, open_source
 
 
@@ -94,6 +94,20 @@ def test_split_folders_are_used_as_given(tmp_path):
     make(root, ["validation/fox/1.png"])
     with pytest.raises(UserError, match=r"\['fox'\] do not occur"):
         open_labelled(root)
+
+
+def test_a_pair_of_manifests_is_used_as_given(tmp_path):
+    make(tmp_path, [f"all/{number}.png" for number in range(9)])
+    kinds = ["cat", "dog", "dog", "cat", "dog", "cat", "cat", "dog", ""]
+    rows = [[f"all/{number}.png", kind] for number, kind in enumerate(kinds)]
+    write_csv(tmp_path / "train.csv", [["path", "label"], *rows[:6]])
+    write_csv(tmp_path / "validation.csv", [["path", "label"], *rows[6:]])
+    train, test = open_labelled(tmp_path)
+    assert train.ids == [f"all/{number}.png" for number in range(6)] and train.labels.tolist() == [0, 1, 1, 0, 1, 0]
+    assert test.ids == ["all/6.png", "all/7.png"] and test.labels.tolist() == [0, 1] and train.read(0)
+    assert len(open_labelled(tmp_path, limit=6)[0]) == 4  # two thirds of what is listed
+    make(tmp_path, ["train/cat/1.png", "train/cat/2.png", "train/dog/1.png", "test/dog/9.png", "test/cat/8.png"])
+    assert [part.ids[0] for part in open_labelled(tmp_path)] == ["cat/1.png", "cat/8.png"]  # folders come first
 
 
 def test_a_split_is_stratified_seeded_and_complete(tmp_path):
@@ -267,8 +281,57 @@ def test_bad_files_are_skipped_counted_and_listed(tmp_path):
         rows = list(csv.reader(file))
     assert rows[0] == ["path", "reason"] and [row[0] for row in rows[1:]] == BAD
     assert all(row[1] for row in rows[1:])
-    with pytest.raises(UserError, match=r"4 of 44 images .* 5\.0%.*'bad/.*: .*; 'bad/.*; 'bad/.*--max-bad"):
+    with pytest.raises(UserError, match=r"4 of 44 images .* 5%.*'bad/.*: .*; 'bad/.*; 'bad/.*--max-bad"):
         open_source(root)
+
+
+def test_strict_names_the_first(tmp_path):
+    root = corpus(tmp_path / "root")
+    with pytest.raises(UserError, match=r"4 of 44 images could not be decoded, and --max-bad 0 allows none \('bad/"):
+        open_source(root, max_bad=0)
+    source = open_source(root, max_bad=0, in_memory=False)
+    with pytest.raises(UserError, match=r"1 of 44 .* allows none \('bad/empty.jpg': empty\)"):
+        source.skip(source.ids.index("bad/empty.jpg"), "empty")
+
+
+@pytest.mark.parametrize(("max_bad", "shown"), [(0.0005, "0.05%"), (0.001, "0.1%"), (0.05, "5%")])
+def test_the_budget_is_shown_as_it_was_given(tmp_path, max_bad, shown):
+    bad = Skipped(1_000, max_bad)
+    for number in range(60):
+        bad.add(f"{number}.png", "why")
+    with pytest.raises(UserError, match=f"60 of 1,000 images could not be decoded, more than the {shown} allowed"):
+        bad.check()
+
+
+def test_a_folder_of_classes_with_an_empty_one_says_so(tmp_path, capsys):
+    make(tmp_path, ["cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png"])
+    (tmp_path / "emu").mkdir()
+    (tmp_path / ".git").mkdir()
+    assert open_source(tmp_path, labelled=True).classes == ("cat", "dog")
+    assert "no images in 'emu'; 1 folders are no classes" in capsys.readouterr().err
+    open_source(tmp_path)
+    assert "emu" not in capsys.readouterr().err  # nobody asked for classes
+
+
+def test_names_that_no_file_can_have_are_bad_files(tmp_path):
+    make(tmp_path, ["a.png", "b.png"])
+    write_csv(tmp_path / "list.csv", [["path"], ["a.png"], ["b.png"], ["c\0.png"], ["d" * 5_000]])
+    source = open_source(tmp_path / "list.csv", max_bad=0.5)
+    assert source.ids == ["a.png", "b.png"] and len(source.skipped) == 2
+
+
+def test_labels_of_thousands_of_digits_are_words(tmp_path):
+    assert encode(["9" * 5_000, "10", "9"])[1] == ("10", "9", "9" * 5_000)
+
+
+def test_tables_with_text_that_is_none(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    broken = pa.array([b"a.png", b"\xc0\xff"]).cast(pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"path": broken}), tmp_path / "list.parquet")
+    with pytest.raises(UserError, match="cannot be read as Parquet"):
+        open_source(tmp_path / "list.parquet")
 
 
 def test_on_the_fly_sources_count_bad_files_too(tmp_path):

@@ -26,6 +26,37 @@ def test_dino_has_two_global_and_further_local_crops() -> None:
     assert ViewRecipe(preset="dino", local_size=48).build((224, 224), 3, 3)[2].size == (48, 48)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "preset", "side", "channels", "wanted"),
+    [
+        (ViewRecipe(), "simclr", 224, 3, ("simclr", None, None)),
+        (ViewRecipe(), "simclr", 32, 3, ("simclr", 0.5, 0.0)),
+        (ViewRecipe(strength=1.0, blur=0.5), "simclr", 32, 3, ("simclr", 1.0, 0.5)),
+        (ViewRecipe(), "simclr", 224, 1, ("gray", None, None)),
+        (ViewRecipe(), "mae", 224, 1, ("mae", None, None)),
+        (ViewRecipe(preset="simclr"), "mae", 224, 1, ("simclr", None, None)),  # asked for, and refused by build
+    ],
+)
+def test_what_a_recipe_leaves_open_follows_method_and_images(recipe, preset, side, channels, wanted) -> None:
+    fitted = recipe.fitted(preset, (side, side), channels)
+    assert (fitted.preset, fitted.strength, fitted.blur) == wanted
+
+
+def test_aavae_keeps_its_second_view_clean_whatever_else_is_asked() -> None:
+    recipe = ViewRecipe(preset="aavae", strength=0.5, blur=0.3, gray=0.4, flip_x=1.0, scale=(0.2, 1.0), erase=0.5)
+    first, target = recipe.build((32, 32), 3, 2)
+    assert target == plain((32, 32))
+    assert (first.crop, first.scale, first.jitter, first.hue) == (1, (0.2, 1.0), 0.8, 0.1)
+    assert (first.blur, first.gray, first.flip_x, first.erase) == (0.3, 0.4, 1.0, 0.5)
+    assert ViewRecipe(preset="plain", flip_x=0.5).build((32, 32), 3, 1)[0].flip_x == 0.5
+
+
+def test_aavae_of_other_channels_has_no_colour_and_a_clean_target() -> None:
+    fitted = ViewRecipe().fitted("aavae", (32, 32), 1)
+    first, target = fitted.build((32, 32), 1, 2)
+    assert (first.crop, first.brightness, first.saturation) == (1, 0.4, 0) and target == plain((32, 32))
+
+
 def test_a_recipe_overrides_its_preset() -> None:
     recipe = ViewRecipe(preset="mae", scale=(0.5, 1.0), blur=0.25, gray=0.1, hue=0.4, strength=0.5)
     (view,) = recipe.build((32, 32), 3, 1)

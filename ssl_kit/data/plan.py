@@ -1,0 +1,101 @@
+"""Which images a step sees, and which stand in for those that cannot be decoded: pure functions of (seed, step)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from ssl_kit.core.errors import UserError
+from ssl_kit.core.random import permutation
+
+
+class Planned(NamedTuple):
+    """A batch before it is made.
+
+    `rows`: (B,) positions in the source. `spare`: of a place in the batch, the positions that stand in for its image,
+    one after the other while it cannot be decoded; without it, and after the last one, the row is dropped.
+    """
+
+    epoch: int
+    rows: np.ndarray
+    spare: Callable[[int], Iterator[int]] | None = None
+
+    def substitutes(self, place: int) -> Iterator[int]:
+        """For the image at `place`."""
+        return self.spare(place) if self.spare else iter(())
+
+    def part(self, rows: np.ndarray, first: int) -> Planned:
+        """The part of the batch that begins at place `first`."""
+        return Planned(self.epoch, rows, lambda place: self.substitutes(first + place))
+
+
+class TrainingPlan:
+    """Which images each step sees: a pure function of (seed, step), so that resuming needs the step alone.
+
+    An epoch shows every image once, shuffled anew, in steps of nearly equal size (they differ by at most one image, so
+    that no image is left out and no step is tiny). Each process takes a contiguous part of every step; their sizes
+    differ by at most one image too. What a step sees does not depend on the number of processes, nor do the images that
+    stand in for those that cannot be decoded.
+
+    Args:
+        count: images of the source.
+        batch_size: images per process and step, at most.
+        seed: of the run.
+        rank: this process's number.
+        world_size: number of processes.
+        option: that the batch size came from, for messages.
+        together: images of a step over all processes, at most, if not `batch_size` for each.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        option: Literal["batch_size", "contrastive_batch"] = "batch_size",
+        together: int | None = None,
+    ):
+        if batch_size < 1:
+            raise UserError(f"--{option} {batch_size}: wanted at least 1")
+        together = together or batch_size * world_size
+        if count < together:
+            raise UserError(
+                f"{count} images are fewer than one step of {together} ({option} {batch_size} x {world_size} "
+                f"processes); lower --{option} to at most {count // world_size}, or add images"
+            )
+        self.count, self.seed, self.rank, self.world_size = count, seed, rank, world_size
+        self.steps_per_epoch = -(-count // together)
+        if count // self.steps_per_epoch < world_size:  # the smallest step
+            raise UserError(
+                f"{count} images in {self.steps_per_epoch} steps leave some of {world_size} processes without any; "
+                f"raise --{option} from {batch_size} to 2"
+            )
+
+    def batches(self, start: int = 0) -> Iterator[Planned]:
+        """All steps from number `start` on, without end."""
+        for epoch in itertools.count(start // self.steps_per_epoch):
+            order = permutation(self.seed, epoch, self.count)
+            bounds = np.linspace(0, self.count, self.steps_per_epoch + 1).round().astype(np.int64)
+            for step in range(start - epoch * self.steps_per_epoch, self.steps_per_epoch):
+                begin, end = bounds[step : step + 2]
+                whole = Planned(epoch, order[begin:end], _others(order, begin, end))
+                parts = np.array_split(whole.rows, self.world_size)
+                yield whole.part(parts[self.rank], sum(map(len, parts[: self.rank])))
+            start = (epoch + 1) * self.steps_per_epoch
+
+
+def _others(order: np.ndarray, begin: int, end: int) -> Callable[[int], Iterator[int]]:
+    """The images of an epoch's other steps, from the next one on, dealt out to the places of `order[begin:end]`."""
+    size = end - begin
+    return lambda place: (int(order[(end + number) % len(order)]) for number in range(place, len(order) - size, size))
+
+
+def following(plan: Sequence[np.ndarray], number: int) -> Callable[[int], Iterator[int]]:
+    """The images of the batches after batch `number`, dealt out to its places."""
+    count = len(plan[number])
+    return lambda place: itertools.islice(itertools.chain(*plan[number + 1 :]), place, None, count)

@@ -1,0 +1,342 @@
+"""An embeddings folder part by part, in bounded memory: made, each part safe on disk at once, and read.
+
+While it is being made, the folder of embeddings (see embeddings.py) holds
+
+    plan.json              what is being made: which images, encoder and settings
+    part-00000.parquet     a finished part
+    part-00000.json        its record: rows, dims, sha256, what was skipped, sha256 of the plan; written after the part
+
+and no manifest.json, so that nobody takes it for finished. Whoever finds all parts there verifies them, writes the
+manifest and removes plan and records. A part is a pure function of plan and images: processes may make different parts
+of one folder at the same time (shards), on one machine or on several whose folders are copied together, may be killed
+at any moment and started again, and the bytes are those of one undisturbed run on the same kind of machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from filelock import FileLock
+from rich.progress import Progress
+
+import ssl_kit
+from ssl_kit.core.console import progress
+from ssl_kit.core.errors import UserError
+from ssl_kit.core.files import MANIFEST, DamagedError, atomic_file, sha256, verify_file, write_sealed
+from ssl_kit.core.sealed import LARGE_JSON, fingerprint, read_json, read_sealed
+from ssl_kit.data.skipped import write_skipped
+from ssl_kit.data.sources import Source
+from ssl_kit.embeddings import (
+    SKIPPED,
+    Embeddings,
+    Precision,
+    batches_of,
+    chosen_precision,
+    describe,
+    features,
+    part_slices,
+    whole,
+)
+from ssl_kit.encoders.encoder import Encoder
+from ssl_kit.parts import (
+    FORMAT,
+    Storage,
+    check_range,
+    part_name,
+    write_part,
+)
+
+PLAN = "plan.json"
+_LISTED = 65_536  # ids that are hashed at a time
+
+
+class Shard(NamedTuple):
+    """The parts whose number leaves `number` when divided by `total`; 0 of 1 is all of them."""
+
+    number: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """What a call did.
+
+    Attributes:
+        complete: whether the folder has its manifest, all parts being there.
+        parts: of the whole source.
+        missing: parts that other shards still have to make.
+        images: that this call embedded, undecodable ones included.
+    """
+
+    complete: bool
+    parts: int
+    missing: int
+    images: int
+
+
+def parse_shard(text: str) -> Shard:
+    """`"0/4"` ... `"3/4"`, as array jobs count."""
+    number, _, total = text.partition("/")
+    if not (number.isdecimal() and total.isdecimal() and int(number) < int(total)):
+        raise UserError(f"--shard {text}: wanted i/N with i from 0 to N - 1, such as 0/4, 1/4, 2/4, 3/4")
+    return Shard(int(number), int(total))
+
+
+def embed_to(
+    folder: Path,
+    encoder: Encoder,
+    source: Source,
+    *,
+    encoder_path: str | None = None,
+    layers: int = 1,
+    batch_size: int = 256,
+    precision: Precision = "auto",
+    dtype: Storage = "float32",
+    normalise: bool = False,
+    shard: Shard | None = None,
+    threads: int | None = None,
+) -> Embedded:
+    """Embeds the parts of a shard that are not there yet, and completes the folder when no part is missing.
+
+    Args:
+        folder: new, or left by an earlier call with the same images, encoder and settings.
+        encoder: loaded from a folder, so that it knows its sha256.
+        source: the images, best decoded when needed (`in_memory=False`): each is looked at once.
+        encoder_path: where the encoder lies, for the manifest.
+        layers: concatenate the outputs of so many last stages or blocks.
+        batch_size: images per forward pass.
+        precision: see `embed`.
+        dtype: how vectors are stored.
+        normalise: store vectors of Euclidean length 1.
+        shard: which parts are made here; None = all.
+        threads: for decoding and resizing; None = all cores of this process.
+
+    Raises:
+        UserError: the folder was begun with other images, another encoder or other settings; too many images cannot be
+            decoded.
+        DamagedError: a finished part is not what its record says.
+    """
+    precision = chosen_precision(precision, encoder)
+    about = {**describe(encoder, source, whole(encoder), layers, precision), "normalised": normalise}
+    plan = _plan(source, about, batch_size, dtype)
+    digest = fingerprint(plan)
+    parts, shard = part_slices(len(source)), shard or Shard(0, 1)
+    if (folder / MANIFEST).exists():  # finished before, perhaps killed before it was tidied up
+        _same_plan(read_sealed(folder / MANIFEST, LARGE_JSON).get("plan"), plan, folder)
+        _tidy(folder)
+        return Embedded(True, len(parts), 0, 0)
+    folder.mkdir(parents=True, exist_ok=True)
+    _begin(folder, plan)
+    making = _Making(folder, encoder, source, layers, batch_size, precision, dtype, normalise, digest, threads)
+    records = {number: record for number in range(len(parts)) if (record := making.record(number)) is not None}
+    todo = [number for number in range(shard.number, len(parts), shard.total) if number not in records]
+    images = sum(parts[number].stop - parts[number].start for number in todo)
+    with progress(images, "embedding") as bar:
+        for number in todo:
+            records[number] = making.make(number, parts[number], bar)
+    missing = sum(making.record(number) is None for number in range(len(parts)))  # others have been at work meanwhile
+    if not missing:
+        _complete(folder, making, about | {"encoder": encoder_path, "plan": plan}, len(parts))
+    return Embedded(not missing, len(parts), missing, images)
+
+
+def _plan(source: Source, about: dict[str, Any], batch_size: int, dtype: Storage) -> dict[str, Any]:
+    """Everything that decides the bytes of the parts."""
+    return {
+        "images": len(source),
+        "images_sha256": _fingerprint(source),
+        "part_rows": part_slices(len(source))[0].stop,
+        "batch_size": batch_size,
+        "dtype": dtype,
+        "torch": torch.__version__,
+        "ssl_kit": ssl_kit.__version__,
+        **{name: about[name] for name in ("layers", "precision", "normalised", "encoder_sha256", "preprocessing")},
+    }
+
+
+def _fingerprint(source: Source) -> str:
+    """Hex sha256 of ids and labels, and of the pixels of a source that has no files.
+
+    Files are not looked at: 10^7 of them on a network drive would take an hour for each shard.
+    """
+    digest = hashlib.sha256(json.dumps([len(source), source.classes, source.channels]).encode())
+    digest.update(np.ascontiguousarray(source.labels).data)
+    for start in range(0, len(source), _LISTED):
+        digest.update(json.dumps(source.ids[start : start + _LISTED]).encode())
+    if source.root is None and source.images is not None:
+        for image in source.images:
+            digest.update(np.ascontiguousarray(image).data)
+    return digest.hexdigest()
+
+
+def _begin(folder: Path, plan: dict[str, Any]) -> None:
+    """Writes the plan, or compares it with the one that is there."""
+    if (folder / PLAN).exists():
+        _same_plan(read_sealed(folder / PLAN), plan, folder)
+    else:
+        write_sealed(folder / PLAN, plan)
+
+
+def _same_plan(begun: Any, plan: dict[str, Any], folder: Path) -> None:
+    if begun == plan:
+        return
+    if not isinstance(begun, dict):
+        raise UserError(f"{folder} holds embeddings that were not made here: choose another --out, or give --overwrite")
+    differs = [name for name in plan if begun.get(name) != plan[name]]
+    told = ", ".join(f"{name} {_short(begun.get(name))}, now {_short(plan[name])}" for name in differs)
+    raise UserError(f"{folder} was begun otherwise ({told}): give the same again, or start anew with --overwrite")
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else f"{text[:12]}..."
+
+
+@dataclass
+class _Making:
+    """What every part of a folder is made with; `plan` is the sha256 of the plan."""
+
+    folder: Path
+    encoder: Encoder
+    source: Source
+    layers: int
+    batch_size: int
+    precision: Precision
+    dtype: Storage
+    normalise: bool
+    plan: str
+    threads: int | None
+
+    def record(self, number: int) -> dict[str, Any] | None:
+        """The record of a finished part, or None. What it skipped counts towards `--max-bad`."""
+        path = self._record_path(number)
+        if not path.exists():
+            return None
+        record = read_sealed(path, LARGE_JSON)
+        if record.get("plan") != self.plan:
+            raise UserError(f"{path} belongs to other embeddings than {self.folder / PLAN}: remove it, or --overwrite")
+        if record["sha256"] is not None and not (self.folder / part_name(number)).exists():
+            return None  # copied without its part
+        for name, reason in record["skipped"]:
+            self.source.bad.add(name, reason)
+        self.source.bad.check()
+        return record
+
+    def make(self, number: int, part: slice, bar: Progress) -> dict[str, Any]:
+        """Embeds one part and writes it, then its record."""
+        vectors, rows = self._vectors(part, bar)
+        record: dict[str, Any] = {"plan": self.plan, "rows": len(rows), "dims": 0, "sha256": None}
+        if len(rows):  # a part without a single good image has no file
+            ids = [self.source.ids[row] for row in rows]
+            made = Embeddings(vectors, self.source.labels[rows], self.source.classes, ids)
+            made = made.normalised() if self.normalise else made
+            check_range(made.vectors, self.dtype)
+            path = self.folder / part_name(number)
+            with atomic_file(path) as temporary:
+                write_part(temporary, made.vectors, made.labels, made.classes, made.ids, self.dtype)
+            record |= {"dims": vectors.shape[1], "sha256": sha256(path)}
+        inside = set(self.source.ids[part])
+        record["skipped"] = sorted([name, reason] for name, reason in list(self.source.skipped) if name in inside)
+        write_sealed(self._record_path(number), record)
+        return record
+
+    def _vectors(self, part: slice, bar: Progress) -> tuple[np.ndarray, np.ndarray]:
+        """(R, D) float32 and the R positions of the part's images that could be decoded."""
+        plan = batches_of(part, self.batch_size)
+        vectors, kept, count = np.empty((0, 0), dtype=np.float32), [], 0
+        made = features(
+            self.encoder,
+            self.source,
+            plan,
+            layers=self.layers,
+            view=whole(self.encoder),
+            precision=self.precision,
+            threads=self.threads,
+        )
+        with closing(made):
+            for planned, (rows, batch) in zip(plan, made, strict=True):
+                if not vectors.size and len(rows):
+                    vectors = np.empty((part.stop - part.start, batch.shape[1]), dtype=np.float32)
+                if len(rows):
+                    vectors[count : count + len(rows)] = batch
+                    kept.append(rows)
+                    count += len(rows)
+                bar.advance(bar.task_ids[0], len(planned))
+        return vectors[:count], np.concatenate(kept) if kept else np.empty(0, dtype=np.int64)
+
+    def _record_path(self, number: int) -> Path:
+        return (self.folder / part_name(number)).with_suffix(".json")
+
+
+def _complete(folder: Path, making: _Making, about: dict[str, Any], parts: int) -> None:
+    """Verifies all parts and writes the manifest."""
+    with FileLock(folder / ".lock"):  # of core.files.lock; shards that end together wait here for the first
+        if (folder / MANIFEST).exists():
+            return
+        records = [making.record(number) for number in range(parts)]
+        files, skipped, rows, dims = {}, [], 0, 0
+        for number, record in enumerate(records):
+            assert record is not None, "all parts are there"
+            skipped += [(name, reason) for name, reason in record["skipped"]]
+            rows += record["rows"]
+            if record["sha256"] is not None:
+                verify_file(folder, part_name(number), record["sha256"])
+                files[part_name(number)] = record["sha256"]
+                dims = record["dims"]
+        if not rows:
+            raise UserError(f"none of {len(making.source):,} images could be decoded; see --max-bad")
+        write_skipped(folder / SKIPPED, skipped)
+        manifest = {
+            **about,
+            "format": FORMAT,
+            "rows": rows,
+            "dims": dims,
+            "dtype": making.dtype,
+            "classes": list(making.source.classes),
+            "skipped": len(skipped),
+            "files": {**files, SKIPPED: sha256(folder / SKIPPED)},
+        }
+        write_sealed(folder / MANIFEST, manifest)
+        _tidy(folder)
+
+
+def _tidy(folder: Path) -> None:
+    """Removes what is needed only until the manifest is there, and what killed writers left."""
+    for pattern in ("part-*.json", PLAN, ".*.tmp"):
+        for path in sorted(folder.glob(pattern)):
+            path.unlink(missing_ok=True)
+
+
+def remove(folder: Path) -> None:
+    """Removes embeddings, finished or not: the manifest first, so that no reader takes the rest for whole.
+
+    Raises:
+        UserError: the folder is not ours; nothing is removed.
+    """
+    if not is_ours(folder):
+        raise UserError(f"{folder} is not an embeddings folder ({MANIFEST} says so otherwise); it is not overwritten")
+    (folder / MANIFEST).unlink(missing_ok=True)
+    for pattern in ("part-*.parquet", SKIPPED, "index.*"):
+        for path in sorted(folder.glob(pattern)):
+            path.unlink()
+    _tidy(folder)
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a folder holds embeddings, finished or begun."""
+    if not folder.is_dir():
+        return False
+    try:
+        if (folder / MANIFEST).is_file():
+            manifest = read_json(folder / MANIFEST, LARGE_JSON)  # a damaged one may still be overwritten
+            return isinstance(manifest, dict) and manifest.get("format") == FORMAT
+        return (folder / PLAN).is_file() and "images_sha256" in read_json(folder / PLAN)
+    except (DamagedError, TypeError):
+        return False
