@@ -1,7 +1,8 @@
 """Encoder: a timm model that normalises its own input, states its dimension and travels as a timm folder.
 
 On disk an encoder is `config.json` + `model.safetensors` (what timm reads by itself) and `encoder.json` (ours: sha256
-of the weights, provenance, preprocessing). Loading reads JSON and safetensors only: no pickle, no import path.
+of the weights, provenance, preprocessing). Loading reads JSON and safetensors only: no pickle, no import path; what a
+folder may say is judged in stored.py.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub import try_to_load_from_cache
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ssl_kit.core.errors import UserError
-from ssl_kit.core.files import DamagedError, atomic_folder, read_json, sha256, verify_file, write_json
+from ssl_kit.core.errors import DamagedError, UserError
+from ssl_kit.core.files import atomic_folder, settle, sha256, verify_file, write_json, write_sealed
+from ssl_kit.core.sealed import read_sealed
+from ssl_kit.core.tensors import check_finite, read_tensors
+from ssl_kit.encoders.stored import CONFIG, RECORD, WEIGHTS, check_arguments, check_fits, read_stored
 
-CONFIG, WEIGHTS, RECORD = "config.json", "model.safetensors", "encoder.json"
 _SMALL_IMAGE = 96  # pixels: below it a stride-4 stem leaves a ResNet too few positions (SimCLR appendix B.9 uses 32)
 _LEAST_MATCHED = 0.95  # fraction of an encoder's weights that `--init` must find
 
@@ -39,7 +41,8 @@ class Encoder(nn.Module):
         std: per-channel standard deviation likewise.
 
     Attributes:
-        dim: length of a feature vector.
+        dim: length of a feature vector: of the code where the model has a classifier (`args.num_classes`).
+        num_features: width of the pooled features.
         sha256: of the weights file that this encoder was loaded from or last saved to, else None.
     """
 
@@ -63,6 +66,7 @@ class Encoder(nn.Module):
         model = _create_timm(self.name, self.args, self.image_size, channels)
         self.model: Any = model
         self.dim: int = self.args["num_classes"] or model.num_features
+        self.num_features: int = model.num_features
         self.sha256: str | None = None
         # not in the state dict: they travel as preprocessing in config.json, where timm expects them
         self.register_buffer("mean", _per_channel(mean, channels), persistent=False)
@@ -73,8 +77,27 @@ class Encoder(nn.Module):
         return (images - self.mean) / self.std
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) float in [0, 1] to (B, dim) float32: the pooled features before any classifier."""
-        return self.model(self.normalise(images)).float()
+        """(B, C, H, W) float in [0, 1] to (B, dim) float32: the pooled features, or the code if there is one."""
+        pooled = self.pooled(images)
+        return self.code(pooled) if self.args["num_classes"] else pooled.float()
+
+    def pooled(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) float in [0, 1] to what enters the classifier, (B, num_features); `forward` without a code."""
+        return self.model.forward_head(self.model.forward_features(self.normalise(images)), pre_logits=True)
+
+    def code(self, pooled: Tensor) -> Tensor:
+        """The classifier of `pooled` features: (B, num_features) to (B, dim) float32, also under autocast.
+
+        8 bits of a product in bfloat16 would leave ties among logits; in float32 the classifier costs next to nothing.
+        """
+        classifier = self.model.get_classifier()
+        with torch.autocast(pooled.device.type, enabled=False):
+            return classifier(pooled.to(classifier.weight.dtype)).float()
+
+    def set_code(self, dim: int) -> None:
+        """Gives the model a linear head of `dim` outputs as its timm classifier: then `forward` returns that code."""
+        self.model.reset_classifier(dim)
+        self.args["num_classes"] = self.dim = dim
 
     def layers(self, images: Tensor, last: int = 1) -> Tensor:
         """Concatenates the pooled outputs of the last `last` stages (CNN) or blocks (ViT): (B, sum of their widths).
@@ -121,7 +144,7 @@ class Encoder(nn.Module):
                 "preprocessing": self.preprocessing(),
                 "provenance": provenance or {},
             }
-            write_json(temporary / RECORD, record)
+            write_sealed(temporary / RECORD, record)
         self.sha256 = digest
         return folder
 
@@ -158,28 +181,22 @@ class Encoder(nn.Module):
 
     @classmethod
     def load(cls, folder: Path | str) -> Encoder:
-        """Reads an encoder folder that `save` wrote, in eval mode, after checking both files against `encoder.json`.
+        """Reads an encoder folder that `save` wrote, in eval mode, after checking its files against `encoder.json`.
 
         Raises:
-            DamagedError: a file is missing, or its sha256 is not the recorded one.
+            DamagedError: a file is missing, altered, or not what an encoder can be; weights that do not fit, or NaN.
         """
         folder = Path(folder)
-        record = read_json(folder / RECORD)
-        try:
-            recorded, recorded_config = record["sha256"], record["config_sha256"]
-            preprocessing = record["preprocessing"]
-        except (KeyError, TypeError) as error:
-            raise DamagedError(f"{folder / RECORD} lacks {error}; expected the record that ssl_kit writes") from error
-        verify_file(folder, CONFIG, recorded_config)
-        verify_file(folder, WEIGHTS, recorded)
-        config = read_json(folder / CONFIG)
-        height, width = preprocessing["image_size"]
-        channels = preprocessing["channels"]
-        args = {key: value for key, value in config["model_args"].items() if key not in ("in_chans", "img_size")}
-        mean, std = tuple(preprocessing["mean"]), tuple(preprocessing["std"])
-        encoder = cls(config["architecture"], args, (height, width), channels, mean, std)
-        encoder.model.load_state_dict(_read_weights(folder / WEIGHTS), strict=True)
-        encoder.sha256 = recorded
+        stored = read_stored(folder)
+        build = lambda: cls(*stored[:-2])
+        check_fits(lambda: build().model, folder / WEIGHTS)
+        weights = read_tensors(folder / WEIGHTS)
+        check_finite(weights, folder / WEIGHTS)
+        encoder = build()
+        encoder.model.load_state_dict(weights, strict=True)
+        if encoder.dim != stored.dim:
+            raise DamagedError(f"{folder / RECORD} says {stored.dim} features, the model has {encoder.dim}")
+        encoder.sha256 = stored.sha256
         return encoder.eval()
 
     def fresh(self, seed: int = 0) -> Encoder:
@@ -203,11 +220,13 @@ def initialise(encoder: Encoder, init: str) -> Matched:
     """Sets the encoder's weights from `timm:NAME` (weights that are on disk already) or from an encoder folder.
 
     Raises:
-        UserError: fewer than 95 % of the encoder's weights were found with the right shape, or nothing is there.
+        UserError: fewer than 95 % of the encoder's weights were found with the right shape, some are NaN, or nothing is
+            there.
     """
     found = _find_weights(encoder, init)
     own = encoder.model.state_dict()
-    fits = {name: tensor for name, tensor in found.items() if name in own and own[name].shape == tensor.shape}
+    fits = {name: tensor for name, tensor in found.items() if name in own and _alike(own[name], tensor)}
+    check_finite(fits, init)
     missing = tuple(name for name in own if name not in fits)
     unused = tuple(name for name in found if name not in fits)
     fraction = sum(own[name].numel() for name in fits) / sum(tensor.numel() for tensor in own.values())
@@ -220,10 +239,16 @@ def initialise(encoder: Encoder, init: str) -> Matched:
     return Matched(fraction, missing, unused)
 
 
+def _alike(own: Tensor, found: Tensor) -> bool:
+    """Whether one can be set to the other: float16 may become float32, whole numbers may not."""
+    return own.shape == found.shape and own.is_floating_point() == found.is_floating_point()
+
+
 def find_encoder(path: Path | str) -> Path:
     """The encoder folder meant by a run folder or an encoder folder."""
     path = Path(path)
     for folder in (path, path / "encoder"):
+        settle(folder)
         if (folder / RECORD).is_file():
             return folder
     if not path.exists():
@@ -244,6 +269,7 @@ def _create_timm(name: str, args: dict[str, Any], image_size: tuple[int, int], c
     if not timm.is_model(name):  # also refuses `hf-hub:` and `local-dir:`, which would fetch or read elsewhere
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise UserError(f"no timm model is called {name!r}; nearest: {', '.join(near) or 'none'} (timm.list_models())")
+    check_arguments(args, f"encoder.args of {name}")
     try:
         return timm.create_model(name, pretrained=False, in_chans=channels, **_size_argument(name, image_size), **args)
     except TypeError as error:
@@ -267,30 +293,41 @@ def _pool(features: Tensor) -> Tensor:
     return features.mean(dim=(2, 3)) if features.ndim == 4 else features.mean(dim=1)
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise DamagedError(f"{path} is not a safetensors file: {error}") from error
-
-
 def _find_weights(encoder: Encoder, init: str) -> dict[str, Tensor]:
     if not init.startswith("timm:"):
         bare = Path(init) / WEIGHTS
         if bare.is_file() and not (Path(init) / RECORD).is_file():  # a timm folder from elsewhere
-            return _read_weights(bare)
+            return read_tensors(bare)
         folder = find_encoder(init)
-        verify_file(folder, WEIGHTS, read_json(folder / RECORD)["sha256"])
-        return _read_weights(folder / WEIGHTS)
+        verify_file(folder, WEIGHTS, str(read_sealed(folder / RECORD).get("sha256")))
+        return read_tensors(folder / WEIGHTS)
     name = init.removeprefix("timm:")
-    if not timm.is_model(name):
-        raise UserError(f"--init {init}: no timm model is called {name!r}; see timm.list_models(pretrained=True)")
-    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    file = try_to_load_from_cache(config.hf_hub_id, WEIGHTS) if config is not None and config.hf_hub_id else None
-    if not isinstance(file, str):  # never fetched: nothing here uses the network
-        raise UserError(f"--init {init}: no weights of {name} in timm's cache on this disk; give an encoder folder")
-    local = {"file": file, "hf_hub_id": None}
+    local = {"file": str(cached_weights(name, f"--init {init}")), "hf_hub_id": None, "custom_load": False}
     model = timm.create_model(
         name, pretrained=True, pretrained_cfg_overlay=local, num_classes=0, in_chans=encoder.channels
     )
     return model.state_dict()
+
+
+def cached_weights(name: str, given: str) -> Path:
+    """The safetensors file of a timm model's weights in timm's cache on this disk; it is never fetched.
+
+    Args:
+        name: of the model, with or without a tag.
+        given: what the user typed, for the message.
+
+    Raises:
+        UserError: there is no such model, or no such file.
+    """
+    if not timm.is_model(name):
+        raise UserError(f"{given}: no timm model is called {name!r}; see timm.list_models(pretrained=True)")
+    try:
+        config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    except RuntimeError as error:  # the model is known, the tag behind its dot is not
+        raise UserError(
+            f"{given}: {error} See timm.list_models('{name.partition('.')[0]}*', pretrained=True)"
+        ) from error
+    file = try_to_load_from_cache(config.hf_hub_id, WEIGHTS) if config is not None and config.hf_hub_id else None
+    if not isinstance(file, str):  # never fetched: nothing here uses the network
+        raise UserError(f"{given}: no weights of {name} in timm's cache on this disk; give an encoder folder")
+    return Path(file)

@@ -1,6 +1,5 @@
 """Every encoder obeys one contract: size stated, input normalised inside, a folder that timm alone can load."""
 
-import json
 import subprocess
 import sys
 
@@ -11,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ssl_kit.core.errors import UserError
-from ssl_kit.core.files import DamagedError
+from ssl_kit.core.files import DamagedError, sha256, write_sealed
+from ssl_kit.core.sealed import read_sealed
 from ssl_kit.encoders import Encoder, find_encoder
 from ssl_kit.encoders.encoder import initialise
 
@@ -62,6 +62,17 @@ def test_folder_loads_with_timm_alone_and_with_load(encoder, tmp_path):
     mean, std = (torch.tensor(config[key]).reshape(1, -1, 1, 1) for key in ("mean", "std"))
     assert (model((batch - mean) / std) - wanted).abs().max() <= 1e-5
     assert config["input_size"][1:] == encoder.image_size
+
+
+def test_a_code_keeps_float32_under_autocast():
+    encoder = build(
+        "vit_tiny_patch16_224", {"patch_size": 4, "embed_dim": 24, "depth": 1, "num_classes": 5}, (16, 16), 3
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        code, pooled = encoder(images(encoder)), encoder.pooled(images(encoder))
+    assert code.dtype == torch.float32 and torch.equal(code, encoder.code(pooled.float()))
+    assert not torch.equal(code, code.bfloat16().float())
+    assert torch.equal(encoder(images(encoder)), encoder.model(encoder.normalise(images(encoder))))
 
 
 def test_layers_concatenate_the_last_stages(encoder):
@@ -138,15 +149,20 @@ def test_init_checks_how_much_matched(tmp_path):
     weights = load_file(tmp_path / "encoder" / "model.safetensors")
     renamed = {(f"module.{name}" if name.startswith("layer4") else name): value for name, value in weights.items()}
     save_file(renamed, tmp_path / "encoder" / "model.safetensors")
-    record = json.loads((tmp_path / "encoder" / "encoder.json").read_text())
-    from ssl_kit.core.files import sha256
-
+    record = read_sealed(tmp_path / "encoder" / "encoder.json")
     record["sha256"] = sha256(tmp_path / "encoder" / "model.safetensors")
-    (tmp_path / "encoder" / "encoder.json").write_text(json.dumps(record))
+    write_sealed(tmp_path / "encoder" / "encoder.json", record)
     before = {name: value.clone() for name, value in target.model.state_dict().items()}
     with pytest.raises(UserError, match=r"matches \d+\.\d% of the weights.*layer4"):
         initialise(target, str(tmp_path / "encoder"))
     assert all(torch.equal(before[name], value) for name, value in target.model.state_dict().items())
+
+
+def test_an_encoder_that_a_killed_writer_had_moved_away_is_found(tmp_path):
+    build(*CASES[0]).save(tmp_path / "run" / "encoder")
+    (tmp_path / "run" / ".encoder.a1b2c3d4.old").mkdir()
+    (tmp_path / "run" / "encoder").rename(tmp_path / "run" / ".encoder.a1b2c3d4.old" / "encoder")
+    assert Encoder.load(find_encoder(tmp_path / "run")).dim == 24
 
 
 def test_find_encoder_takes_a_run_or_an_encoder_folder(tmp_path):

@@ -1,0 +1,129 @@
+"""Vision Transformers as masking methods see them: the tokens of a few patches, patches of pixels, fixed positions.
+
+Any timm VisionTransformer with a plain patch embedding will do (vit_*, deit_*, flexivit_*, ...).
+
+    letter   meaning
+    B, C     images, channels
+    H, W     height and width of an image in pixels
+    p, q     height and width of a patch in pixels
+    L        patches of an image, H/p * W/q, numbered row by row
+    K        patches that the transformer gets to see
+    S        special tokens in front: class and register tokens; may be 0
+"""
+
+from __future__ import annotations
+
+import torch
+from timm.layers import Attention, PatchEmbed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from ssl_kit.core.errors import UserError
+from ssl_kit.encoders.encoder import Encoder
+
+
+def vision_transformer(encoder: Encoder) -> VisionTransformer:
+    """The encoder's timm model, checked.
+
+    Raises:
+        UserError: it is no VisionTransformer, sees pixels of several patches in one token before its first block (a
+            convolutional stem), or its patches do not tile its images.
+    """
+    model = encoder.model
+    if not isinstance(model, VisionTransformer):
+        raise UserError(
+            f"{encoder.name} is a {type(model).__name__}; masking patches needs one of timm's VisionTransformers: "
+            "choose for example --method.encoder.name vit_tiny_patch16_224"
+        )
+    if type(model.patch_embed) is not PatchEmbed:
+        raise UserError(
+            f"{encoder.name} embeds patches by {type(model.patch_embed).__name__}, which mixes the pixels of several; "
+            "masking needs a plain patch embedding: choose for example --method.encoder.name vit_small_patch16_224"
+        )
+    (height, width), (p, q) = encoder.image_size, model.patch_embed.patch_size
+    if height % p or width % q:
+        raise UserError(
+            f"images of {height} x {width} pixels are not whole patches of {p} x {q}; choose a multiple with "
+            "--image_size, or another patch_size in --method.encoder.args"
+        )
+    return model
+
+
+def tokens(encoder: Encoder, images: Tensor, keep: Tensor | None = None) -> Tensor:
+    """The last layer's tokens, normalised, when the transformer sees the patches `keep` only.
+
+    What the other patches show has no influence. timm's own random dropping of patches (`patch_drop_rate`) is not
+    applied when `keep` is given.
+
+    Args:
+        encoder: of a VisionTransformer.
+        images: (B, C, H, W) float in [0, 1].
+        keep: (B, K) int64, numbers of the patches that are seen; None shows all, as timm's `forward_features`.
+
+    Returns:
+        (B, S + K, width): the special tokens, then those of the kept patches in the order of `keep`.
+    """
+    model = vision_transformer(encoder)
+    pixels = encoder.normalise(images)
+    if keep is None:
+        return model.forward_features(pixels)
+    # the step of timm that adds positions and puts the special tokens in front has no public name
+    sequence = model._pos_embed(model.patch_embed(pixels))  # (B, S + L, width)
+    special, patches = sequence.tensor_split([model.num_prefix_tokens], dim=1)
+    sequence = torch.cat([special, take(patches, keep)], dim=1)  # (B, S + K, width)
+    return model.norm(model.blocks(model.norm_pre(sequence)))
+
+
+def take(rows: Tensor, index: Tensor) -> Tensor:
+    """Rows of each image by number: (B, N, D) and (B, K) int64 to (B, K, D)."""
+    return rows.gather(1, index[:, :, None].expand(-1, -1, rows.shape[2]))
+
+
+def unfuse_attention(network: nn.Module) -> int:
+    """Lets timm's attention layers multiply matrices instead of calling torch's fused kernel; how many there are.
+
+    The result is the same up to rounding. In bfloat16 on a CPU the fused kernel is slow backwards (torch 2.14, one core
+    with avx512_bf16, 64 tokens of 4 heads of 32, batch 256: 15 ms forward and 173 ms backward, against 10 and 15 ms),
+    in float32 it is the better one. The price is memory: heads x tokens^2 numbers per image and layer are kept.
+    """
+    layers = [module for module in network.modules() if isinstance(module, Attention)]
+    for layer in layers:
+        layer.fused_attn = False  # type: ignore[misc]  # final for TorchScript, which is not used
+    return len(layers)
+
+
+def patchify(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
+    """(B, C, H, W) to (B, L, p*q*C): patches row by row, in each of them pixels row by row, channels last.
+
+    The order is that of MAE's code (`nhwpqc`). H and W are multiples of `patch_size`, (p, q).
+    """
+    (batch, channels, height, width), (p, q) = images.shape, patch_size
+    split = images.reshape(batch, channels, height // p, p, width // q, q)
+    return split.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, p * q * channels)
+
+
+def unpatchify(patches: Tensor, patch_size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """The inverse of `patchify`: (B, L, p*q*C) to (B, C, H, W); `grid` is (rows, columns) of patches."""
+    (batch, _, values), (p, q), (rows, columns) = patches.shape, patch_size, grid
+    split = patches.reshape(batch, rows, columns, p, q, values // (p * q))
+    return split.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, rows * p, columns * q)
+
+
+def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
+    """Fixed 2-D positions: sines and cosines of the column in the first half, of the row in the second.
+
+    Vaswani et al. 2017, arXiv:1706.03762, section 3.5, once per axis; the order is that of MAE's code.
+
+    Args:
+        width: of a token, a multiple of 4.
+        grid: (rows, columns) of patches.
+
+    Returns:
+        (L, width) float32; patch by patch, row by row.
+    """
+    if width % 4:
+        raise UserError(f"tokens of width {width} cannot hold 2-D sine and cosine positions; wanted a multiple of 4")
+    rate = 10_000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))  # radians per patch
+    row, column = torch.meshgrid(*(torch.arange(side, dtype=torch.float64) for side in grid), indexing="ij")
+    angles = [axis.reshape(-1, 1) * rate for axis in (column, row)]  # (L, width/4) each
+    return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1).float()
