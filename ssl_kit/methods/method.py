@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from ssl_kit.core.errors import UserError
 from ssl_kit.core.random import Key
-from ssl_kit.encoders.encoder import Encoder
+from ssl_kit.encoders.encoder import Encoder, choose_name
+from ssl_kit.training.chunked import Chunkable, chunked, no_chunks
+from ssl_kit.training.distributed import share_weight
 from ssl_kit.training.optim import Optim
+
+
+class Picture(NamedTuple):
+    """What a method shows of itself: `grid` (R, K, C, h, w) in [0, 1], R rows of K images.
+
+    `columns` are the K captions (or none), `caption` is a sentence that says what is seen and in which units.
+    """
+
+    grid: Tensor
+    columns: tuple[str, ...]
+    caption: str
 
 
 class Method(pl.LightningModule):
@@ -23,14 +37,24 @@ class Method(pl.LightningModule):
     Args:
         encoder: what is trained and kept.
         optim: optimiser and schedule, in units of epochs and images.
+
+    Attributes:
+        num_views: how many views of each image `loss` takes.
+        preset: of the views, where a recipe names none.
     """
 
-    num_views: ClassVar[int]
+    num_views: int
+    preset: ClassVar[Any] = "simclr"
 
     def __init__(self, encoder: Encoder, optim: Optim):
         super().__init__()
         self.encoder = encoder
         self.optim = optim
+
+    @classmethod
+    def default_encoder(cls, image_size: tuple[int, int]) -> tuple[str, dict[str, Any]]:
+        """The timm name and arguments where a recipe leaves the encoder open, for images of (height, width) pixels."""
+        return choose_name(image_size), {}
 
     @abstractmethod
     def loss(self, views: list[Tensor], key: Key) -> dict[str, Tensor]:
@@ -52,12 +76,32 @@ class Method(pl.LightningModule):
         """(B, C, h, w) in [0, 1] to the representation that is evaluated and exported, (B, D)."""
         return self.encoder(images)
 
+    def pictures(self, views: list[Tensor], key: Key) -> dict[str, Picture]:
+        """What the method makes of a few images, by file name: reconstructions, samples, ... None by default.
+
+        Args:
+            views: as `loss` takes them, of a few fixed images.
+            key: likewise.
+        """
+        return {}
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """One step for Lightning: checks the number of views, then `loss`."""
-        views = batch["views"]
-        if len(views) != self.num_views:
+        """One step for Lightning: `loss`; where the batch comes in chunks, `contrast` of the projections of all chunks.
+
+        Means over this process's images are weighted so that averaging them, and gradients, over processes is right
+        for slices of unequal size.
+        """
+        views, key = batch["views"], batch["key"]
+        if "chunks" in batch:
+            if not isinstance(self, Chunkable):
+                raise UserError(no_chunks(type(self).__name__))
+            losses = self.contrast(chunked(self, self.project, batch["chunks"], self.num_views))
+        elif len(views) == self.num_views:
+            losses = self.loss(views, key)
+        else:
             raise ValueError(f"{type(self).__name__} takes {self.num_views} views of each image, got {len(views)}")
-        return self.loss(views, batch["key"])
+        weight = share_weight(len(key.index))
+        return {name: value * weight for name, value in losses.items()}
 
     def configure_optimizers(self) -> Any:
         """Builds the optimiser and its schedule; the trainer knows the batch, the processes and the steps."""
@@ -65,7 +109,7 @@ class Method(pl.LightningModule):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         optimiser, schedule = self.optim.build(
             self,
-            images_per_step=data.batch_size * trainer.world_size * trainer.accumulate_grad_batches,
+            images_per_step=data.images_per_step * trainer.accumulate_grad_batches,
             steps_per_epoch=data.steps_per_epoch / trainer.accumulate_grad_batches,
             total_steps=trainer.max_steps if trainer.max_steps > 0 else data.total_steps,
         )

@@ -6,49 +6,106 @@ The newest and the one before it are kept; loading takes the newest that verifie
 
 from __future__ import annotations
 
+import math
 import random
 import shutil
-import signal
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins import CheckpointIO
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ssl_kit.core.console import say, warn
-from ssl_kit.core.errors import UserError
-from ssl_kit.core.files import DamagedError, atomic_folder, read_json, read_manifest, write_json
+from ssl_kit.core.files import (
+    MANIFEST,
+    DamagedError,
+    FullError,
+    atomic_folder,
+    check_space,
+    json_text,
+    read_json,
+    read_manifest,
+    write_json,
+)
+from ssl_kit.core.sealed import sealed
+from ssl_kit.core.signals import Signals
+from ssl_kit.core.tensors import check_weights, read_tensors
+from ssl_kit.training.distributed import counts, world_size
 
+_FORMAT = 1
 _TENSORS, _REST = "state.safetensors", "state.json"
 _KEPT = 2
 _BEST = "best"
+_BESIDE_TENSORS = 2**20  # bytes, about, of the two JSON files and the header
 
 
 class SafeCheckpointIO(CheckpointIO):
-    """Lightning's checkpoints as a folder of safetensors and JSON."""
+    """Lightning's checkpoints as a folder of safetensors and JSON.
+
+    Args:
+        weights: gives the weights of the model that is to be resumed; a checkpoint with others is refused. None = all.
+    """
+
+    def __init__(self, weights: Callable[[], Mapping[str, Tensor]] | None = None):
+        self.weights = weights
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Writes the state atomically; `path` is the folder."""
+        """Writes the state atomically; `path` is the folder.
+
+        Raises:
+            FullError: there is no room; what was there is untouched.
+        """
         tensors: dict[str, Tensor] = {}
         rest = _encode(checkpoint, "", tensors)
-        with atomic_folder(path, manifest={"format": 1, "step": checkpoint["global_step"]}) as folder:
+        check_space(Path(path).parent, sum(tensor.nbytes for tensor in tensors.values()) + _BESIDE_TENSORS)
+        with atomic_folder(path, manifest={"format": _FORMAT, "step": checkpoint["global_step"]}) as folder:
             save_file(tensors, folder / _TENSORS)
             write_json(folder / _REST, rest)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Reads and verifies the state; tensors arrive on the CPU."""
-        read_manifest(path)
-        return _decode(read_json(Path(path) / _REST), load_file(Path(path) / _TENSORS))
+        """Reads and verifies the state; tensors arrive on the CPU.
+
+        Raises:
+            DamagedError: a file is missing, altered, or not what `save_checkpoint` writes; weights that are NaN, or of
+                other names, shapes or types than the model's.
+        """
+        folder = Path(path)
+        verify(folder)
+        try:
+            state = _decode(read_json(folder / _REST), read_tensors(folder / _TENSORS))
+        except (RecursionError, TypeError) as error:
+            raise DamagedError(f"{folder} holds no training state: {error}") from error
+        if not isinstance(state, dict):
+            raise DamagedError(f"{folder / _REST} holds no training state; it is damaged or from elsewhere")
+        if self.weights is not None:  # torch would turn whole numbers into weights without a word
+            check_weights(state.get("state_dict"), self.weights(), folder)
+        return state
 
     def remove_checkpoint(self, path: Any) -> None:
         """Deletes the folder."""
         shutil.rmtree(path)
+
+
+def verify(folder: Path) -> None:
+    """Raises `DamagedError` unless `folder` is a whole checkpoint, its manifest to the letter as it is written here."""
+    manifest = read_manifest(folder)
+    step = manifest.get("step")
+    right = (
+        (folder / MANIFEST).read_bytes() == json_text(sealed(manifest)).encode()
+        and manifest.keys() == {"format", "step", "files"}
+        and manifest["format"] == _FORMAT
+        and manifest["files"].keys() == {_TENSORS, _REST}
+        and isinstance(step, int)
+        and (not folder.name.startswith("step-") or folder.name == f"step-{step:08d}")
+    )
+    if not right:
+        raise DamagedError(f"{folder / MANIFEST} is not of a checkpoint of format {_FORMAT}; it is damaged")
 
 
 def newest(folder: Path) -> Path | None:
@@ -60,7 +117,7 @@ def newest(folder: Path) -> Path | None:
     damage: DamagedError | None = None
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
-            read_manifest(path)
+            verify(path)
         except DamagedError as error:
             warn(f"{error}; trying the checkpoint before it")
             damage = error
@@ -72,55 +129,107 @@ def newest(folder: Path) -> Path | None:
 
 
 class Checkpoints(pl.Callback):
-    """Saves every `minutes` and at the end; also when told to stop by SIGTERM, SIGINT or SIGUSR1.
+    """Saves every `minutes` and at the end, and stops the run at the next step boundary when a signal asks for it.
 
-    Signals only set a flag: the state is saved at the next step boundary, never inside the handler.
+    The state of the last step is saved when training ends, after whatever other callbacks do then: a run that is killed
+    in between makes its last steps again.
 
     Args:
         folder: of the checkpoints.
         minutes: between two saves.
+        healthy: whether the newest step was good; while it is not, no state is saved but that of the last step.
+        signals: that ask to stop; entered by whoever runs the training. Noted from the first step on.
+        when_full: what a full disk does to the run, while it can go on: "continue" says so and tries again after
+            `minutes`, "stop" ends it.
+
+    Attributes:
+        stopped: the signal that ended training before its last step, or None.
     """
 
-    def __init__(self, folder: Path, minutes: float = 10.0):
-        self.folder, self.minutes = folder, minutes
-        self.signal: int | None = None
+    def __init__(
+        self,
+        folder: Path,
+        minutes: float = 10.0,
+        healthy: Callable[[], bool] = lambda: True,
+        signals: Signals | None = None,
+        when_full: Literal["continue", "stop"] = "continue",
+    ):
+        self.folder, self.minutes, self.healthy, self.when_full = folder, minutes, healthy, when_full
+        self.signals = signals or Signals()
+        self.stopped: int | None = None
         self._saved_at = time.monotonic()
-        self._handlers: dict[int, Any] = {}
+        self._saved_step = 0  # what is on the disk, or need not be
+        self._generators: dict[str, Any] | None = None
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Gives the signals back."""
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers.clear()
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Takes the signals from Lightning, which would end the run, and puts the generators where they were."""
+        self.signals.patient = True
+        self.signals.take()
+        self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+        if self._generators is not None:
+            set_generators(self._generators)
+            self._generators = None
+            say(f"resumed at step {trainer.global_step:,}")
+        self._stop_if_asked(trainer)  # by a signal whose exception somebody has swallowed
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Saves when it is time, at a step boundary (never between accumulated batches)."""
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches or _complete(trainer):
             return
-        if self.signal is not None:
-            trainer.should_stop = True
-        elif time.monotonic() - self._saved_at > 60 * self.minutes:
-            self.save(trainer)
+        stop, due = self._stop_if_asked(trainer), time.monotonic() - self._saved_at > 60 * self.minutes
+        if (stop or _first_of_all(due)) and self.healthy():  # else a resumed run makes the steps since the last again
+            self.save(trainer, needed=stop)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The last state, so that a finished or stopped run can go on."""
-        self.save(trainer)
+        """The last state, so that a finished run can go on for longer."""
+        if self.stopped is None and trainer.global_step != self._saved_step:
+            self.save(trainer, needed=True)
 
-    def save(self, trainer: pl.Trainer) -> Path:
-        """Writes a checkpoint of the current step and forgets all but the newest two."""
-        path = self.folder / f"step-{trainer.global_step:08d}"
-        trainer.save_checkpoint(path)
-        if trainer.is_global_zero:
-            for old in sorted(self.folder.glob("step-*"))[:-_KEPT]:
-                shutil.rmtree(old)
+    def save(self, trainer: pl.Trainer, *, needed: bool = False) -> None:
+        """Writes a checkpoint of the current step and forgets all but the newest two.
+
+        Args:
+            trainer: of the run.
+            needed: the run cannot go on without it.
+
+        Raises:
+            FullError: there is no room, and it is needed or `when_full` is "stop".
+        """
         self._saved_at = time.monotonic()
-        return path
+        path = self.folder / f"step-{trainer.global_step:08d}"
+        if not self._written(trainer, path, needed):
+            return
+        self._saved_step = trainer.global_step
+        if trainer.is_global_zero:
+            steps = sorted(self.folder.glob("step-*"))
+            newer = [step for step in steps if step.name > path.name]  # damaged ones, that were not resumed from
+            for old in (*steps[: -_KEPT - len(newer)], *newer):
+                shutil.rmtree(old)
 
     def save_best(self, trainer: pl.Trainer) -> None:
         """Writes the state as `best`, replacing the former one."""
-        trainer.save_checkpoint(self.folder / _BEST)
+        self._written(trainer, self.folder / _BEST)
+
+    def _written(self, trainer: pl.Trainer, path: Path, needed: bool = False) -> bool:
+        """Whether the state could be written to `path`."""
+        try:
+            trainer.save_checkpoint(path)
+        except FullError as error:
+            if needed or self.when_full == "stop":
+                raise
+            warn(f"step {trainer.global_step:,}: {error}. The run goes on; it tries again later")
+            trainer.strategy.barrier()  # where the other processes are, which do not write
+            return False
+        return True
+
+    def _stop_if_asked(self, trainer: pl.Trainer) -> bool:
+        """Whether a signal, to any of the processes, asks to stop; then training ends at this step."""
+        number = max(counts(self.signals.received or 0))
+        if number:
+            self.stopped, trainer.should_stop = number, True
+        return bool(number)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -134,22 +243,15 @@ class Checkpoints(pl.Callback):
         """Keeps the generators' state until training starts (setting up draws from them)."""
         self._generators = checkpoint["generators"]
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Takes over the signals (after Lightning, which would end the run) and puts the generators where they were."""
-        for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGUSR1", signal.SIGTERM)):
-            try:
-                self._handlers.setdefault(number, signal.signal(number, self._note))
-            except ValueError:  # not the main thread: whoever runs us there handles signals
-                break
-        stored = self.__dict__.pop("_generators", None)
-        if stored is not None:
-            set_generators(stored)
-            say(f"resumed at step {trainer.global_step:,}")
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt  # the second Ctrl-C means now
-        self.signal = number
+def _complete(trainer: pl.Trainer) -> bool:
+    """Whether this was the last step anyway."""
+    return trainer.should_stop or trainer.global_step == trainer.max_steps
+
+
+def _first_of_all(flag: bool) -> bool:
+    """What the first process says: clocks differ, and all must save at the same step."""
+    return bool(counts(int(flag))[0]) if world_size() > 1 else flag
 
 
 def generators() -> dict[str, Any]:
@@ -178,11 +280,12 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor | np.ndarray):
         kind = "tensor" if isinstance(value, Tensor) else "array"
         tensor = value.detach() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
-        tensors[path] = tensor.cpu().contiguous().clone()
+        name = path if path not in tensors else f"{path} {len(tensors)}"  # keys may hold slashes
+        tensors[name] = tensor.cpu().contiguous().clone()
         # fused optimisers walk weight, gradient and momentum in memory order: a channels_last buffer that comes back
         # contiguous gives wrong updates without a word
         dense = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-        return {"$": kind, "name": path} | ({"channels_last": True} if dense else {})
+        return {"$": kind, "name": name} | ({"channels_last": True} if dense else {})
     if isinstance(value, dict):
         items = [[_encode(key, "", {}), _encode(item, f"{path}/{key}", tensors)] for key, item in value.items()]
         if all(isinstance(key, str) and key != "$" for key in value):
@@ -192,7 +295,9 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         items = [_encode(item, f"{path}/{position}", tensors) for position, item in enumerate(value)]
         return items if isinstance(value, list) else {"$": "tuple", "items": items}
     if isinstance(value, np.generic):
-        return value.item()
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"$": "float", "value": repr(value)}
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(
@@ -201,20 +306,40 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(value, list):
-        return [_decode(item, tensors) for item in value]
-    if not isinstance(value, dict):
-        return value
-    kind = value.get("$")
-    if kind is None:
-        return {key: _decode(item, tensors) for key, item in value.items()}
-    if kind == "dict":
-        return {_decode(key, tensors): _decode(item, tensors) for key, item in value["items"]}
-    if kind == "tuple":
-        return tuple(_decode(item, tensors) for item in value["items"])
-    if kind in ("tensor", "array") and value.get("name") in tensors:
-        tensor = tensors[value["name"]]
-        if value.get("channels_last"):
-            tensor = tensor.contiguous(memory_format=torch.channels_last)
-        return tensor if kind == "tensor" else tensor.numpy()
-    raise UserError(f"this checkpoint holds a {kind!r} that ssl_kit does not write; it is damaged or from elsewhere")
+    """What `_encode` was given.
+
+    Raises:
+        DamagedError: anything that `_encode` does not make.
+    """
+    match value:
+        case list():
+            return [_decode(item, tensors) for item in value]
+        case {"_instantiator": _}:  # Lightning's command line calls what it names
+            raise DamagedError("this checkpoint names code to be called, under '_instantiator'; it is from elsewhere")
+        case dict() if "$" not in value:
+            return {key: _decode(item, tensors) for key, item in value.items()}
+        case {"$": "dict", "items": list(items)}:
+            return {_key(item): _decode(item[1], tensors) for item in items}
+        case {"$": "tuple", "items": list(items)}:
+            return tuple(_decode(item, tensors) for item in items)
+        case {"$": "float", "value": "nan" | "inf" | "-inf" as text}:
+            return float(text)
+        case {"$": "tensor" | "array" as kind, "name": str(name)} if name in tensors:
+            tensor = tensors[name]
+            if value.get("channels_last") and tensor.ndim == 4:
+                tensor = tensor.contiguous(memory_format=torch.channels_last)
+            return tensor if kind == "tensor" else tensor.numpy()
+        case dict():
+            raise DamagedError(
+                f"this checkpoint holds a {str(value['$'])[:40]!r} that ssl_kit does not write; it is damaged or from "
+                "elsewhere"
+            )
+    return value
+
+
+def _key(item: Any) -> Any:
+    """The key of a stored (key, value)."""
+    match item:
+        case [None | bool() | int() | float() | str() as key, _]:
+            return key
+    raise DamagedError("this checkpoint holds a dict that ssl_kit does not write; it is damaged or from elsewhere")

@@ -8,10 +8,10 @@ from typing import Any
 import pytorch_lightning as pl
 
 from ssl_kit.core.errors import UserError
+from ssl_kit.training.distributed import largest
 
 _DEFAULT_EPOCHS = 100
 _UNMEASURED = 5  # first steps: compilation and caches
-_FITS = 10  # steps between fits of the horizon to the speed so far
 
 
 class Horizon(pl.Callback):
@@ -44,24 +44,27 @@ class Horizon(pl.Callback):
         return self.total if self.minutes is None else -1
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Starts the clock."""
+        """Starts the clock; a run that had used up its minutes makes no further step."""
         self._began = time.perf_counter()
         self._first = None
         if self.minutes is None:  # a resumed run may have been given another length
             trainer.lr_scheduler_configs[0].scheduler.total_steps = trainer.max_steps  # type: ignore[union-attr]
+        elif self._before >= 60 * self.minutes:
+            trainer.should_stop = True
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """With `minutes`: every 10 steps sets the schedule's horizon from the speed so far."""
+        """With `minutes`: sets the schedule's horizon from the speed so far."""
         if self.minutes is None:
             return
-        step, seconds, limit = trainer.global_step, self.seconds(), 60 * self.minutes
+        # clocks differ, and all processes must have one schedule and one end
+        step, seconds, limit = trainer.global_step, largest(self.seconds()), 60 * self.minutes
         if self._first is None:
             self._first = (step + _UNMEASURED, 0.0)
         if step == self._first[0]:
             self._first = (step, seconds)
-        elif step > self._first[0] and step % _FITS == 0:
+        elif step > self._first[0]:
             speed = (step - self._first[0]) / (seconds - self._first[1])
             self.total = max(step + 1, step + round(speed * (limit - seconds)))
             trainer.lr_scheduler_configs[0].scheduler.total_steps = self.total  # type: ignore[union-attr]

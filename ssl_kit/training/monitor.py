@@ -1,46 +1,57 @@
-"""What a run tells about itself: curves in `metrics.csv`, a progress bar, and signs of collapse.
+"""What a run tells about itself: curves in `metrics.csv`, a progress bar, and the verdict on them.
 
-Nothing here touches the device between logging intervals: losses stay tensors and are read once per interval.
+Nothing here waits for the device between logging intervals: what `loss` gives stays there and is read once per row.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, nn
 
-from ssl_kit.core.console import live, say
-from ssl_kit.core.errors import UserError
+from ssl_kit.core.console import live, say, shows_bars, stderr_console, warn
+from ssl_kit.core.files import atomic_file, if_room, sync
 from ssl_kit.core.spectrum import effective_rank
+from ssl_kit.training.distributed import counts, mean_of_all, rank
+from ssl_kit.training.together import from_first
+from ssl_kit.training.verdict import Row, Verdict, angle, sketch
+from ssl_kit.training.watchdog import Watchdog
 
 COLUMNS = (
     *("step", "epoch", "images", "seconds", "loss", "lr", "images_per_second", "waiting_share"),
-    *("effective_rank", "embedding_std", "uniformity", "knn_top1"),
+    *("gradient_norm", "held_steps", "views_low", "views_high", "views_std"),
+    *("effective_rank", "embedding_std", "images_std", "alignment", "uniformity", "turned", "grown", "knn_top1"),
 )
+_PLACE = ("step", "epoch", "images", "seconds")  # of every row
 _MEASURE_STEPS = 200  # between measurements, at least: with labels one costs about ten steps
-_COLLAPSED_RANK = 0.02  # of the dimension; a healthy code is far above, one direction is 1 / dim
-_LEARNED = 0.05  # of the way from chance to 0 that a loss must have come to count as learning
 
 Score = Callable[[pl.LightningModule], dict[str, float]]
+Judge = Callable[[Sequence[Row]], Verdict]
 
 
 class Curves(pl.Callback):
     """Writes `metrics.csv`: a row per `interval` steps and one per measurement of features; rows go out at once.
 
+    Of several processes all have the rows, since they decide by them, and the first one writes them. What `loss` gave
+    is the mean over the images of all, the speed that of all together; waiting and views are the first one's own.
+
     Args:
         path: of the CSV. A resumed run drops the rows after its step, then continues.
         interval: steps between rows.
-        measure: given the method, returns scores of the current encoder (rank, kNN, ...).
+        measure: given the method, returns scores of the current encoder (rank, kNN, ...); also called before the first
+            step, so that everything can be compared with the untrained encoder.
+        judge: the verdict on the rows so far, asked after each measurement.
+        watchdog: whose counts are read with each row.
         interrupted: whether the run is being stopped to go on later: then a half-collected row waits for that.
         measure_every: epochs between measurements; never more often than every 200 steps.
     """
@@ -51,41 +62,64 @@ class Curves(pl.Callback):
         *,
         interval: int = 20,
         measure: Score | None = None,
+        judge: Judge = lambda history: Verdict("unknown", "nothing was measured yet"),
+        watchdog: Watchdog | None = None,
         measure_every: float = 1.0,
         interrupted: Callable[[], bool] = lambda: False,
     ):
         self.path, self.interval, self.measure, self.measure_every = path, interval, measure, measure_every
-        self.interrupted = interrupted
-        self.row: dict[str, float] = {}
-        self.history: list[dict[str, float]] = []
+        self.judge, self.watchdog, self.interrupted = judge, watchdog, interrupted
+        self.row: Row = {}
+        self.history: list[Row] = []
+        self.verdict = Verdict("unknown", "nothing was measured yet")
         self.seconds = 0.0  # of training, over all sittings
         self.finished: Callable[[dict[str, float]], None] | None = None
-        self._losses: list[Tensor] = []
+        self._steps: dict[str, list[Tensor]] = {}  # what `loss` gave since the last row, on the device
+        self._columns: tuple[str, ...] = COLUMNS
+        self._behind = False  # the file lacks rows, for want of room
         self._images = self._interval_images = 0
         self._measured: tuple[float, float] = (0.0, 0.0)  # epoch and step of the last measurement
+        self._start: Tensor | None = None  # sketch of the encoder's weights before the first step
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Opens the file, without the rows that a resumed run will write again."""
-        self.history = [row for row in read_curves(self.path) if row["step"] <= trainer.global_step]
+        step = trainer.global_step
+        self.history = [row for row in read_curves(self.path) if step and row["step"] <= step]
+        self._columns = COLUMNS + tuple(
+            dict.fromkeys(name for row in self.history for name in row if name not in COLUMNS)
+        )
+        self.verdict = self.judge(self.history)
         self.row = next((row for row in reversed(self.history) if "loss" in row), {})
-        self._losses = [loss.to(pl_module.device) for loss in self._losses]  # a checkpoint's are on the CPU
+        for name, values in self._steps.items():  # a checkpoint's are on the CPU
+            self._steps[name] = [value.to(pl_module.device) for value in values]
         self._rewrite()
         self._started = self._interval_started = time.perf_counter()
         self._waited = 0.0
         self._images = int(self.history[-1]["images"]) if self.history else 0
 
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Before the first step: what the untrained encoder gives. (Not earlier: signals are heeded from here on.)"""
+        if trainer.global_step == 0 and batch_idx == 0:
+            self._start = sketch(_encoder(pl_module).parameters()) if rank() == 0 else None
+            if self.measure is not None:
+                self._measure(trainer, pl_module)
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Collects the loss on the device; every `interval` steps reads it, the speed and the share of waiting."""
-        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
-        self._losses.append(loss.detach())
-        self._interval_images += len(batch["key"].index) * trainer.world_size
+        for name, value in outputs.items():  # Lightning has divided the loss, and nothing else, by the accumulated
+            whole = value.detach() * (trainer.accumulate_grad_batches if name == "loss" else 1)
+            self._steps.setdefault(name, []).append(whole)
+        self._interval_images += len(batch["key"].index)
         if trainer.global_step % self.interval and trainer.global_step != trainer.max_steps:
             return
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        self._log(trainer)
+        if not self._log(trainer, batch["views"]):
+            return
         if self.measure is not None and self._time_to_measure():
             self._measure(trainer, pl_module)
 
@@ -93,27 +127,30 @@ class Curves(pl.Callback):
         """A last row and a last measurement, when the run is complete."""
         if self.interrupted():
             return
-        if self._losses:
+        if self._steps:
             self._log(trainer)
-        if self.measure is not None and self.history and "effective_rank" not in self.history[-1]:
+        if self.measure is not None and self.row and "effective_rank" not in self.history[-1]:
             self._measure(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """Seconds trained so far, and what is collected for the next row."""
-        losses = torch.stack(self._losses) if self._losses else torch.zeros(0)
+        """Seconds trained so far, and what is collected for the next row. The rows so far are on the disk before it."""
+        if self.path.exists():
+            sync(self.path)
         return {
             "seconds": self.elapsed(),
-            "losses": losses,
-            "images": self._interval_images,
+            "collected": self._everywhere(),
+            "images": self._images_everywhere(),
             "measured": self._measured,
+            "start": self._start,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues the clock and the row that was being collected."""
         self.seconds = state_dict["seconds"]
-        self._losses = list(state_dict["losses"])
-        self._interval_images = state_dict["images"]
+        self._steps = {name: list(values) for name, values in state_dict["collected"].items()}
+        self._interval_images = state_dict["images"] if rank() == 0 else 0
         self._measured = state_dict["measured"]
+        self._start = state_dict["start"]
 
     def elapsed(self) -> float:
         """Seconds of training over all sittings."""
@@ -124,34 +161,46 @@ class Curves(pl.Callback):
         if not self.row:
             self.history = read_curves(self.path)
             self.row = next(row for row in reversed(self.history) if "loss" in row)
+            self.verdict = self.judge(self.history)
 
-    def _log(self, trainer: pl.Trainer) -> None:
+    def _everywhere(self) -> dict[str, Tensor]:
+        """Name -> (steps,) of what `loss` gave since the last row: the mean over all processes, all of which ask."""
+        return {name: mean_of_all(torch.stack(values)) for name, values in self._steps.items()}
+
+    def _images_everywhere(self) -> int:
+        """Images since the last row, of all processes."""
+        return sum(counts(self._interval_images))
+
+    def _log(self, trainer: pl.Trainer, views: Sequence[Tensor] = ()) -> bool:
+        """Writes a row; False when no step since the last one was good, so that there is no loss to tell."""
         data = cast(Any, trainer).datamodule
         epoch = trainer.global_step * trainer.accumulate_grad_batches / data.steps_per_epoch
         now = time.perf_counter()
         spent = max(now - self._interval_started, 1e-9)
-        self._images += self._interval_images
-        loss = float(torch.stack(self._losses).mean())  # the only sync of the interval
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss became {loss} in the {self.interval} steps before step {trainer.global_step}; lower "
-                "--method.optim.lr, or try --precision float32"
-            )
+        told = self.watchdog.look(trainer.global_step) if self.watchdog is not None else {}
+        means = {name: _mean(values) for name, values in self._everywhere().items()}
+        if math.isnan(means["loss"]):
+            return False
+        images = self._images_everywhere()
+        self._images += images
         self.row = {
             "step": trainer.global_step,
             "epoch": round(epoch, 4),
             "images": self._images,
             "seconds": round(self.elapsed(), 3),
-            "loss": loss,
-            "lr": trainer.optimizers[0].param_groups[0]["lr"],
-            "images_per_second": round(self._interval_images / spent, 1),
+            **means,
+            "lr": max(group["lr"] for group in trainer.optimizers[0].param_groups),
+            "images_per_second": round(images / spent, 1),
             "waiting_share": round((data.loader.waited - self._waited) / spent, 4),
+            **told,
+            **_range(views),
         }
-        self._losses, self._interval_images = [], 0
+        self._steps, self._interval_images = {}, 0
         self._interval_started, self._waited = now, data.loader.waited
         self._append(self.row)
         for logger in trainer.loggers:
             logger.log_metrics(self.row, step=trainer.global_step)
+        return True
 
     def _time_to_measure(self) -> bool:
         epochs, steps = self.row["epoch"] - self._measured[0], self.row["step"] - self._measured[1]
@@ -160,24 +209,46 @@ class Curves(pl.Callback):
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         began = time.perf_counter()
         assert self.measure is not None
-        scores = self.measure(pl_module)
+        scores = self.measure(pl_module) | from_first(lambda: self._moved(pl_module))
         self._interval_started += time.perf_counter() - began  # not part of the training speed
-        row = {key: self.row[key] for key in ("step", "epoch", "images", "seconds")} | scores
-        self._measured = (self.row["epoch"], self.row["step"])
+        row = {key: self.row.get(key, 0) for key in _PLACE} | scores
+        self._measured = (row["epoch"], row["step"])
         self._append(row)
+        former, self.verdict = self.verdict, self.judge(self.history)
         for logger in trainer.loggers:
             logger.log_metrics(scores, step=trainer.global_step)
         if self.finished is not None:
             self.finished(row)
+        if self.verdict.state not in (former.state, "unknown", "learning"):
+            warn(f"step {trainer.global_step:,}: {self.verdict.state} - {self.verdict.reason}")
 
-    def _append(self, row: dict[str, float]) -> None:
+    def _moved(self, pl_module: pl.LightningModule) -> dict[str, float]:
+        """How far the weights are from where they began."""
+        if self._start is None:
+            return {}
+        weights = sketch(_encoder(pl_module).parameters())
+        return {"turned": angle(self._start, weights), "grown": float(weights.norm() / self._start.norm())}
+
+    def _append(self, row: Row) -> None:
         self.history.append(row)
-        with open(self.path, "a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, COLUMNS).writerow(row)
+        if rank() > 0:
+            return
+        whole, self._behind = not self._behind and row.keys() <= set(self._columns), True
+        # what this method's loss gives beside "loss" is told by the first row
+        self._columns += tuple(name for name in row if name not in self._columns)
+        with if_room(self.path):
+            if whole:
+                with open(self.path, "a", newline="", encoding="utf-8") as file:
+                    csv.DictWriter(file, self._columns).writerow(row)
+            else:
+                self._rewrite()
+            self._behind = False
 
     def _rewrite(self) -> None:
-        with open(self.path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
+        if rank() > 0:
+            return
+        with atomic_file(self.path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self._columns)
             writer.writeheader()
             writer.writerows(self.history)
 
@@ -190,8 +261,9 @@ def read_curves(path: Path) -> list[dict[str, float]]:
     """The rows of a `metrics.csv`, without empty cells; [] when there is none."""
     if not path.exists():
         return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return [{key: _number(cell) for key, cell in row.items() if cell} for row in csv.DictReader(file)]
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]  # a row that was cut off says something else
+    return [{key: _number(cell) for key, cell in row.items() if cell} for row in csv.DictReader(io.StringIO(whole))]
 
 
 def _number(cell: str) -> float:
@@ -211,10 +283,9 @@ class Bar(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Shows the bar on a terminal."""
-        stderr = Console(stderr=True)
-        if stderr.is_terminal and trainer.is_global_zero:
+        if shows_bars() and trainer.is_global_zero:
             columns = (TextColumn("epoch {task.fields[epoch]:.1f}"), BarColumn(), TextColumn("{task.fields[text]}"))
-            self.bar = Progress(*columns, TimeRemainingColumn(), console=stderr, transient=True)
+            self.bar = Progress(*columns, TimeRemainingColumn(), console=stderr_console(), transient=True)
             self.bar.add_task("", total=self.total_steps(), completed=trainer.global_step, epoch=0.0, text="")
             self.bar.start()
             live(True)
@@ -230,6 +301,8 @@ class Bar(pl.Callback):
             for column, label in (("effective_rank", "rank"), ("knn_top1", "kNN")):
                 value = self.curves.last(column)
                 text += f" · {label} {value:.3g}" if value is not None else ""
+            if self.curves.verdict.state != "unknown":
+                text += f" · {self.curves.verdict.state}"
             step, total = trainer.global_step, self.total_steps()
             self.bar.update(self.bar.task_ids[0], completed=step, total=total, epoch=row["epoch"], text=text)
 
@@ -242,12 +315,14 @@ class Bar(pl.Callback):
 
     def _measured(self, row: dict[str, float]) -> None:
         if self.bar is None:
-            now = self.curves.row
-            scores = " · ".join(f"{key} {value:.3f}" for key, value in row.items() if key not in COLUMNS[:4])
-            say(
-                f"epoch {row['epoch']:.1f} · {row['seconds']:.0f} s · loss {now['loss']:.3f} · "
-                f"{now['images_per_second']:,.0f} images/s · waiting {now['waiting_share']:.1%} · {scores}"
-            )
+            now, state = self.curves.row, self.curves.verdict.state
+            text = f"epoch {row['epoch']:.1f} · {row['seconds']:.0f} s"
+            if now:
+                text += f" · loss {now['loss']:.3f} · {now['images_per_second']:,.0f} images/s"
+                text += f" · waiting {now['waiting_share']:.1%}"
+            shown = ("effective_rank", "embedding_std", "alignment", "uniformity", "knn_top1")
+            scores = [f"{key} {row[key]:.3f}" for key in shown if key in row]
+            say(" · ".join([text, *scores, state if now else "untrained"]))
 
 
 def feature_health(features: np.ndarray) -> dict[str, float]:
@@ -259,17 +334,19 @@ def feature_health(features: np.ndarray) -> dict[str, float]:
     return {"effective_rank": effective_rank(features), "embedding_std": float(unit.std(axis=0).mean())}
 
 
-def verdict(curves: Curves, dim: int, chance_loss: float | None) -> dict[str, str]:
-    """`learning`, `stuck` or `collapsed`, with the reason in words, from the newest measurements."""
-    rank, loss = curves.last("effective_rank"), curves.last("loss")
-    if rank is None or loss is None:
-        return {"state": "unknown", "reason": "nothing was measured yet"}
-    if rank < max(1.5, _COLLAPSED_RANK * dim):
-        return {"state": "collapsed", "reason": f"the features span {rank:.1f} of {dim} dimensions"}
-    if chance_loss is not None and loss > (1 - _LEARNED) * chance_loss:
-        reason = f"the loss, {loss:.3f}, is where a model that sees nothing sits ({chance_loss:.3f})"
-        return {"state": "stuck", "reason": reason}
-    reason = f"effective rank {rank:.1f} of {dim}"
-    if chance_loss is not None:
-        reason += f", loss {loss:.3f} against {chance_loss:.3f} at chance"
-    return {"state": "learning", "reason": reason}
+def _encoder(module: pl.LightningModule) -> nn.Module:
+    return cast(nn.Module, module.encoder)
+
+
+def _mean(values: Tensor) -> float:
+    """Over the steps with a finite value; nan when there is none."""
+    return float(values[values.isfinite()].mean())
+
+
+def _range(views: Sequence[Tensor]) -> Row:
+    """The range and contrast of a batch's first view, which the method was given."""
+    if not views:
+        return {}
+    low, high = torch.aminmax(views[0].float())
+    low, high, std = torch.stack([low, high, views[0].float().std()]).tolist()
+    return {"views_low": round(low, 5), "views_high": round(high, 5), "views_std": round(std, 5)}

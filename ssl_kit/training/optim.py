@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -30,6 +31,12 @@ class Optim:
         betas: of adamw.
         warmup_epochs: of linear warm-up from 0, before the cosine; at most half of the run is warm-up.
         final_lr: where the cosine ends, as a fraction of the peak.
+        layer_decay: factor on the rate from one of the encoder's layers to the one below it (Bao et al. 2021,
+            arXiv:2106.08254); the layers are timm's own grouping, heads learn at the full rate. None: all do.
+        clip: largest total norm of the gradients over all weights; larger ones are scaled down to it.
+        accumulate: batches whose gradients are averaged into one step. Contrastive losses compare images of one batch
+            only, so it does not replace a larger batch there.
+        fused: one kernel for all weights, where the device has one.
     """
 
     name: Literal["adamw", "sgd", "lars"] = "sgd"
@@ -40,6 +47,10 @@ class Optim:
     betas: tuple[float, float] = (0.9, 0.95)
     warmup_epochs: float = 2.0
     final_lr: float = 0.0
+    layer_decay: float | None = None
+    clip: float | None = None
+    accumulate: int = 1
+    fused: bool = True
 
     def __post_init__(self) -> None:
         if not self.lr > 0 or self.weight_decay < 0 or self.warmup_epochs < 0:
@@ -47,6 +58,12 @@ class Optim:
                 f"optim: got lr {self.lr}, weight_decay {self.weight_decay}, warmup_epochs {self.warmup_epochs}; "
                 "wanted lr above 0 and the others at least 0"
             )
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise UserError(f"optim.layer_decay: got {self.layer_decay}; wanted a factor in (0, 1], such as 0.75")
+        if self.clip is not None and not self.clip > 0:
+            raise UserError(f"optim.clip: got {self.clip}; wanted a norm above 0, such as 1, or none")
+        if self.accumulate < 1:
+            raise UserError(f"optim.accumulate: got {self.accumulate}; wanted at least 1 batch a step")
 
     def peak_lr(self, images_per_step: int) -> float:
         """The learning rate at the end of the warm-up, for this many images a step over all processes."""
@@ -58,21 +75,41 @@ class Optim:
         """The optimiser over the module's trainable parameters, and its schedule per step. Says the numbers once."""
         peak = self.peak_lr(images_per_step)
         groups = parameter_groups(module.named_parameters(), self.weight_decay)
-        optimiser = self._optimiser(groups, peak)
+        if self.layer_decay is not None:
+            groups = layer_groups(groups, layer_scales(module, self.layer_decay), peak)
+        lowest = min(group.get("lr", peak) for group in groups)  # the schedule will write the first step's rate there
+        kernel = self.fused and all(has_fused(parameter) for group in groups for parameter in group["params"])
+        optimiser = self._optimiser(groups, peak, kernel)
         schedule = Schedule(optimiser, round(self.warmup_epochs * steps_per_epoch), total_steps, self.final_lr)
         say(
             f"optimiser: {self.name}, peak lr {peak:.4g} (lr {self.lr:g} per {self.lr_per or images_per_step} images, "
             f"{images_per_step} images a step), weight decay {self.weight_decay:g}, "
             f"warm-up {min(schedule.warmup_steps, total_steps // 2):,} of {total_steps:,} steps"
+            + (f", {self.accumulate} batches a step" if self.accumulate > 1 else "")
+            + (f", gradient norm at most {self.clip:g}" if self.clip is not None else "")
+            + (f", lowest layer at {lowest:.4g}" if self.layer_decay is not None else "")
         )
+        if self.name != "lars":
+            why = "one kernel for all weights" if kernel else "as asked" if not self.fused else "this device has none"
+            say(f"fused optimiser: {'on' if kernel else 'off'} ({why})")
         return optimiser, schedule
 
-    def _optimiser(self, groups: list[dict[str, Any]], lr: float) -> Optimizer:
+    def _optimiser(self, groups: list[dict[str, Any]], lr: float, fused: bool) -> Optimizer:
         if self.name == "adamw":
-            return AdamW(groups, lr=lr, betas=self.betas, fused=True)
+            return AdamW(groups, lr=lr, betas=self.betas, fused=fused)
         if self.name == "sgd":
-            return SGD(groups, lr=lr, momentum=self.momentum, fused=True)
+            optimiser = SGD(groups, lr=lr, momentum=self.momentum, fused=fused)
+            for parameter in [parameter for group in groups for parameter in group["params"] if self.momentum]:
+                # the same first step as without; but the fused kernel makes missing buffers itself, and leaves them
+                # with whatever was in memory when the watchdog holds that step back
+                optimiser.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            return optimiser
         return LARS(groups, lr=lr, momentum=self.momentum)
+
+
+def has_fused(parameter: nn.Parameter) -> bool:
+    """Whether torch has a fused optimiser for it."""
+    return parameter.is_floating_point() and parameter.device.type in ("cpu", "cuda", "mps", "xpu")
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
@@ -83,6 +120,36 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: fl
         if parameter.requires_grad:
             (decayed if parameter.ndim >= 2 else free).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+
+
+def layer_scales(module: nn.Module, decay: float) -> dict[nn.Parameter, float]:
+    """The factor on the learning rate of each weight of the timm models in `module`: decay^(layers above it).
+
+    timm numbers a model's layers from the stem upwards (`group_matcher`); what it counts as the model's head, and
+    everything outside, has 1. A tiny ViT of 12 blocks has decay^13 at its patch embedding.
+
+    Raises:
+        UserError: there is no timm model with layers in it.
+    """
+    scales: dict[nn.Parameter, float] = {}
+    for model in module.modules():
+        matcher: Any = getattr(model, "group_matcher", None)
+        if matcher is not None:
+            layers = group_parameters(model, matcher(coarse=False), reverse=True)  # weight's name -> layer
+            top = max(layers.values())
+            scales |= {weight: decay ** (top - layers[name]) for name, weight in model.named_parameters()}
+    if not scales:
+        raise UserError("optim.layer_decay: the encoder is no timm model that names its layers; leave layer_decay out")
+    return scales
+
+
+def layer_groups(groups: list[dict[str, Any]], scales: dict[nn.Parameter, float], lr: float) -> list[dict[str, Any]]:
+    """Splits parameter groups by the scale of their weights, lowest layers first; each gets its own `lr`."""
+    split: dict[tuple[float, int], list[nn.Parameter]] = {}
+    for number, group in enumerate(groups):
+        for parameter in group["params"]:
+            split.setdefault((scales.get(parameter, 1.0), number), []).append(parameter)
+    return [{**groups[number], "params": split[scale, number], "lr": lr * scale} for scale, number in sorted(split)]
 
 
 class Schedule(LambdaLR):
@@ -123,12 +190,14 @@ class LARS(Optimizer):
 
     The step of each weight with decay is scaled by trust * |w| / (|g + wd * w|); groups without weight decay (norms and
     biases) take a plain SGD step, and a zero norm is not scaled. The ratio stays on the device: no host sync.
+    Like torch's fused optimisers it divides gradients by `grad_scale` and does nothing where `found_inf` is 1.
     """
 
     def __init__(
         self, params: Iterable[Any], lr: float, momentum: float = 0.9, trust: float = 0.001, weight_decay: float = 0.0
     ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "trust": trust, "weight_decay": weight_decay})
+        self._step_supports_amp_scaling = True
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
@@ -145,12 +214,19 @@ class LARS(Optimizer):
 
     def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
         assert parameter.grad is not None
-        gradient = parameter.grad
+        scale: Tensor | None = getattr(self, "grad_scale", None)
+        held: Tensor | None = getattr(self, "found_inf", None)
+        gradient = parameter.grad if scale is None else parameter.grad / scale
         if group["weight_decay"]:
             decayed = gradient.add(parameter, alpha=group["weight_decay"])
             weight_norm, gradient_norm = parameter.norm(), decayed.norm()
             ratio = group["trust"] * weight_norm / gradient_norm
             gradient = decayed * torch.where((weight_norm > 0) & (gradient_norm > 0), ratio, torch.ones_like(ratio))
         velocity = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
-        velocity.mul_(group["momentum"]).add_(gradient)
-        parameter.add_(velocity, alpha=-group["lr"])
+        moved = velocity * group["momentum"] + gradient
+        if held is None:
+            velocity.copy_(moved)
+            parameter.add_(velocity, alpha=-group["lr"])
+        else:
+            velocity.copy_(torch.where(held > 0, velocity, moved))
+            parameter.add_(torch.where(held > 0, 0.0, velocity), alpha=-group["lr"])

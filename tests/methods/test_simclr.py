@@ -6,18 +6,25 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ssl_kit.methods.simclr import nt_xent
+from ssl_kit.core.errors import UserError
+from ssl_kit.core.random import Key
+from ssl_kit.encoders import Encoder
+from ssl_kit.methods import simclr
+from ssl_kit.methods.simclr import SimCLR, nt_xent
+from ssl_kit.training import distributed
 
 
-def naive(z, temperature):
-    """Equation 1 of the paper, literally: a double loop over anchors and candidates."""
+def naive(z, temperature, decoupled=False):
+    """Equation 1 of the paper, literally: a double loop over anchors and candidates; DCL likewise."""
     z = F.normalize(z, dim=1)
     count = len(z)
     total = z.new_zeros(())
     for i in range(count):
         other = (i + count // 2) % count
-        candidates = torch.stack([z[i] @ z[k] / temperature for k in range(count) if k != i])
+        left_out = (i, other) if decoupled else (i,)
+        candidates = torch.stack([z[i] @ z[k] / temperature for k in range(count) if k not in left_out])
         total = total - (z[i] @ z[other] / temperature - torch.logsumexp(candidates, 0))
     return total / count
 
@@ -27,30 +34,53 @@ def embeddings(pairs, dim, dtype=torch.float64, seed=0):
     return z.to(dtype).requires_grad_()
 
 
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("block", [1, 5, 6, 7, 256, None])  # None: the whole matrix
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-6)])
-@pytest.mark.parametrize("temperature", [0.05, 0.2, 1.0])
-def test_equals_the_double_loop_in_value_and_gradient(dtype, tolerance, temperature):
+@pytest.mark.parametrize("temperature", [0.01, 0.2, 1.0])  # 0.01 takes the road for large similarities
+def test_equals_the_double_loop_in_value_and_gradient(dtype, tolerance, temperature, block, decoupled, monkeypatch):
+    monkeypatch.setattr(simclr, "_BLOCK", block or 256)
+    monkeypatch.setattr(simclr, "_SMALL", 0 if block else 512)
     z = embeddings(6, 5, dtype)
     reference = embeddings(6, 5)
-    loss, wanted = nt_xent(z, temperature), naive(reference, temperature)
-    assert abs(loss.item() - wanted.item()) <= tolerance * max(1, abs(wanted.item()))
+    tolerance *= max(1, 0.2 / temperature)  # similarities are rounded relative to their size
+    loss, wanted = nt_xent(z, temperature, decoupled=decoupled), naive(reference, temperature, decoupled)
+    assert abs(loss.item() - wanted.item()) <= tolerance
     loss.backward()
     wanted.backward()
-    scale = reference.grad.abs().max()
-    assert (z.grad.double() - reference.grad).abs().max() <= 10 * tolerance * scale
+    assert (z.grad.double() - reference.grad).abs().max() <= tolerance * max(1, reference.grad.abs().max())
 
 
+@pytest.mark.parametrize("small", [0, 512])
 @pytest.mark.parametrize(("temperature", "value"), [(0.5, 0.2395447662), (0.1, 9.0795737e-5)])
-def test_two_orthogonal_pairs_have_a_closed_form(temperature, value):
+def test_two_orthogonal_pairs_have_a_closed_form(temperature, value, small, monkeypatch):
+    monkeypatch.setattr(simclr, "_SMALL", small)
     z = torch.eye(2, 3, dtype=torch.float64).repeat(2, 1)
     assert nt_xent(z, temperature).item() == pytest.approx(math.log(1 + 2 * math.exp(-1 / temperature)), abs=1e-12)
     assert nt_xent(z, temperature).item() == pytest.approx(value, rel=1e-7)
 
 
-def test_collapse_sits_at_chance_and_one_pair_at_zero():
+@pytest.mark.parametrize("small", [0, 512])
+def test_collapse_sits_at_chance_and_one_pair_at_zero(small, monkeypatch):
+    monkeypatch.setattr(simclr, "_SMALL", small)
     assert nt_xent(torch.ones(8, 4, dtype=torch.float64), 0.2).item() == pytest.approx(1.9459101, abs=1e-7)
     assert nt_xent(torch.randn(2, 4, dtype=torch.float64), 0.2).item() == 0
     assert nt_xent(embeddings(8, 16), 1e6).item() == pytest.approx(math.log(15), abs=1e-4)
+    assert nt_xent(torch.ones(8, 4), 0.2, decoupled=True).item() == pytest.approx(math.log(6), abs=1e-6)
+    single = torch.randn(2, 4, requires_grad=True)
+    nt_xent(single, 0.2).backward()
+    assert not single.grad.any()
+
+
+def test_the_decoupled_loss_needs_a_negative():
+    with pytest.raises(UserError, match="one image, wanted two"):
+        nt_xent(torch.randn(2, 4), 0.2, decoupled=True)
+
+
+def test_a_small_loss_keeps_its_digits_in_blocks(monkeypatch):
+    monkeypatch.setattr(simclr, "_SMALL", 0)
+    z = torch.eye(2, 3).repeat(2, 1)
+    assert nt_xent(z, 0.05).item() == pytest.approx(math.log1p(2 * math.exp(-20)), rel=1e-5)
 
 
 def test_symmetric_in_the_views_and_invariant_to_scale_and_order():
@@ -62,7 +92,9 @@ def test_symmetric_in_the_views_and_invariant_to_scale_and_order():
     torch.testing.assert_close(nt_xent(z[torch.cat([order, order + 5])], 0.3), loss)
 
 
-def test_equals_other_libraries_in_value_and_gradient():
+@pytest.mark.parametrize("small", [0, 512])
+def test_equals_other_libraries_in_value_and_gradient(small, monkeypatch):
+    monkeypatch.setattr(simclr, "_SMALL", small)
     lightly = pytest.importorskip("lightly.loss")
     metric = pytest.importorskip("pytorch_metric_learning.losses")
     z = embeddings(16, 12, torch.float32)
@@ -78,13 +110,59 @@ def test_equals_other_libraries_in_value_and_gradient():
         torch.testing.assert_close(z.grad, gradient, atol=1e-6, rtol=1e-5)
 
 
-def test_gradcheck():
-    assert torch.autograd.gradcheck(lambda z: nt_xent(z, 0.5), embeddings(3, 4))
+@pytest.mark.parametrize("small", [0, 512])
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("temperature", [0.015, 0.5])
+def test_gradcheck(decoupled, temperature, small, monkeypatch):
+    monkeypatch.setattr(simclr, "_BLOCK", 4)
+    monkeypatch.setattr(simclr, "_SMALL", small)
+    assert torch.autograd.gradcheck(lambda z: nt_xent(z, temperature, decoupled=decoupled), embeddings(5, 4))
+
+
+def test_products_in_bfloat16_are_close():
+    exact, fast = embeddings(300, 64, torch.float32), embeddings(300, 64, torch.float32)
+    loss, wanted = nt_xent(fast, 0.2, bfloat16=True), nt_xent(exact, 0.2)
+    (3 * loss).backward()
+    (3 * wanted).backward()
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-3)
+    assert 0 < (fast.grad - exact.grad).norm() <= 0.02 * exact.grad.norm()
+
+
+def test_autocast_does_not_reach_the_loss():
+    one, other = embeddings(20, 16, torch.float32), embeddings(20, 16, torch.float32)
+    nt_xent(one, 0.1).backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = nt_xent(other, 0.1)
+    loss.backward()
+    assert torch.equal(one.grad, other.grad)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most values that any tensor made inside holds."""
+
+    values = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor):
+            self.values = max(self.values, made.numel())
+        return made
+
+
+@pytest.mark.parametrize("temperature", [0.2, 0.01])
+def test_nothing_is_as_large_as_the_matrix_of_similarities(temperature, monkeypatch):
+    monkeypatch.setattr(simclr, "_BLOCK", 32)
+    z = embeddings(512, 8, torch.float32)
+    with Largest() as largest:
+        nt_xent(z, temperature).backward()
+    assert largest.values == 32 * 1024 == 4 * z.numel()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("small", [0, 512])
 @pytest.mark.parametrize("temperature", [1e-3, 1e-2, 0.1, 1, 10])
-def test_stays_finite_and_close_in_low_precision(dtype, temperature):
+def test_stays_finite_and_close_in_low_precision(dtype, temperature, small, monkeypatch):
+    monkeypatch.setattr(simclr, "_SMALL", small)
     low = embeddings(8, 16, dtype)
     exact = low.detach().double().requires_grad_()
     loss = nt_xent(low, temperature)
@@ -98,41 +176,118 @@ def test_stays_finite_and_close_in_low_precision(dtype, temperature):
     assert torch.isfinite(low.grad).all()
 
 
-def test_zero_vectors_are_finite():
+@pytest.mark.parametrize("small", [0, 512])
+def test_zero_vectors_are_finite(small, monkeypatch):
+    monkeypatch.setattr(simclr, "_SMALL", small)
     z = torch.zeros(4, 3, requires_grad=True)
-    nt_xent(z, 0.1).backward()
-    assert torch.isfinite(z.grad).all()
-
-
-def _one_rank(rank, world, port, queue):
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    weight, images = _problem()
-    pairs = len(images) // 2 // world
-    part = slice(rank * pairs, (rank + 1) * pairs)
-    own = torch.cat([images[: len(images) // 2][part], images[len(images) // 2 :][part]])
-    loss = nt_xent(own @ weight, 0.3)
+    loss = nt_xent(z, 0.1)
     loss.backward()
-    torch.distributed.all_reduce(weight.grad)  # what data-parallel training does
-    total = loss.detach().clone()
-    torch.distributed.all_reduce(total)
+    assert loss.item() == pytest.approx(math.log(3)) and torch.isfinite(z.grad).all()
+
+
+@pytest.mark.parametrize("small", [0, 512])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_zero_vector_among_others_has_no_direction_and_gets_no_gradient(dtype, small, monkeypatch):
+    monkeypatch.setattr(simclr, "_SMALL", small)
+    z = embeddings(4, 8, dtype).detach()
+    z[1] = 0
+    z.requires_grad_()
+    exact = z.detach().double().requires_grad_()
+    nt_xent(z, 0.1).backward()
+    nt_xent(exact, 0.1).backward()
+    assert not z.grad[1].any() and not exact.grad[1].any()
+    torch.testing.assert_close(z.grad.double(), exact.grad, atol=1e-2, rtol=1e-2)
+
+
+def method(dims=None, **settings):
+    torch.manual_seed(0)
+    # new class tokens are almost parallel (mean cosine 0.99), which makes the gradient a difference of large terms
+    pooling = {"class_token": False, "global_pool": "avg"}
+    small = {"patch_size": 4, "depth": 1, "embed_dim": 12, "num_heads": 2, **pooling}
+    made = SimCLR(Encoder("vit_tiny_patch16_224", small, (8, 8)), projection=(12, 8), dims=dims, **settings)
+    made.heads = torch.nn.ModuleList(torch.nn.Linear(dim, 8) for dim in made.dims)  # no batch statistics
+    return made
+
+
+def views(count):
+    generator = torch.Generator().manual_seed(3)
+    return [torch.rand(count, 3, 8, 8, generator=generator) for _ in range(2)]
+
+
+def test_a_nested_code_is_the_mean_of_its_prefixes():
+    nested = method(dims=(3, 8))
+    assert nested.encoder(views(4)[0]).shape == (4, 8) and nested.encoder.args["num_classes"] == 8
+    code = nested.encoder(torch.cat(views(6)))
+    wanted = [nt_xent(head(code[:, :dim]), 0.2) for head, dim in zip(nested.heads, (3, 8), strict=True)]
+    loss = nested.loss(views(6), None)["loss"]
+    assert loss.item() == pytest.approx((sum(wanted) / 2).item(), rel=1e-6)
+    short = method(dims=(3,)).encoder(views(4)[0])
+    assert short.shape == (4, 3)
+    for wrong in ((), (0, 4), (4, 4)):
+        with pytest.raises(UserError, match="dims"):
+            method(dims=wrong)
+
+
+def test_chance_of_the_decoupled_loss():
+    assert method(decoupled=True).chance_loss(8) == pytest.approx(math.log(14))
+    assert method().chance_loss(8) == pytest.approx(math.log(15))
+
+
+# Several processes: rank r takes COUNTS[r] images. Models in float32; plain products in float64.
+
+COUNTS = (5, 2, 4, 1)
+SETTINGS = ({}, {"decoupled": True}, {"dims": (4, 8)}, {"temperature": 0.01})
+
+
+def model_step(settings, part):
+    made = method(**settings)
+    own = [view[part] for view in views(12)]
+    loss = made.training_step({"views": own, "key": Key(0, 0, torch.arange(12)[part])}, 0)["loss"]
+    loss.backward()
+    gradients = [parameter.grad.flatten() for parameter in made.parameters() if parameter.grad is not None]
+    return loss.detach()[None], torch.cat(gradients)
+
+
+def exact_step(settings, part):
+    made = method(**settings)
+    width = 8 * len(made.heads)
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randn(6, width, generator=generator, dtype=torch.float64).requires_grad_()
+    images = torch.randn(2, 12, 6, generator=generator, dtype=torch.float64)[:, part]
+    loss = made.contrast(images.flatten(0, 1) @ weight)["loss"] * distributed.share_weight(images.shape[1])
+    loss.backward()
+    return loss.detach()[None], weight.grad.flatten()
+
+
+def one_rank(rank, world, port, queue):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    edges = [0, *torch.tensor(COUNTS[:world]).cumsum(0).tolist()[: world - 1], 12]
+    part = slice(edges[rank], edges[rank + 1])
+    results = []
+    for settings in SETTINGS:
+        for value in (*model_step(settings, part), *exact_step(settings, part)):
+            torch.distributed.all_reduce(value)  # what data-parallel training does
+            results.append((value / world).numpy())
     if rank == 0:
-        queue.put(((total / world).item(), (weight.grad / world).numpy()))
+        queue.put(results)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-def _problem():
-    generator = torch.Generator().manual_seed(3)
-    weight = torch.randn(6, 4, generator=generator, dtype=torch.float64).requires_grad_()
-    return weight, torch.randn(16, 6, generator=generator, dtype=torch.float64)
-
-
-def test_two_processes_equal_one_on_the_joined_batch(free_port):
-    weight, images = _problem()
-    wanted = nt_xent(images @ weight, 0.3)
-    wanted.backward()
+def against_one_process(world, port):
+    """Largest relative error of the loss and the parameters' gradient: pairs (float32 model, float64) per setting."""
     queue = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(_one_rank, args=(2, free_port, queue), nprocs=2)
-    loss, gradient = queue.get()
-    assert loss == pytest.approx(wanted.item(), rel=1e-12)
-    assert (torch.from_numpy(gradient) - weight.grad).abs().max() <= 1e-6 * weight.grad.abs().max()
+    mp.spawn(one_rank, args=(world, port, queue), nprocs=world)
+    found = iter(queue.get())
+    errors = []
+    for settings in SETTINGS:
+        wanted = *model_step(settings, slice(None)), *exact_step(settings, slice(None))
+        each = [((torch.from_numpy(next(found)) - one).abs().max() / one.abs().max()).item() for one in wanted]
+        errors.append((max(each[:2]), max(each[2:])))
+    return errors
+
+
+def test_two_processes_with_unequal_slices_equal_one_on_the_joined_batch(free_port):
+    for single, double in against_one_process(2, free_port):
+        assert single <= 1e-5 and double <= 1e-10

@@ -1,34 +1,16 @@
-"""The verdict in words, health on arrays, and curves that survive a restart."""
+"""Health on arrays; curves of a real run: columns, verdicts, restarts."""
 
 import csv
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
+import torch
+from tiny_runs import Random, Tiny, train
 
-from ssl_kit.training.monitor import Curves, feature_health, read_curves, verdict
-
-
-def curves(tmp_path, **last):
-    made = Curves(tmp_path / "metrics.csv")
-    made.history = [{"step": 1, "loss": 9.0, "effective_rank": 9.0}, {"step": 2, **last}]
-    return made
-
-
-@pytest.mark.parametrize(
-    ("last", "state", "words"),
-    [
-        ({"loss": 3.0, "effective_rank": 40.0}, "learning", "effective rank 40.0 of 128"),
-        ({"loss": 6.2, "effective_rank": 40.0}, "stuck", "model that sees nothing"),
-        ({"loss": 3.0, "effective_rank": 1.2}, "collapsed", "1.2 of 128 dimensions"),
-    ],
-)
-def test_verdict(tmp_path, last, state, words):
-    told = verdict(curves(tmp_path, **last), dim=128, chance_loss=6.236)
-    assert told["state"] == state and words in told["reason"]
-
-
-def test_nothing_measured_is_no_verdict(tmp_path):
-    assert verdict(Curves(tmp_path / "metrics.csv"), 128, 6.2)["state"] == "unknown"
+from ssl_kit.training.monitor import Curves, feature_health, read_curves
+from ssl_kit.training.optim import Optim
+from ssl_kit.training.verdict import Verdict
 
 
 def test_health_of_isotropic_and_of_collapsed_features():
@@ -48,3 +30,96 @@ def test_rows_come_back_without_their_empty_cells(tmp_path):
         writer.writerows([{"step": 1, "loss": 2.5}, {"step": 1, "knn_top1": 0.25}])
     assert read_curves(path) == [{"step": 1, "loss": 2.5}, {"step": 1, "knn_top1": 0.25}]
     assert read_curves(tmp_path / "none.csv") == []
+
+
+def test_a_row_that_was_cut_off_is_none(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text("step,loss\r\n1,2.5\r\n2,2.25\r\n")
+    path.write_bytes(path.read_bytes()[:-4])  # "2,2."
+    assert read_curves(path) == [{"step": 1, "loss": 2.5}]
+
+
+class Talkative(Tiny):
+    """Its loss tells more than the loss."""
+
+    def training_step(self, batch, batch_idx):
+        told = super().training_step(batch, batch_idx)
+        return {**told, "views_mean": batch["views"][0].mean()}
+
+
+SGD = Optim(name="sgd", lr=0.1, lr_per=None, warmup_epochs=0)
+
+
+def followed(tmp_path, optim=SGD, batches=8, **options):
+    tmp_path.mkdir(exist_ok=True)
+    curves = Curves(tmp_path / "metrics.csv", interval=4, **options)
+    module = Talkative(optim)
+    train(module, [curves], batches, accumulate=optim.accumulate)
+    curves.module = module
+    return curves, read_curves(tmp_path / "metrics.csv")
+
+
+def test_rows_hold_what_the_loss_gives_and_the_range_of_the_views(tmp_path):
+    _, rows = followed(tmp_path)
+    views = [Random(8)._batch(number)["views"][0] for number in range(8)]
+    assert [row["step"] for row in rows] == [4, 8]
+    for row, four in zip(rows, (views[:4], views[4:]), strict=True):
+        assert row["views_mean"] == pytest.approx(np.mean([view.mean().item() for view in four]), abs=1e-6)
+        assert row["views_low"] == pytest.approx(four[-1].min().item(), abs=1e-5)
+        assert row["views_high"] == pytest.approx(four[-1].max().item(), abs=1e-5)
+        assert row["views_std"] == pytest.approx(four[-1].std().item(), abs=1e-5)
+
+
+def test_the_loss_of_accumulated_batches_is_their_mean(tmp_path):
+    frozen = {"name": "sgd", "lr": 1e-12, "lr_per": None, "warmup_epochs": 0}
+    _, whole = followed(tmp_path / "one", Optim(**frozen), 8)
+    _, parts = followed(tmp_path / "two", Optim(**frozen, accumulate=2), 8)
+    assert parts[0]["loss"] == pytest.approx((whole[0]["loss"] + whole[1]["loss"]) / 2, rel=1e-5)
+
+
+def test_the_untrained_encoder_is_measured_and_each_measurement_is_judged(tmp_path, capsys):
+    judged = []
+
+    def judge(history):
+        judged.append([row["step"] for row in history])
+        return Verdict("stuck" if history and history[-1]["step"] == 8 else "unknown", "of a test")
+
+    curves, rows = followed(tmp_path, measure=lambda module: {"effective_rank": 2.0}, judge=judge)
+    measured = [row for row in rows if "effective_rank" in row]
+    assert [row["step"] for row in measured] == [0, 8] and curves.verdict == Verdict("stuck", "of a test")
+    assert measured[0]["turned"] == 0 and measured[1]["turned"] > 1e-3
+    first, now = Tiny(SGD).encoder[0].weight.norm(), curves.module.encoder[0].weight.norm()
+    assert measured[0]["grown"] == 1 and measured[1]["grown"] == pytest.approx((now / first).item(), rel=1e-2)
+    assert judged[-1] == [0, 4, 8, 8]
+    assert "step 8: stuck - of a test" in capsys.readouterr().err
+
+
+def test_curves_continue_what_they_were_told(tmp_path):
+    curves, rows = followed(tmp_path)
+    resumed = Curves(tmp_path / "metrics.csv", interval=4)
+    resumed.load_state_dict(curves.state_dict())
+    resumed.recall()
+    assert resumed.history == rows and resumed.row == rows[-1]
+    assert torch.equal(resumed._start, curves._start)
+
+
+class Full(pl.Callback):
+    """No room for the rows from one step to another: a device that is always full stands in the file's place."""
+
+    def __init__(self, path, first, last):
+        self.path, self.steps = path, (first, last)
+
+    def on_train_batch_end(self, trainer, *rest):
+        if trainer.global_step == self.steps[0]:
+            self.path.rename(self.path.with_suffix(".kept"))
+            self.path.symlink_to("/dev/full")
+        if trainer.global_step == self.steps[1]:
+            self.path.with_suffix(".kept").rename(self.path)
+
+
+def test_rows_that_found_no_room_come_with_the_next_one_that_does(tmp_path, capsys):
+    path = tmp_path / "metrics.csv"
+    curves = Curves(path, interval=4)
+    train(Talkative(SGD), [Full(path, 8, 12), curves], 16)
+    assert [row["step"] for row in read_curves(path)] == [4, 8, 12, 16]
+    assert capsys.readouterr().err.count("No space left on device") == 1

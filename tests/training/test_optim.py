@@ -3,9 +3,11 @@
 import math
 
 import pytest
+import timm.optim
 import torch
 from torch import nn
 
+from ssl_kit.core.errors import UserError
 from ssl_kit.training.optim import LARS, Optim, Schedule, parameter_groups
 
 
@@ -33,12 +35,13 @@ def test_schedule_reaches_its_five_points(name):
         optimiser.step()
         schedule.step()
     half = 0.1 + 0.9 * 0.5
-    wanted = {0: 0.1, 4: 0.5, 9: 1.0, 10: 1.0, 60: half}
+    quarter = 0.9 * 0.5 * math.sqrt(0.5)
+    wanted = {0: 0.1, 4: 0.5, 9: 1.0, 10: 1.0, 35: half + quarter, 60: half, 85: half - quarter}
     assert {step: rates[step] / 0.4 for step in wanted} == pytest.approx(wanted)
     assert optimiser.param_groups[0]["lr"] == pytest.approx(0.04)
 
 
-@pytest.mark.parametrize("step", [0, 3, 7, 19])
+@pytest.mark.parametrize("step", range(20))
 def test_schedule_resumes_at_every_step(step):
     def fresh():
         optimiser = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
@@ -51,7 +54,7 @@ def test_schedule_resumes_at_every_step(step):
     resumed_optimiser, resumed = fresh()
     resumed_optimiser.load_state_dict(optimiser.state_dict())
     resumed.load_state_dict(schedule.state_dict())
-    for _ in range(3):
+    for _ in range(step, 20):
         for one, other in [(optimiser, schedule), (resumed_optimiser, resumed)]:
             one.step()
             other.step()
@@ -70,6 +73,7 @@ def test_lars_step_by_hand():
     assert lars_step([3.0, 4.0], [0.6, 0.8], 0.1) == pytest.approx([2.997, 3.996], abs=1e-6)
     assert lars_step([3.0, 4.0], [0.6, 0.8], 0.0) == pytest.approx([2.4, 3.2], abs=1e-6)
     assert lars_step([0.0, 0.0], [0.6, 0.8], 0.1) == pytest.approx([-0.6, -0.8], abs=1e-6)
+    assert lars_step([3.0, 4.0], [-1.5, -2.0], 0.5) == [3, 4]  # gradient and decay cancel
 
 
 def test_warm_up_is_at_most_half_of_a_short_run():
@@ -77,3 +81,65 @@ def test_warm_up_is_at_most_half_of_a_short_run():
     assert schedule.factor(10) == 0 and math.isclose(schedule.factor(4), 1) and math.isclose(schedule.factor(0), 0.2)
     schedule.total_steps = 6  # a run by minutes learns its horizon on the way
     assert math.isclose(schedule.factor(2), 1) and schedule.factor(6) == 0
+
+
+def test_layers_learn_at_rates_that_fall_with_their_depth():
+    encoder = timm.create_model("vit_tiny_patch16_224", depth=3, embed_dim=12, num_heads=3, num_classes=0, img_size=32)
+    network = nn.ModuleDict({"encoder": encoder, "head": nn.Linear(12, 2)})
+    record = Optim(name="adamw", lr=1.0, lr_per=None, warmup_epochs=0, layer_decay=0.5)
+    optimiser, _ = record.build(network, images_per_step=8, steps_per_epoch=10, total_steps=100)
+    rates = {weight: group["initial_lr"] for group in optimiser.param_groups for weight in group["params"]}
+    assert rates.keys() == set(network.parameters())
+    assert rates[network["head"].weight] == rates[network["head"].bias] == 1.0
+    found = [rates[encoder.patch_embed.proj.weight], *(rates[block.mlp.fc1.weight] for block in encoder.blocks)]
+    assert [2 * rate for rate in found[:-1]] == found[1:]  # half of that of the layer above
+    reference = timm.optim.param_groups_layer_decay(encoder, layer_decay=0.5)
+    theirs = {weight: group["lr_scale"] for group in reference for weight in group["params"]}
+    assert {weight: rates[weight] for weight in theirs} == theirs
+    decays = {weight: group["weight_decay"] for group in optimiser.param_groups for weight in group["params"]}
+    assert all((decay > 0) == (weight.ndim >= 2) for weight, decay in decays.items())
+
+
+def test_layer_decay_needs_layers_and_numbers_need_sense():
+    with pytest.raises(UserError, match="names its layers"):
+        Optim(layer_decay=0.5).build(nn.Linear(2, 2), images_per_step=8, steps_per_epoch=10, total_steps=100)
+    for wrong in ({"layer_decay": 1.5}, {"clip": 0.0}, {"accumulate": 0}):
+        with pytest.raises(UserError, match=f"optim.{next(iter(wrong))}"):
+            Optim(**wrong)
+
+
+def test_what_is_said_are_the_absolute_numbers(capsys):
+    record = Optim(name="sgd", lr=0.5, lr_per=256, accumulate=4, clip=1.0, warmup_epochs=2)
+    record.build(nn.Linear(2, 2), images_per_step=1024, steps_per_epoch=10, total_steps=100)
+    said = capsys.readouterr().out
+    assert "peak lr 2 (lr 0.5 per 256 images, 1024 images a step)" in said and "warm-up 20 of 100 steps" in said
+    assert "4 batches a step" in said and "gradient norm at most 1" in said and said.count("peak lr") == 1
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_fused_and_plain_optimisers_agree(name):
+    networks = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        network = nn.Linear(3, 3)
+        record = Optim(name=name, lr=0.1, lr_per=None, warmup_epochs=0, weight_decay=0.1, fused=fused)
+        optimiser, _ = record.build(network, images_per_step=8, steps_per_epoch=10, total_steps=100)
+        for step in range(3):
+            network.weight.grad, network.bias.grad = torch.full((3, 3), 0.1 * step + 0.1), torch.ones(3)
+            optimiser.step()
+        networks.append(network)
+    torch.testing.assert_close(networks[0].weight, networks[1].weight)
+    torch.testing.assert_close(networks[0].bias, networks[1].bias)
+
+
+def test_lars_divides_by_a_scale_and_skips_a_step():
+    parameter = nn.Parameter(torch.tensor([3.0, 4.0]))
+    optimiser = LARS([{"params": [parameter]}], lr=1.0, momentum=0.5)
+    parameter.grad = torch.tensor([float("nan"), 0.8])
+    optimiser.found_inf = torch.tensor(1.0)
+    optimiser.step()
+    assert parameter.tolist() == [3, 4] and optimiser.state[parameter]["momentum_buffer"].tolist() == [0, 0]
+    parameter.grad = torch.tensor([6.0, 8.0])
+    optimiser.found_inf, optimiser.grad_scale = torch.tensor(0.0), torch.tensor(10.0)
+    optimiser.step()
+    assert parameter.tolist() == pytest.approx([2.4, 3.2], abs=1e-6)

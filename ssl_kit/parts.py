@@ -1,0 +1,234 @@
+"""The parts of an embeddings folder: Parquet files, written here and read from strangers.
+
+Vectors are stored as they are, neither packed nor encoded, so a folder never holds more of them than it has bytes:
+what a manifest promises is compared with that before any memory is taken.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ssl_kit.core.errors import DamagedError, UserError
+from ssl_kit.core.files import MANIFEST, verify_file
+
+FORMAT = "ssl_kit embeddings 1"
+PART_ROWS = 65_536
+
+Storage = Literal["float32", "float16"]
+
+_PART = re.compile(r"part-\d{5,}\.parquet")
+_MAX_DIMS = 2**20  # a stranger's manifest may not ask for more
+_PACKED, _FREE = 16, 2**26  # a part unpacks to at most 16 times its bytes and 64 MiB: ids and labels are packed
+
+
+def part_name(number: int) -> str:
+    """The file of a part."""
+    return f"part-{number:05d}.parquet"
+
+
+def part_names(manifest: dict[str, Any]) -> list[str]:
+    """The parts that a manifest names, in the order of their rows."""
+    found = [name for name in manifest["files"] if _PART.fullmatch(name)]
+    return sorted(found, key=lambda name: (len(name), name))  # part-100000 comes after part-99999
+
+
+def check_range(vectors: np.ndarray, dtype: Storage) -> None:
+    """Raises `UserError` when features are too large for their storage."""
+    largest = float(np.abs(vectors).max(initial=0)) if dtype == "float16" else 0.0
+    if largest > float(np.finfo(np.float16).max):
+        raise UserError(f"features reach {largest:.3g}, float16 ends at 65,504: use --dtype float32 or --normalise")
+
+
+def write_part(
+    path: Path, vectors: np.ndarray, labels: np.ndarray, classes: Sequence[str], ids: Sequence[str], dtype: Storage
+) -> None:
+    """Writes one part; equal rows give equal bytes.
+
+    Args:
+        path: of the file.
+        vectors: (rows, D).
+        labels: (rows,) positions in `classes`, -1 = unknown.
+        classes: class names.
+        ids: of the rows.
+        dtype: how vectors are stored.
+    """
+    flat = np.ascontiguousarray(vectors, dtype=dtype).reshape(-1)
+    names = np.array([*classes, None], dtype=object)[labels]  # label -1 takes the last
+    table = pa.table(
+        {
+            "id": pa.array(ids, pa.string()),
+            "label": pa.array(names, pa.string()),
+            "embedding": pa.FixedSizeListArray.from_arrays(pa.array(flat), vectors.shape[1]),
+        }
+    )
+    # Vectors neither repeat nor compress: plain pages write and read three times as fast as the defaults
+    compression = {"id": "zstd", "label": "zstd", "embedding.list.element": "none"}
+    pq.write_table(table, path, compression=compression, use_dictionary=["label"], write_statistics=False)
+
+
+def read_part(path: Path, dims: int, dtype: str) -> pa.Table:
+    """A part's three columns, after its header was compared with what the manifest promises.
+
+    Raises:
+        DamagedError: it cannot be read, or is not what `write_part` writes.
+    """
+    wanted = pa.list_(pa.float32() if dtype == "float32" else pa.float16(), dims)
+    try:
+        with pq.ParquetFile(path) as file:
+            schema, rows = file.schema_arrow, file.metadata.num_rows
+            check_size(file, path)
+            if schema.names != ["id", "label", "embedding"] or schema.field("embedding").type != wanted:
+                raise DamagedError(f"{path} has {schema.names}; wanted id, label, embedding of {dims} {dtype}")
+            if rows > PART_ROWS:
+                raise DamagedError(f"{path} has {rows:,} rows; parts have at most {PART_ROWS:,}")
+            table = file.read()
+        table.validate(full=True)  # text that is none would raise later, and elsewhere
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DamagedError(f"{path} cannot be read as Parquet: {error}") from error
+    if table["id"].null_count or table["id"].type != pa.string() or table["label"].type not in (pa.string(), pa.null()):
+        raise DamagedError(f"{path} has ids or labels that are no strings")
+    return table
+
+
+def check_size(file: pq.ParquetFile, path: Path) -> None:
+    """Raises `DamagedError` for a file that says it unpacks to far more than it is: vectors are never packed.
+
+    (A column's own entry would tell more, but pyarrow 26 ends the process over some damaged ones.)
+    """
+    groups = (file.metadata.row_group(group) for group in range(file.metadata.num_row_groups))
+    unpacked = sum(abs(group.total_byte_size) for group in groups)
+    if unpacked > _FREE + _PACKED * path.stat().st_size:
+        raise DamagedError(f"{path} says that it unpacks to {unpacked:,} bytes; not what ssl_kit writes")
+
+
+def matrix(table: pa.Table, dims: int, path: Path) -> np.ndarray:
+    """(rows, dims) of the vectors of a part.
+
+    Raises:
+        DamagedError: a row has no vector, or one that is NaN or infinite; with the ids of the first few.
+    """
+    column = table["embedding"]
+    flat = column.combine_chunks().flatten()
+    if column.null_count or flat.null_count:
+        raise DamagedError(f"{path} has rows without a vector")
+    vectors = flat.to_numpy(zero_copy_only=False).reshape(-1, dims)
+    bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if len(bad):
+        names = table["id"].take(pa.array(bad[:3])).to_pylist()
+        raise DamagedError(f"{path}: {len(bad):,} vectors are NaN or infinite, first {', '.join(map(repr, names))}")
+    return vectors
+
+
+def _bytes_on_disk(folder: Path, info: dict[str, Any]) -> int:
+    """Of the parts that a manifest names: vectors are stored as they are, so a folder holds no more than this."""
+    return sum((folder / name).stat().st_size for name in part_names(info) if (folder / name).is_file())
+
+
+def checked(info: dict[str, Any], folder: Path) -> tuple[int, int, str, list[str]]:
+    """rows, dims, dtype and classes of a manifest, each of the right type and range."""
+    rows, dims, dtype, classes = (info.get(name) for name in ("rows", "dims", "dtype", "classes"))
+    right = (
+        info.get("format") == FORMAT
+        and type(rows) is int
+        and type(dims) is int
+        and 0 < dims <= _MAX_DIMS
+        and 0 <= rows <= PART_ROWS * len(info["files"])
+        and dtype in ("float32", "float16")
+        and isinstance(classes, list)
+        and all(isinstance(name, str) for name in classes)
+        and len(set(classes)) == len(classes)
+    )
+    if not right:
+        got = {name: info.get(name) for name in ("format", "rows", "dims", "dtype")}
+        raise DamagedError(f"{folder / MANIFEST} is not of an embeddings folder ({FORMAT}): {got}")
+    assert isinstance(rows, int) and isinstance(dims, int) and isinstance(dtype, str) and isinstance(classes, list)
+    there, needed = _bytes_on_disk(folder, info), rows * dims * np.dtype(dtype).itemsize
+    if there < needed:
+        raise DamagedError(
+            f"{folder}: {', '.join(part_names(info)[:3])} have {there:,} bytes; {rows:,} vectors of {dims} {dtype} "
+            f"take {needed:,}"
+        )
+    return rows, dims, dtype, classes
+
+
+def read_vectors(folder: Path, info: dict[str, Any]) -> Iterator[np.ndarray]:
+    """The vectors of a verified folder, (rows, D) float32 part by part: only one part is in memory.
+
+    Args:
+        folder: of embeddings.
+        info: its manifest, as `read_manifest` gives it.
+
+    Raises:
+        DamagedError: a part is not what the manifest says.
+    """
+    rows, dims, dtype, _ = checked(info, folder)
+    done = 0
+    for name in part_names(info):
+        vectors = matrix(read_part(folder / name, dims, dtype), dims, folder / name).astype(np.float32, copy=False)
+        done += len(vectors)
+        yield vectors
+    if done != rows:
+        raise DamagedError(f"{folder / MANIFEST} says {rows:,} rows; the parts hold {done:,}")
+
+
+def read_rows(folder: Path, info: dict[str, Any], rows: np.ndarray, column: str) -> dict[int, Any]:
+    """Row -> id (`column="id"`) or vector (D,) (`"embedding"`); only the parts that hold one are read, and verified.
+
+    Raises:
+        DamagedError: a part is not what the manifest says, or there are fewer rows.
+    """
+    wanted = np.unique(rows[rows >= 0])
+    found: dict[int, Any] = {}
+    start = 0
+    for name in part_names(info):
+        if not len(wanted) or start > wanted[-1]:
+            break
+        try:
+            with pq.ParquetFile(folder / name) as file:
+                inside = wanted[(wanted >= start) & (wanted < start + file.metadata.num_rows)]
+                if len(inside):
+                    verify_file(folder, name, info["files"][name])
+                    check_size(file, folder / name)
+                    values = _sound(file, column).take(pa.array(inside - start)).to_pylist()
+                    found |= {int(row): value for row, value in zip(inside, values, strict=True)}
+                start += file.metadata.num_rows
+        except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
+            raise DamagedError(f"{folder / name} cannot be read as Parquet: {error}") from error
+    if len(found) < len(wanted):
+        raise DamagedError(f"{folder}: the parts hold {start:,} rows, row {wanted[-1]:,} was asked for")
+    return found
+
+
+def _sound(file: pq.ParquetFile, column: str) -> pa.ChunkedArray:
+    """One column, validated: text that is none would raise later, and elsewhere."""
+    values = file.read(columns=[column])[column]
+    values.validate(full=True)
+    return values
+
+
+def find_ids(folder: Path, info: dict[str, Any], ids: Sequence[str]) -> dict[str, int]:
+    """Id -> row of those of `ids` that the folder holds; one part's ids are in memory at a time."""
+    found: dict[str, int] = {}
+    start = 0
+    for name in part_names(info):
+        verify_file(folder, name, info["files"][name])
+        try:
+            with pq.ParquetFile(folder / name) as file:
+                check_size(file, folder / name)
+                column = _sound(file, "id")
+        except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
+            raise DamagedError(f"{folder / name} cannot be read as Parquet: {error}") from error
+        places = np.flatnonzero(pc.is_in(column, value_set=pa.array(ids, pa.string())).to_numpy())
+        found |= {column[int(place)].as_py(): start + int(place) for place in places}
+        if len(found) == len(set(ids)):
+            break
+        start += len(column)
+    return found

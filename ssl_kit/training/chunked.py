@@ -1,0 +1,98 @@
+"""Gradient caching: the gradient of a large contrastive batch in the memory of a small one.
+
+Gao, Zhang, Han & Callan 2021, arXiv:2101.06983. The loss needs the projections of the whole batch, but only those: they
+are small. So each chunk is projected and its activations are thrown away; the backward pass of the loss over all
+projections then walks through the chunks, makes the views of each again from their keys, projects them again and
+backpropagates. That is activation checkpointing, one checkpoint per chunk; it costs one more forward pass.
+
+For networks without batch statistics this is the gradient of the large batch, to rounding. With batch norm each chunk
+normalises its own samples, as a process of its own would; the running statistics are updated in the first pass only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ssl_kit.core.random import Key
+
+
+class Chunks(Protocol):
+    """A batch in parts, asked for in order, then in reverse.
+
+    Part i is its V views (b_i, C, h, w) and their key, the same whenever it is asked for.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> tuple[list[Tensor], Key]: ...
+
+
+@runtime_checkable
+class Chunkable(Protocol):
+    """A method whose loss is a function of one small tensor per view: what a contrastive batch in chunks needs."""
+
+    def project(self, views: list[Tensor], key: Key) -> Tensor:
+        """V views (B, C, h, w) to (V*B, d), view by view."""
+        ...
+
+    def contrast(self, z: Tensor) -> dict[str, Tensor]:
+        """(V*B, d) of the whole batch to what `loss` returns."""
+        ...
+
+
+def no_chunks(method: str) -> str:
+    """What a user is told whose method has no contrastive batch."""
+    return (
+        f"--contrastive_batch: the loss of {method} does not compare images, so that a batch in chunks is the same as "
+        "accumulated gradients; leave it out, or give --method.optim.accumulate"
+    )
+
+
+def chunked(
+    module: nn.Module, project: Callable[[list[Tensor], Key], Tensor], chunks: Chunks, num_views: int
+) -> Tensor:
+    """The projections of a whole batch, of which no more than one chunk's activations are ever held.
+
+    Args:
+        module: whose buffers (running statistics of batch norm) the second pass leaves as the first has set them.
+        project: of `module`: views of a chunk and its key to (V*b, d), view by view.
+        chunks: the batch.
+        num_views: V.
+
+    Returns:
+        (V*B, d), view by view: rows 0..B-1 are the first view of all images in the order of the chunks.
+    """
+    # checkpoint replays the generators (dropout) of the devices that it finds among its arguments
+    device = next(module.parameters()).new_empty(0)
+
+    def part(number: int, _: Tensor) -> Tensor:
+        return project(*chunks[number]).unflatten(0, (num_views, -1))  # (V, b, d)
+
+    contexts = lambda: (nullcontext(), buffers_kept(module))
+    parts = [
+        checkpoint(part, number, device, use_reentrant=False, preserve_rng_state=True, context_fn=contexts)
+        for number in range(len(chunks))
+    ]
+    return torch.cat(parts, dim=1).flatten(0, 1)
+
+
+@contextmanager
+def buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Whatever happens inside, the module's buffers are afterwards as they were: statistics are counted once.
+
+    In training mode batch norm normalises by the batch alone, so that their values do not matter inside.
+    """
+    buffers = list(module.buffers())
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)

@@ -1,0 +1,206 @@
+"""Watchdog: a step with a non-finite loss, gradient or running statistic changes nothing, on any process.
+
+Everything is decided on the device, so nothing waits for it: the flag goes to the optimiser as `found_inf` (what fused
+optimisers take from a gradient scaler), running statistics go back to what they were, and the counts are read when the
+next row of the curves is. After three such steps in a row all steps are held back until that look, which ends the run.
+
+    state of a step   where                     what happens to it
+    weights, momenta  optimiser                 not touched: found_inf
+    buffers           batch norm, queues, ...   put back from a copy made before the forward pass
+    averaged weights  training/average.py       not moved: reads `held`; sets `spoilt` when they are not finite
+
+The total norm of the gradients, which the check needs, also clips them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ssl_kit.core.console import warn
+from ssl_kit.core.errors import UserError
+from ssl_kit.training.checkpoint import newest
+from ssl_kit.training.distributed import world_size
+
+_PATIENCE = 3  # bad steps in a row that end a run
+_SCALER_PATIENCE = 20  # with a gradient scaler, which finds its scale (2^16 at first) by halving it when it overflows
+_TOTAL, _STREAK, _LONGEST, _FIRST, _NORMS, _COUNT = range(6)  # of the state, one float32 vector: one copy per look
+
+
+class Watchdog(pl.Callback):
+    """Holds back bad steps and clips gradients; must come before callbacks that read what a step has changed.
+
+    Optimisers of `Optim` skip a held step altogether. Others get gradients of zero for it: they change no weight by
+    the bad numbers, but their momentum and weight decay act.
+
+    Args:
+        clip: largest total norm of the gradients; None leaves them as they are.
+        checkpoints: folder of the checkpoints, to name the last good one.
+
+    Attributes:
+        held: () bool on the device: whether the newest step was held back.
+        spoilt: () bool on the device: whether something beside the step is not finite; set after a step, it holds back
+            the next one.
+    """
+
+    def __init__(self, clip: float | None = None, checkpoints: Path | None = None):
+        self.clip, self.checkpoints = clip, checkpoints
+        self.held = self.spoilt = torch.zeros((), dtype=torch.bool)
+        self.patience = _PATIENCE
+        self._state = _fresh_state()
+        self._bad = torch.zeros((), dtype=torch.bool)
+        self._buffers: list[list[Tensor]] = []
+        self._before: list[Tensor] = []
+        self._seen = 0  # bad steps that were told of
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Moves its counts to the device; groups the buffers, which are copied as one tensor per type."""
+        self._state, self.held = self._state.to(pl_module.device), self.held.to(pl_module.device)
+        self.spoilt = self.spoilt.to(pl_module.device)
+        self._bad = torch.zeros_like(self.held)
+        if getattr(trainer.precision_plugin, "scaler", None) is not None:
+            self.patience = _SCALER_PATIENCE
+        kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for buffer in pl_module.buffers():
+            kinds.setdefault((buffer.dtype, buffer.device), []).append(buffer)
+        self._buffers = list(kinds.values())
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Copies the buffers before the first forward pass of an optimiser step."""
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self._before = [_joined(group) for group in self._buffers]
+            self._bad = self.spoilt
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Looks at the loss."""
+        self._bad = self._bad | ~loss.detach().isfinite()
+
+    @torch.no_grad()
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Decides, puts the buffers back, clips, and tells the optimiser."""
+        scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
+        gradients = [
+            parameter.grad
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        norm = torch.nn.utils.get_total_norm(gradients).to(self.held.device)
+        if scaler is not None and _skips(optimizer):  # it divides by the scale itself
+            norm = norm / scaler._get_scale_async()
+        after = [_joined(group) for group in self._buffers]
+        bad = self._bad | ~norm.isfinite()
+        for values in after:
+            if values.is_floating_point():
+                bad = bad | ~values.isfinite().all().to(bad.device)
+        if world_size() > 1:  # the loss and the statistics are each process's own
+            flag = bad.float()
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            bad = flag > 0
+        self.held = bad | (self._state[_LONGEST] >= self.patience)
+        self._state = _counted(self._state, bad, norm, trainer.global_step)
+        for group, old, new in zip(self._buffers, self._before, after, strict=True):
+            _restore(group, torch.where(self.held.to(old.device), old, new))
+        self._hold(optimizer, gradients, norm, scaled=scaler is not None)
+
+    def _hold(self, optimizer: Optimizer, gradients: list[Tensor], norm: Tensor, *, scaled: bool) -> None:
+        """Makes the coming `optimizer.step` skip a held step, and clips the gradients of the others."""
+        if self.clip is not None:
+            torch._foreach_mul_(gradients, (self.clip / (norm + 1e-6)).clamp(max=1.0))
+        if _skips(optimizer) and scaled:  # the scaler will look at the gradients itself, and lower its scale
+            torch._foreach_add_(gradients, torch.where(self.held, torch.nan, 0.0))
+        elif _skips(optimizer):
+            optimizer.found_inf = self.held.float()  # type: ignore[attr-defined]
+        else:  # a scaler has looked already: NaN that came now would be applied
+            for gradient in gradients:
+                gradient.copy_(torch.where(self.held, 0.0, gradient))
+
+    def look(self, step: int) -> dict[str, float]:
+        """Reads the counts: the one place where the device is waited for.
+
+        Args:
+            step: optimiser steps so far.
+
+        Returns:
+            gradient_norm: mean over the good steps since the last look, before clipping (absent without any);
+            held_steps: bad steps of the run so far.
+
+        Raises:
+            UserError: so many bad steps in a row that the run cannot recover.
+        """
+        total, _, longest, first, norms, count = self._state.tolist()
+        if longest >= self.patience:
+            raise UserError(
+                f"the loss or the gradient was not finite in {self.patience} steps in a row (first at step "
+                f"{first:.0f}); they changed no weight. Start anew with a lower --method.optim.lr or with "
+                f"--method.optim.clip 1, or go on with --resume --precision float32 from {self._last_good()}"
+            )
+        if total > self._seen:
+            warn(
+                f"{total - self._seen:.0f} of the steps before step {step:,} had a non-finite loss or gradient and "
+                f"were left out (first: step {first:,.0f}; {total:,.0f} in the whole run)"
+            )
+        self._seen = int(total)
+        self._state[_FIRST] = -1.0
+        self._state[_NORMS:] = 0.0
+        told = {"held_steps": int(total)}
+        return told | ({"gradient_norm": norms / count} if count else {})
+
+    def healthy(self) -> bool:
+        """Whether the newest step was good, and the run is not to end for too many bad ones.
+
+        Waits for the device: for use where a checkpoint is written anyway.
+        """
+        return not bool((self._state[_STREAK] > 0) | (self._state[_LONGEST] >= self.patience) | self.spoilt)
+
+    def _last_good(self) -> str:
+        path = newest(self.checkpoints) if self.checkpoints is not None and self.checkpoints.is_dir() else None
+        return f"the last good checkpoint, {path}" if path is not None else "the start: no checkpoint was written yet"
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts."""
+        return {"counts": self._state, "seen": self._seen}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues counting."""
+        self._state, self._seen = state_dict["counts"], state_dict["seen"]
+
+
+def _fresh_state() -> Tensor:
+    state = torch.zeros(6)
+    state[_FIRST] = -1.0
+    return state
+
+
+def _counted(state: Tensor, bad: Tensor, norm: Tensor, step: int) -> Tensor:
+    """The counts after one more step: (6,) float32, on the device."""
+    total, streak, longest, first, norms, count = state.unbind()
+    streak = (streak + 1) * bad
+    first = torch.where(bad & (first < 0), float(step), first)
+    norms, count = norms + torch.where(bad, 0.0, norm), count + ~bad
+    return torch.stack([total + bad, streak, torch.maximum(longest, streak), first, norms, count])
+
+
+def _skips(optimizer: Optimizer) -> bool:
+    """Whether its step does nothing where `found_inf` is 1: torch's mark for fused optimisers."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def _joined(buffers: Iterable[Tensor]) -> Tensor:
+    return torch.cat([buffer.reshape(-1) for buffer in buffers])
+
+
+def _restore(buffers: list[Tensor], values: Tensor) -> None:
+    parts = values.split([buffer.numel() for buffer in buffers])
+    torch._foreach_copy_(buffers, [part.view(buffer.shape) for part, buffer in zip(parts, buffers, strict=True)])

@@ -1,0 +1,82 @@
+"""Exchange between processes: unequal slices, gradients through the gather, means weighted by their share."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from ssl_kit.training.distributed import counts, gather, others, rank, share_weight, world_size
+
+COUNTS = (5, 2, 4, 1)  # rows of the ranks
+
+
+def rows():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(sum(COUNTS), 3, generator=generator, dtype=torch.float64)
+    return images, torch.randn(3, 2, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+def between_rows(z):
+    """A loss that is no mean over rows: every pair counts."""
+    return (z @ z.T).square().sum() / len(z) ** 2
+
+
+def one_rank(number, world, port, queue):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=number, world_size=world)
+    images, weight = rows()
+    slices = images.split([*COUNTS[: world - 1], sum(COUNTS[world - 1 :])])
+    own = slices[number]
+    assert (rank(), world_size()) == (number, world) and counts(len(own)) == [len(part) for part in slices]
+    assert torch.equal(gather(own), images)
+    assert torch.equal(others(own), torch.cat([*slices[:number], *slices[number + 1 :]]))
+    results = []
+    for loss in (
+        lambda: (own @ weight).tanh().square().mean() * share_weight(len(own)),  # a mean over images: MAE, VAE
+        lambda: between_rows(gather(own @ weight)),  # every process computes the loss of the joined batch
+    ):
+        weight.grad = None
+        value = loss()
+        value.backward()
+        value = value.detach()
+        torch.distributed.all_reduce(weight.grad)
+        torch.distributed.all_reduce(value)
+        results.append((value.item() / world, (weight.grad / world).numpy()))
+    if number == 0:
+        queue.put(results)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_unequal_slices_equal_one_process(world, free_port):
+    queue = mp.get_context("spawn").SimpleQueue()
+    mp.spawn(one_rank, args=(world, free_port, queue), nprocs=world)
+    found = queue.get()
+    images, weight = rows()
+    for (value, gradient), loss in zip(found, (lambda z: z.tanh().square().mean(), between_rows), strict=True):
+        weight.grad = None
+        wanted = loss(images @ weight)
+        wanted.backward()
+        assert value == pytest.approx(wanted.item(), rel=1e-12)
+        assert (torch.from_numpy(gradient) - weight.grad).abs().max() <= 1e-12 * weight.grad.abs().max()
+
+
+def test_one_process_needs_no_group():
+    images, _ = rows()
+    assert gather(images) is images and others(images).shape == (0, 3)
+    assert (rank(), world_size(), share_weight(7), counts(7)) == (0, 1, 1.0, [7])
+
+
+def test_gradients_of_the_methods_equal_those_of_one_process(tmp_path):
+    """The quick benchmark: DDP over 1 to 4 processes, equal and unequal parts, gradient caching, accumulation."""
+    program = Path(__file__).parents[2] / "benchmarks" / "faults" / "distributed.py"
+    options = ["--quick", "--only", "D1,D2,D7", "--json", str(tmp_path / "rows.json")]
+    subprocess.run([sys.executable, str(program), *options], check=True, timeout=300)
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["id"] for row in rows] == ["D1", "D2", "D7"]
+    assert all(row["survived"] == row["tried"] >= 2 for row in rows), rows

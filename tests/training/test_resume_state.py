@@ -1,0 +1,172 @@
+"""Every item of the training state is needed: without any one of them, a resumed run is another run."""
+
+import random
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from ssl_kit.core.files import read_json
+from ssl_kit.methods.simclr import SimCLR
+from ssl_kit.training import monitor
+from ssl_kit.training.checkpoint import Checkpoints, SafeCheckpointIO, newest
+from ssl_kit.training.monitor import Curves, read_curves
+from ssl_kit.verbs import following
+from ssl_kit.verbs import pretrain as verb
+
+TIMES = ("seconds", "images_per_second", "waiting_share")
+STEPS, STOPPED = 30, 13  # in the middle of a row and of an epoch
+SETTINGS = {
+    "method": {
+        "class_path": "ssl_kit.methods.simclr.SimCLR",
+        "init_args": {
+            "encoder": {"name": "resnet18_small", "args": {"channels": [8, 8, 8, 8], "drop_rate": 0.1}},
+            "projection": [16, 8],
+            "optim": {"name": "sgd", "lr": 0.5, "warmup_epochs": 1.0},
+        },
+    },
+    **{"image_size": 16, "batch_size": 16, "epochs": 3, "ema": 0.9, "threads": 1},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def drawing():
+    """Rows and measurements often; a loss that draws from numpy's and Python's generators; no pages."""
+    loss = SimCLR.loss
+
+    def noisy(self, views, key):
+        return {"loss": loss(self, views, key)["loss"] * (1 + 0.01 * np.random.rand() + 0.01 * random.random())}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SimCLR, "loss", noisy)
+        patch.setattr(monitor, "_MEASURE_STEPS", 8)
+        patch.setitem(Curves.__init__.__kwdefaults__, "interval", 5)
+        for module in (verb, following):
+            patch.setattr(module, "write_report", lambda runs, path: None)
+        yield
+
+
+def pretrain(folder, run, resume=False):
+    verb.pretrain(str(folder), run=str(run), resume=resume, **SETTINGS)
+    return outcome(run)
+
+
+def outcome(run):
+    """The rows and the last state, without what keeps time."""
+    rows = [{key: value for key, value in row.items() if key not in TIMES} for row in read_curves(run / "metrics.csv")]
+    last = newest(run / "checkpoints")
+    return rows, read_json(last / "manifest.json")["files"]["state.safetensors"], last.name
+
+
+@pytest.fixture(scope="module")
+def undisturbed(labelled_folder, tmp_path_factory):
+    return pretrain(labelled_folder, tmp_path_factory.mktemp("runs") / "undisturbed")
+
+
+@pytest.fixture(scope="module")
+def stopped(labelled_folder, tmp_path_factory):
+    """A run that was stopped."""
+    run, end = tmp_path_factory.mktemp("runs") / "stopped", Checkpoints.on_train_batch_end
+
+    def stop(self, trainer, *rest):
+        self.signals.received = signal.SIGTERM if trainer.global_step == STOPPED else None
+        end(self, trainer, *rest)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Checkpoints, "on_train_batch_end", stop)
+        pretrain(labelled_folder, run)
+    return run
+
+
+def _zero(tensors, word):
+    for name, value in tensors.items():
+        if word in name:
+            value.zero_()
+
+
+def _counters(state, name):
+    """All counters of one of Lightning's loops."""
+    for counter in state["loops"]["fit_loop"][f"epoch_loop.{name}"].values():
+        if isinstance(counter, dict):
+            counter.update(dict.fromkeys(counter, 0))
+
+
+def _steps(state):
+    progress = state["loops"]["fit_loop"]["epoch_loop.automatic_optimization.optim_progress"]
+    progress["optimizer"]["step"]["total"] = {"ready": 0, "completed": 0}
+
+
+def _dense(state):
+    for entry in state["optimizer_states"][0]["state"].values():
+        entry["momentum_buffer"] = entry["momentum_buffer"].contiguous()
+
+
+def _callback(state, name):
+    return next(value for key, value in state["callbacks"].items() if key.startswith(name))
+
+
+def _fresh_generator(state):
+    state["generators"]["torch"] = torch.Generator().manual_seed(0).get_state()
+
+
+ITEMS = {
+    "weights": lambda state: _zero(state["state_dict"], "conv1.weight"),
+    "running statistics": lambda state: _zero(state["state_dict"], "running_mean"),
+    "momentum": lambda state: state["optimizer_states"][0]["state"].clear(),
+    "its memory format": _dense,
+    "the schedule": lambda state: state["lr_schedulers"][0].update(last_epoch=0),
+    "the place in the data": lambda state: _counters(state, "batch_progress"),
+    "the steps": _steps,
+    "the average": lambda state: _zero(_callback(state, "Average")["encoder"], "weight"),
+    "the watchdog's counts": lambda state: _callback(state, "Watchdog")["counts"].zero_(),
+    "the losses of the row": lambda state: _callback(state, "Curves").update(collected={}),
+    "the images of the row": lambda state: _callback(state, "Curves").update(images=0),
+    "the last measurement": lambda state: _callback(state, "Curves").update(measured=(0.0, 0.0)),
+    "where the weights began": lambda state: _callback(state, "Curves").update(start=None),
+    "torch's generator": _fresh_generator,
+    "numpy's generator": lambda state: state["generators"].update(
+        numpy=np.random.RandomState(0).get_state(legacy=False)
+    ),
+    "Python's generator": lambda state: state["generators"].update(python=random.Random(0).getstate()),
+}
+
+
+def resumed(folder, stopped, run, patch, forget):
+    """The outcome of the stopped run, resumed from a state that `forget` has changed."""
+    shutil.copytree(stopped, run)
+    load = SafeCheckpointIO.load_checkpoint
+
+    def forgetful(self, *args, **options):
+        state = load(self, *args, **options)
+        forget(state)
+        return state
+
+    patch.setattr(SafeCheckpointIO, "load_checkpoint", forgetful)
+    return pretrain(folder, run, resume=True)
+
+
+def test_with_all_of_it_the_run_is_the_undisturbed_one(labelled_folder, stopped, undisturbed, tmp_path, monkeypatch):
+    assert newest(stopped / "checkpoints").name == f"step-{STOPPED:08d}"
+    assert resumed(labelled_folder, stopped, tmp_path / "run", monkeypatch, lambda state: None) == undisturbed
+    assert undisturbed[2] == f"step-{STEPS:08d}"
+
+
+@pytest.mark.parametrize("item", ITEMS)
+def test_without_one_item_it_is_another_run(labelled_folder, stopped, undisturbed, tmp_path, monkeypatch, item):
+    assert resumed(labelled_folder, stopped, tmp_path / "run", monkeypatch, ITEMS[item]) != undisturbed
+
+
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_without_the_best_score_an_equal_one_replaces_it(labelled_folder, stopped, tmp_path, monkeypatch, forgotten):
+    best = _callback(SafeCheckpointIO().load_checkpoint(newest(stopped / "checkpoints")), "Refresh")["best"]
+    monkeypatch.setattr(following, "knn_accuracy", lambda *args: best)
+
+    def forget(state):
+        if forgotten:
+            _callback(state, "Refresh")["best"] = -1.0
+
+    resumed(labelled_folder, stopped, tmp_path / "run", monkeypatch, forget)
+    before, after = (read_json(run / "checkpoints" / "best" / "manifest.json") for run in (stopped, tmp_path / "run"))
+    assert (before["step"] == after["step"]) is not forgotten
