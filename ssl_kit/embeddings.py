@@ -1,8 +1,9 @@
 """Embeddings: feature vectors with ids and labels, in memory and on disk. An image is embedded once; probes read this.
 
 The folder:
-    part-00000.parquet ...   65,536 rows each, in source order: id (string), label (string or null),
-                             embedding (fixed_size_list<float32 or float16>[D])
+    part-00000.parquet ...   65,536 images each, in source order: id (string), label (string or null),
+                             embedding (fixed_size_list<float32 or float16>[D]); images that could not be decoded are
+                             left out
     skipped.csv              files that could not be decoded: path, reason
     manifest.json            what made it, and the sha256 of every file; written last
 
@@ -13,40 +14,44 @@ goes through Parquet, JSON and CSV and back to the very bytes of the file's name
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
 import ssl_kit
 from ssl_kit.core.console import progress
-from ssl_kit.core.errors import UserError
-from ssl_kit.core.files import MANIFEST, DamagedError, atomic_folder, read_manifest
+from ssl_kit.core.errors import DamagedError, UserError
+from ssl_kit.core.files import MANIFEST, atomic_folder, read_manifest
 from ssl_kit.core.machine import choose_precision
-from ssl_kit.data.batches import ViewLoader
+from ssl_kit.core.sealed import LARGE_JSON
+from ssl_kit.data.batches import Planned, ViewLoader
 from ssl_kit.data.listing import escape_path
 from ssl_kit.data.skipped import write_skipped
 from ssl_kit.data.sources import Source
 from ssl_kit.encoders.encoder import Encoder
+from ssl_kit.parts import (
+    FORMAT,
+    PART_ROWS,
+    Storage,
+    check_range,
+    checked,
+    matrix,
+    part_name,
+    part_names,
+    read_part,
+    write_part,
+)
 from ssl_kit.views.recipe import View, plain
 
-FORMAT = "ssl_kit embeddings 1"
-PART_ROWS = 65_536
 SKIPPED = "skipped.csv"
 
-Storage = Literal["float32", "float16"]
 Precision = Literal["auto", "float32", "bfloat16"]
-
-_PART = re.compile(r"part-\d{5,}\.parquet")
-_MAX_DIMS = 2**20  # a stranger's manifest may not ask for more
 
 
 @dataclass
@@ -76,6 +81,31 @@ class Embeddings:
     def __len__(self) -> int:
         return len(self.vectors)
 
+    @classmethod
+    def of(cls, vectors: np.ndarray, labels: np.ndarray | None = None, classes: Sequence[str] = ()) -> Embeddings:
+        """Embeddings of arrays at hand: what the functions of `ssl_kit.evaluation` take.
+
+        Args:
+            vectors: (N, D) of any real type.
+            labels: (N,) integers from 0 on, the same for train and test, -1 = unknown; None = all unknown.
+            classes: their names; by default the numbers.
+
+        Raises:
+            UserError: the shapes do not fit, or labels are no such integers.
+        """
+        vectors = np.asarray(vectors, dtype=np.float32)
+        given = np.full(len(vectors), -1) if labels is None else np.asarray(labels)
+        if vectors.ndim != 2 or given.shape != vectors.shape[:1]:
+            raise UserError(f"vectors {vectors.shape} and labels {given.shape}: wanted (N, D) and (N,)")
+        whole = given.astype(np.int64) if given.dtype.kind in "iu" else np.full(len(given), -2)
+        if (whole < -1).any():
+            raise UserError(f"labels of type {given.dtype}: wanted integers from 0 on, or -1 where one is unknown")
+        largest = int(whole.max(initial=-1))
+        names = tuple(classes) or tuple(map(str, range(largest + 1)))
+        if largest >= len(names):
+            raise UserError(f"label {largest} of {len(names)} classes: wanted a name for each")
+        return cls(vectors, whole, names, [str(row) for row in range(len(vectors))])
+
     def normalised(self) -> Embeddings:
         """The same with rows of Euclidean length 1 (a zero row stays zero): inner product = cosine."""
         lengths = np.linalg.norm(self.vectors, axis=1, keepdims=True)
@@ -89,10 +119,7 @@ class Embeddings:
             folder: where to.
             dtype: how vectors are stored; float16 halves the bytes and keeps 3 digits.
         """
-        if dtype == "float16" and (largest := float(np.abs(self.vectors).max(initial=0))) > float(
-            np.finfo(np.float16).max
-        ):
-            raise UserError(f"features reach {largest:.3g}, float16 ends at 65,504: use --dtype float32 or --normalise")
+        check_range(self.vectors, dtype)
         folder = Path(folder)
         self.info = {
             "metric": "cosine",
@@ -105,23 +132,16 @@ class Embeddings:
             "classes": list(self.classes),
             "skipped": len(self.skipped),
         }
-        self.info.pop("files", None)
+        for name in ("files", "plan", "index"):  # of the folder that these were read from
+            self.info.pop(name, None)
         with atomic_folder(folder, self.info) as temporary:
-            for part, start in enumerate(range(0, max(len(self), 1), PART_ROWS)):
-                _write_part(temporary / f"part-{part:05d}.parquet", self._table(start, start + PART_ROWS, dtype))
+            for part, rows in enumerate(part_slices(len(self))):
+                part_ids = self.ids[rows]
+                write_part(
+                    temporary / part_name(part), self.vectors[rows], self.labels[rows], self.classes, part_ids, dtype
+                )
             write_skipped(temporary / SKIPPED, self.skipped)
         return folder
-
-    def _table(self, start: int, stop: int, dtype: Storage) -> pa.Table:
-        rows = slice(start, stop)
-        flat = np.ascontiguousarray(self.vectors[rows], dtype=dtype).reshape(-1)
-        names = np.array([*self.classes, None], dtype=object)[self.labels[rows]]  # label -1 takes the last, None
-        columns = {
-            "id": pa.array(self.ids[rows], pa.string()),
-            "label": pa.array(names, pa.string()),
-            "embedding": pa.FixedSizeListArray.from_arrays(pa.array(flat), self.vectors.shape[1]),
-        }
-        return pa.table(columns)
 
     @classmethod
     def load(cls, folder: Path | str, verify: bool = True) -> Embeddings:
@@ -135,21 +155,24 @@ class Embeddings:
             DamagedError: no manifest, or a file that is missing, altered, or not what the manifest says.
         """
         folder = Path(folder)
-        info = read_manifest(folder, verify=verify)
-        rows, dims, dtype, classes = _checked(info, folder)
+        info = read_manifest(folder, verify=verify, limit=LARGE_JSON)
+        rows, dims, dtype, classes = checked(info, folder)
         position = {name: row for row, name in enumerate(classes)}
         vectors, labels = np.empty((rows, dims), dtype=np.float32), np.full(rows, -1, dtype=np.int64)
         ids: list[str] = []
-        for name in sorted(name for name in info["files"] if _PART.fullmatch(name)):
-            table = _read_part(folder / name, dims, dtype)
+        for name in part_names(info):
+            table = read_part(folder / name, dims, dtype)
             part = slice(len(ids), len(ids) + len(table))
             if part.stop > rows:
                 raise DamagedError(f"{folder / MANIFEST} says {rows:,} rows; the parts hold more")
-            vectors[part] = _matrix(table["embedding"], dims)
+            vectors[part] = matrix(table, dims, folder / name)
             labels[part] = [position.get(name, -2) if name is not None else -1 for name in table["label"].to_pylist()]
             ids += table["id"].to_pylist()
         if len(ids) != rows or (labels == -2).any():
             raise DamagedError(f"{folder / MANIFEST} says {rows:,} rows and {len(classes)} classes; the parts disagree")
+        now = read_manifest(folder, verify=False, limit=LARGE_JSON)["files"]
+        if any(now.get(name) != info["files"][name] for name in part_names(info)):
+            raise DamagedError(f"{folder} was replaced while it was read: read it again")
         return cls(vectors, labels, tuple(classes), ids, info)
 
 
@@ -179,51 +202,95 @@ def embed(
     Raises:
         UserError: too many images cannot be decoded, or the encoder gives NaN or infinite features.
     """
-    if view is None:
-        assert isinstance(encoder, Encoder), "only an Encoder states its image size; give a view"
-        view = plain(encoder.image_size)
-    plan = [np.arange(start, min(start + batch_size, len(source))) for start in range(0, len(source), batch_size)]
-    device = next((parameter.device for parameter in encoder.parameters()), torch.device("cpu"))
-    precision = _chosen(precision, device)
+    view = view or whole(encoder)
+    plan = [rows for part in part_slices(len(source)) for rows in batches_of(part, batch_size)]
+    precision = chosen_precision(precision, encoder)
     vectors, present = np.empty((0, 0), dtype=np.float32), np.zeros(len(source), dtype=bool)
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
-    with _evaluating(encoder), torch.inference_mode(), autocast, progress(len(source), label) as bar:
-        for number, batch in enumerate(ViewLoader(source, plan, (view,), threads=threads, bad="drop")):
-            rows = batch["key"].index.numpy()
+    made = features(encoder, source, plan, layers=layers, view=view, precision=precision, threads=threads)
+    with closing(made), progress(len(source), label) as bar:
+        for planned, (rows, batch) in zip(plan, made, strict=True):
+            if not vectors.size and len(rows):
+                vectors = np.empty((len(source), batch.shape[1]), dtype=np.float32)
             if len(rows):
-                features = _features(encoder, batch["views"][0].to(device, non_blocking=True), layers)
-                if not vectors.size:
-                    vectors = np.empty((len(source), features.shape[1]), dtype=np.float32)
-                vectors[rows], present[rows] = features, True
-                _finite(features, rows, source)
-            bar.advance(bar.task_ids[0], len(plan[number]))
+                vectors[rows], present[rows] = batch, True
+            bar.advance(bar.task_ids[0], len(planned))
     if not present.any():
         raise UserError(f"{source.name}: none of {len(source):,} images could be decoded; see --max-bad")
     kept = np.flatnonzero(present)
     if len(kept) < len(source):
         vectors = vectors[kept]
-    info = _info(encoder, source, view, layers, precision)
+    info = describe(encoder, source, view, layers, precision)
     ids = [source.ids[row] for row in kept]
     return Embeddings(vectors, source.labels[kept], source.classes, ids, info, list(source.skipped))
 
 
-def _features(encoder: nn.Module, images: Tensor, layers: int) -> np.ndarray:
-    """(B, D) float32 on the host."""
+def features(
+    encoder: nn.Module,
+    source: Source,
+    plan: Iterable[np.ndarray],
+    *,
+    layers: int = 1,
+    view: View,
+    precision: Precision,
+    threads: int | None = None,
+) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:
+    """Features batch after batch: rows (B,) int64 and features (B, D) float32; nothing of a batch is kept here.
+
+    Args:
+        encoder: see `embed`; in evaluation mode until the iterator ends or is closed.
+        source: the images.
+        plan: positions in `source` of each batch. Images that cannot be decoded are left out of their batch; of one
+            without any other, rows are (0,) and features (0, 0).
+        layers: see `embed`.
+        view: what the encoder sees of an image.
+        precision: of the products, float32 or bfloat16.
+        threads: for decoding and resizing; None = all cores of this process.
+
+    Raises:
+        UserError: too many images cannot be decoded, or the encoder gives NaN or infinite features.
+    """
+    device = _device(encoder)
+    loader = ViewLoader(source, lambda: (Planned(0, rows) for rows in plan), (view,), threads=threads)
+    with _evaluating(encoder):
+        for batch in loader:
+            rows = batch["key"].index.numpy()
+            if not len(rows):
+                yield rows, np.empty((0, 0), dtype=np.float32)
+                continue
+            made = _forward(encoder, batch["views"][0].to(device, non_blocking=True), layers, precision)
+            _finite(made, rows, source)
+            yield rows, made
+
+
+def _forward(encoder: nn.Module, images: Tensor, layers: int, precision: Precision) -> np.ndarray:
+    """(B, C, h, w) in [0, 1] to (B, D) float32 on the host."""
     images = images.contiguous(memory_format=torch.channels_last)  # convolutions follow their input: 2x on CPUs
-    if layers == 1:
-        return encoder(images).float().cpu().numpy()
-    assert isinstance(encoder, Encoder), "only an Encoder has layers"
-    return encoder.layers(images, last=layers).float().cpu().numpy()
+    autocast = torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+    with torch.inference_mode(), autocast:
+        if layers == 1:
+            return encoder(images).float().cpu().numpy()
+        assert isinstance(encoder, Encoder), "only an Encoder has layers"
+        return encoder.layers(images, last=layers).float().cpu().numpy()
 
 
-def _chosen(precision: Precision, device: torch.device) -> Precision:
-    """The precision that "auto" stands for: bfloat16 where the hardware multiplies it, else float32.
+def whole(encoder: nn.Module) -> View:
+    """All of an image, resized and centre-cropped to the encoder's size."""
+    assert isinstance(encoder, Encoder), "only an Encoder states its image size; give a view"
+    return plain(encoder.image_size)
+
+
+def _device(encoder: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in encoder.parameters()), torch.device("cpu"))
+
+
+def chosen_precision(precision: Precision, encoder: nn.Module) -> Precision:
+    """The precision that "auto" stands for: bfloat16 where the encoder's device multiplies it, else float32.
 
     Measured on CIFAR-10 test images, bfloat16 against float32 features: cosine at least 0.99995 for a trained and
     0.99999 for an untrained ResNet-18 of width 16, 0.99998 for ResNet-50, 0.99995 for ViT-Tiny; effective rank within
     0.5 %; 2 to 3 times the speed of the ResNets on a CPU with avx512_bf16. The manifest says which was used.
     """
-    return "bfloat16" if choose_precision(precision, device.type).value == "bfloat16" else "float32"
+    return "bfloat16" if choose_precision(precision, _device(encoder).type).value == "bfloat16" else "float32"
 
 
 @contextmanager
@@ -245,7 +312,8 @@ def _finite(features: np.ndarray, rows: np.ndarray, source: Source) -> None:
         raise UserError(f"the encoder gives NaN or infinite features for {first!r}: its weights have diverged")
 
 
-def _info(encoder: nn.Module, source: Source, view: View, layers: int, precision: str) -> dict[str, Any]:
+def describe(encoder: nn.Module, source: Source, view: View, layers: int, precision: str) -> dict[str, Any]:
+    """What a manifest says of how features were made."""
     preprocessing = encoder.preprocessing() if isinstance(encoder, Encoder) else {"image_size": list(view.size)}
     return {
         "layers": layers,
@@ -261,53 +329,11 @@ def _info(encoder: nn.Module, source: Source, view: View, layers: int, precision
     }
 
 
-def _write_part(path: Path, table: pa.Table) -> None:
-    # Vectors neither repeat nor compress: plain pages write and read three times as fast as the defaults
-    compression = {"id": "zstd", "label": "zstd", "embedding.list.element": "none"}
-    pq.write_table(table, path, compression=compression, use_dictionary=["label"], write_statistics=False)
+def part_slices(count: int) -> list[slice]:
+    """The blocks of `PART_ROWS` images that `count` images are stored in: fixed, so that parts can be made apart."""
+    return [slice(start, min(start + PART_ROWS, count)) for start in range(0, max(count, 1), PART_ROWS)]
 
 
-def _read_part(path: Path, dims: int, dtype: str) -> pa.Table:
-    """A part's three columns, after its header was compared with what the manifest promises."""
-    wanted = pa.list_(pa.float32() if dtype == "float32" else pa.float16(), dims)
-    try:
-        with pq.ParquetFile(path) as file:
-            schema, rows = file.schema_arrow, file.metadata.num_rows
-            if schema.names != ["id", "label", "embedding"] or schema.field("embedding").type != wanted:
-                raise DamagedError(f"{path} has {schema.names}; wanted id, label, embedding of {dims} {dtype}")
-            if rows > PART_ROWS:
-                raise DamagedError(f"{path} has {rows:,} rows; parts have at most {PART_ROWS:,}")
-            table = file.read()
-    except (pa.ArrowException, OSError) as error:
-        raise DamagedError(f"{path} cannot be read as Parquet: {error}") from error
-    if table["id"].null_count or table["id"].type != pa.string() or table["label"].type not in (pa.string(), pa.null()):
-        raise DamagedError(f"{path} has ids or labels that are no strings")
-    return table
-
-
-def _matrix(column: pa.ChunkedArray, dims: int) -> np.ndarray:
-    """(rows, dims) of a fixed_size_list column without nulls."""
-    flat = column.combine_chunks().flatten()
-    if column.null_count or flat.null_count:
-        raise DamagedError("an embeddings part has rows without a vector")
-    return flat.to_numpy(zero_copy_only=False).reshape(-1, dims)
-
-
-def _checked(info: dict[str, Any], folder: Path) -> tuple[int, int, str, list[str]]:
-    """rows, dims, dtype and classes of a manifest, each of the right type and range."""
-    rows, dims, dtype, classes = (info.get(name) for name in ("rows", "dims", "dtype", "classes"))
-    right = (
-        info.get("format") == FORMAT
-        and isinstance(rows, int)
-        and isinstance(dims, int)
-        and 0 < dims <= _MAX_DIMS
-        and 0 <= rows <= PART_ROWS * len(info["files"])
-        and dtype in ("float32", "float16")
-        and isinstance(classes, list)
-        and all(isinstance(name, str) for name in classes)
-    )
-    if not right:
-        got = {name: info.get(name) for name in ("format", "rows", "dims", "dtype")}
-        raise DamagedError(f"{folder / MANIFEST} is not of an embeddings folder ({FORMAT}): {got}")
-    assert isinstance(rows, int) and isinstance(dims, int) and isinstance(dtype, str) and isinstance(classes, list)
-    return rows, dims, dtype, classes
+def batches_of(part: slice, batch_size: int) -> list[np.ndarray]:
+    """The positions of a part in batches, which never cross its border: its bytes do not depend on other parts."""
+    return [np.arange(start, min(start + batch_size, part.stop)) for start in range(part.start, part.stop, batch_size)]

@@ -13,10 +13,12 @@ from torch import nn
 
 import ssl_kit.embeddings as module
 from ssl_kit.core.errors import UserError
-from ssl_kit.core.files import DamagedError, read_json, sha256, write_json
+from ssl_kit.core.files import DamagedError, read_json, sha256, write_sealed
+from ssl_kit.core.sealed import read_sealed
 from ssl_kit.data.sources import open_source
-from ssl_kit.embeddings import FORMAT, Embeddings, embed
+from ssl_kit.embeddings import Embeddings, embed
 from ssl_kit.encoders.encoder import Encoder
+from ssl_kit.parts import FORMAT, find_ids, read_rows, read_vectors
 from ssl_kit.verbs.embed import embed as embed_verb
 from ssl_kit.views.recipe import plain
 
@@ -105,20 +107,20 @@ def test_empty(tmp_path):
 
 
 def damaged(folder, change):
-    """Alters the manifest's entries and makes its checksums right again: only the reader's own checks are left."""
-    manifest = read_json(folder / "manifest.json")
+    """Alters the manifest's entries and makes its seal right again: only the reader's own checks are left."""
+    manifest = read_sealed(folder / "manifest.json")
     change(manifest)
-    write_json(folder / "manifest.json", manifest)
+    write_sealed(folder / "manifest.json", manifest)
 
 
 @pytest.mark.parametrize(
     ("entry", "value"),
     [
         ("format", "other"),
-        *(("rows", value) for value in (9, 7, -1, 10**12, "8")),
+        *(("rows", value) for value in (9, 7, -1, 10**12, "8", True)),
         *(("dims", value) for value in (4, 0)),
         *(("dtype", value) for value in ("float16", "object")),
-        *(("classes", value) for value in (["cat"], None, [1, 2])),
+        *(("classes", value) for value in (["cat"], None, [1, 2], ["cat", "dög", "cat"])),
     ],
 )
 def test_a_manifest_that_disagrees_is_refused(tmp_path, entry, value):
@@ -148,6 +150,61 @@ def test_damaged_parts_are_named(tmp_path):
         Embeddings.load(folder)
     with pytest.raises(DamagedError, match=r"no manifest\.json"):
         Embeddings.load(tmp_path)
+
+
+def mended(folder, **entries):
+    """The manifest with its hashes set right, as a stranger would."""
+    manifest = read_sealed(folder / "manifest.json") | entries
+    manifest["files"] = {name: sha256(folder / name) for name in manifest["files"]}
+    write_sealed(folder / "manifest.json", manifest)
+
+
+def rewrite(folder, **columns):
+    table = pq.read_table(folder / "part-00000.parquet")
+    for name, values in columns.items():
+        table = table.set_column(table.schema.get_field_index(name), name, values)
+    compression = {"id": "zstd", "label": "zstd", "embedding.list.element": "none"}
+    pq.write_table(table, folder / "part-00000.parquet", compression=compression)
+    mended(folder)
+
+
+def test_parts_of_strangers_are_judged(tmp_path):
+    import pyarrow as pa
+
+    folder = some().save(tmp_path / "EMB")
+    no_text = pa.array([b"\xc0\xff"] * 8).view(pa.string())
+    rewrite(folder, id=no_text)
+    with pytest.raises(DamagedError, match=r"part-00000\.parquet cannot be read"):
+        Embeddings.load(folder)
+    with pytest.raises(DamagedError, match="cannot be read"):
+        find_ids(folder, read_sealed(folder / "manifest.json"), ["x"])
+    with pytest.raises(DamagedError, match="cannot be read"):
+        read_rows(folder, read_sealed(folder / "manifest.json"), np.array([1]), "id")
+    rewrite(folder, id=pa.array([f"{n}.png" for n in range(8)]))
+    vectors = np.ones((8, 5), np.float32)
+    vectors[6, 1] = np.nan
+    rewrite(folder, embedding=pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), 5))
+    for read in (Embeddings.load, lambda folder: list(read_vectors(folder, read_sealed(folder / "manifest.json")))):
+        with pytest.raises(DamagedError, match=r"1 vectors are NaN or infinite, first '6\.png'"):
+            read(folder)
+
+
+def test_a_manifest_cannot_ask_for_more_than_its_parts_hold(tmp_path):
+    folder = some().save(tmp_path / "EMB")
+    mended(folder, dims=1_000_000, rows=65_000)
+    with pytest.raises(
+        DamagedError, match=r"part-00000\.parquet have [\d,]+ bytes; 65,000 vectors of 1000000 float32 take"
+    ):
+        Embeddings.load(folder)
+
+
+def test_ids_that_unpack_without_end_are_refused(tmp_path):
+    import pyarrow as pa
+
+    folder = some().save(tmp_path / "EMB")
+    rewrite(folder, id=pa.array([str(row) * 30_000_000 for row in range(8)]))
+    with pytest.raises(DamagedError, match="unpacks to 240,"):
+        Embeddings.load(folder)
 
 
 def test_embed_equals_a_direct_pass_and_leaves_the_encoder_alone():

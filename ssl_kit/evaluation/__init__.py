@@ -1,6 +1,15 @@
-"""Scores of features, as functions of arrays: kNN and linear probes, label-free health, baselines, intervals.
+"""Scores of features, as functions of arrays: kNN, probes, few-shot, retrieval, health, robustness, leaks, intervals.
 
-`ssl_kit.evaluation.knn(train, test, k=20)` works from a notebook; names are loaded when they are first used.
+From a notebook, on arrays (names are loaded when they are first used):
+
+    from ssl_kit import evaluation
+    from ssl_kit.embeddings import Embeddings
+
+    train, test = Embeddings.of(x, y), Embeddings.of(x_test, y_test)     # (N, D) numbers, (N,) integers
+    evaluation.knn(train, test, k=20).metrics["top1"]
+    evaluation.linear_probe(train, test).settings["l2"]
+
+`Embeddings.load(folder)` reads what `ssl-kit embed` wrote, `embed(encoder, source)` makes them from images.
 """
 
 from importlib import import_module
@@ -8,12 +17,34 @@ from typing import Any
 
 _HOME = {
     "knn": "neighbours",
+    "knn_rows": "neighbours",
     "knn_accuracy": "neighbours",
     "search": "neighbours",
     "linear_probe": "linear",
+    "sgd_probe": "sgd",
+    "attentive_probe": "attentive",
+    "few_shot": "fewshot",
+    "retrieval": "ranking",
+    "instance_retrieval": "ranking",
+    "dimension_curve": "curve",
+    "robustness": "corruptions",
+    "corrupt": "corruptions",
+    "find_leaks": "leaks",
     "alignment": "health",
     "uniformity": "health",
+    "lidar": "health",
+    "hubness": "health",
+    "probability_metrics": "scores",
+    "class_scores": "scores",
+    "confidently_wrong": "scores",
+    "suspected_errors": "scores",
+    "classification_metrics": "result",
+    "confusion_matrix": "result",
+    "paired_difference": "result",
+    "holdout": "result",
     "Result": "result",
+    "Network": "features",
+    "FeatureSet": "features",
 }
 __all__ = sorted(_HOME)  # noqa: PLE0605
 

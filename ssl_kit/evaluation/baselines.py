@@ -28,6 +28,7 @@ class Pixels(nn.Module):
 
     Attributes:
         dim: height x width x channels of `image_size` as used.
+        mean: (dim,) that is subtracted, None at first.
     """
 
     def __init__(self, image_size: tuple[int, int], channels: int):
@@ -37,10 +38,12 @@ class Pixels(nn.Module):
         self.channels = channels
         self.dim = self.image_size[0] * self.image_size[1] * channels
         self.sha256: str | None = None
+        self.mean: Tensor | None = None
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C H W) float32."""
-        return images.flatten(1).float()
+        pixels = images.flatten(1).float()
+        return pixels if self.mean is None else pixels - self.mean
 
 
 @dataclass
@@ -89,8 +92,22 @@ class Pca:
         return reduced
 
 
-def centre(train: np.ndarray, test: np.ndarray) -> None:
-    """Subtracts the mean of `train` (N, D) from both, in place: cosines of raw pixels see little but brightness."""
+def centre(train: np.ndarray, test: np.ndarray) -> np.ndarray:
+    """Subtracts the mean of `train` (N, D) from both, in place, and returns it (D,).
+
+    Cosines of raw pixels see little but brightness.
+    """
     mean = train.mean(axis=0, dtype=np.float64).astype(train.dtype)
     train -= mean
     test -= mean
+    return mean
+
+
+def random_projection(columns: int, dim: int, seed: int = 0) -> np.ndarray:
+    """(columns, dim) float32, orthonormal columns in uniformly distributed directions; dim at most `columns`.
+
+    QR of a Gaussian matrix; the signs of R's diagonal make it uniform (Mezzadri 2007, arXiv:math-ph/0609050).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    q, r = torch.linalg.qr(torch.randn(columns, dim, generator=generator, dtype=torch.float64))
+    return (q * r.diagonal().sign()).float().numpy()

@@ -9,31 +9,103 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from ssl_kit.core.console import say, warn
+from ssl_kit.core.console import progress, say, warn
 from ssl_kit.core.files import DamagedError
+from ssl_kit.core.machine import choose_precision
+from ssl_kit.data.batches import ViewLoader
 from ssl_kit.data.listing import unescape
 from ssl_kit.data.sources import Source
 from ssl_kit.embeddings import Embeddings, embed
 from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.evaluation.baselines import Pca, Pixels, centre
-from ssl_kit.views.recipe import plain
+from ssl_kit.views.recipe import View, plain
 
 BASELINES = ("pixels", "pca", "random_init")
+_BATCH = 256
+
+
+@dataclass
+class Network:
+    """What made features, to make more of them from other views: (B, C, h, w) in [0, 1] to (B, D).
+
+    Attributes:
+        module: an `Encoder` or `Pixels`, in eval mode, on any device.
+        layers: last stages or blocks that are concatenated.
+    """
+
+    module: Encoder | Pixels
+    layers: int = 1
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of its input."""
+        return self.module.image_size
+
+    @property
+    def channels(self) -> int:
+        """Of its input."""
+        return self.module.channels
+
+    @property
+    def sha256(self) -> str | None:
+        """Of the weights, where there are some on disk."""
+        return self.module.sha256
+
+    def __call__(self, images: Tensor) -> np.ndarray:
+        """(B, D) float32 on the host, in the precision that `embed` chooses."""
+        device = next((parameter.device for parameter in self.module.parameters()), torch.device("cpu"))
+        images = images.to(device).contiguous(memory_format=torch.channels_last)
+        fast = choose_precision("auto", device.type).value == "bfloat16"
+        with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast):
+            if self.layers == 1:
+                return self.module(images).float().cpu().numpy()
+            assert isinstance(self.module, Encoder), "only an Encoder has layers"
+            return self.module.layers(images, last=self.layers).float().cpu().numpy()
 
 
 @dataclass
 class FeatureSet:
-    """One kind of features of the same train and test images; `name` is what a Result calls them."""
+    """One kind of features of the same train and test images.
+
+    Attributes:
+        name: what a Result calls them.
+        network: what made them, where it was one; PCA has none.
+    """
 
     name: str
     train: Embeddings
     test: Embeddings
+    network: Network | None = None
+
+
+def view_features(
+    network: Network, source: Source, views: Sequence[View], rows: np.ndarray, seed: int = 0
+) -> list[np.ndarray]:
+    """Features (M, D) per view of the same images; row i of each is of image i of those that could be decoded.
+
+    Args:
+        network: in eval mode.
+        source: the images; their position is the key of their views.
+        views: at most 10, drawn independently.
+        rows: positions in the source.
+        seed: of the views.
+    """
+    found: list[list[np.ndarray]] = [[] for _ in views]
+    plan = np.array_split(rows, -(-len(rows) // _BATCH))
+    with progress(len(rows), f"views of {source.name}") as bar:
+        for batch in ViewLoader(source, plan, views, seed=seed):
+            for images, parts in zip(batch["views"], found, strict=True):
+                parts.append(network(images))
+            bar.advance(bar.task_ids[0], len(batch["label"]))
+    return [np.concatenate(parts) for parts in found]
 
 
 def feature_sets(
@@ -43,6 +115,8 @@ def feature_sets(
     cache: Path,
     *,
     baselines: Sequence[str] = BASELINES,
+    pretrained: Mapping[str, Encoder] | None = None,
+    layers: int = 1,
     seed: int = 0,
     batch_size: int = 256,
 ) -> Iterator[FeatureSet]:
@@ -54,30 +128,54 @@ def feature_sets(
         test: labelled images.
         cache: RUN/features.
         baselines: among `BASELINES`. PCA is of the pixels, fitted on train, at the encoder's dimension.
+        pretrained: further encoders to compare with, in eval mode, by the name of their features.
+        layers: last stages or blocks of the network, and of the untrained one, that are concatenated.
         seed: of the untrained network and of PCA.
         batch_size: images per forward pass.
     """
     parts = (train, test)
     prints = [fingerprint(part) for part in parts]
-    made = [
-        _cached(cache, encoder, part, str(encoder.sha256), of, batch_size)
-        for part, of in zip(parts, prints, strict=True)
+    cached = lambda network, weights: [
+        _cached(cache, network, part, weights, of, batch_size) for part, of in zip(parts, prints, strict=True)
     ]
-    yield FeatureSet("encoder", *made)
+    trained = Network(encoder, layers)
+    made = cached(trained, str(encoder.sha256))
+    dim = made[0].vectors.shape[1]
+    yield FeatureSet("encoder", made[0], made[1], trained)
     del made
     if "pixels" in baselines or "pca" in baselines:
         pixels = _pixels(encoder, train, test, batch_size)
         if "pixels" in baselines:
             yield pixels
         if "pca" in baselines:
-            yield _reduced(pixels, Pca.of(pixels.train.vectors, encoder.dim, seed), encoder.dim, "pca")
+            yield _reduced(pixels, Pca.of(pixels.train.vectors, dim, seed), dim, "pca")
         del pixels
     if "random_init" in baselines:
-        device = next(encoder.parameters()).device
-        fresh = encoder.fresh(seed).to(device)
-        weights = f"untrained {seed} of {encoder.sha256}"
-        made = [_cached(cache, fresh, part, weights, of, batch_size) for part, of in zip(parts, prints, strict=True)]
-        yield FeatureSet("random_init", *made)
+        fresh = Network(encoder.fresh(seed).to(next(encoder.parameters()).device), layers)
+        made = cached(fresh, f"untrained {seed} of {encoder.sha256}")
+        yield FeatureSet("random_init", made[0], made[1], fresh)
+        del made, fresh
+    for name, other in (pretrained or {}).items():
+        network = Network(other)
+        made = cached(network, f"{other.sha256} {other.name} {json.dumps(other.args, sort_keys=True)}")
+        yield FeatureSet(name, made[0], made[1], network)
+        del made
+
+
+def pretrained_names(given: Sequence[str]) -> list[str]:
+    """What a Result calls the features of pretrained models: `pretrained:NAME`.
+
+    NAME is timm's, or that of the run or folder; all of what was typed where two would be called the same.
+    """
+    short = [_short(one) for one in given]
+    return [f"pretrained:{one if short.count(one) == 1 else whole}" for one, whole in zip(short, given, strict=True)]
+
+
+def _short(given: str) -> str:
+    if given.startswith("timm:"):
+        return given.removeprefix("timm:")
+    folder = Path(given).resolve()
+    return folder.parent.name if folder.name == "encoder" else folder.name
 
 
 def reduced(features: FeatureSet, dims: Sequence[int], seed: int = 0) -> Iterator[FeatureSet]:
@@ -110,9 +208,13 @@ def fingerprint(source: Source) -> str:
     return digest.hexdigest()
 
 
-def _cached(cache: Path, encoder: Encoder, source: Source, weights: str, of: str, batch_size: int) -> Embeddings:
-    key = hashlib.sha256(json.dumps([weights, of, encoder.preprocessing()]).encode()).hexdigest()[:16]
-    folder = cache / key
+def _cached(cache: Path, network: Network, source: Source, weights: str, of: str, batch_size: int) -> Embeddings:
+    encoder = network.module
+    assert isinstance(encoder, Encoder), "pixels are not kept"
+    made_of: list[object] = [weights, of, encoder.preprocessing()]
+    if network.layers != 1:
+        made_of.append(network.layers)
+    folder = cache / hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
     if folder.is_dir():
         try:
             found = Embeddings.load(folder)
@@ -121,7 +223,7 @@ def _cached(cache: Path, encoder: Encoder, source: Source, weights: str, of: str
         else:
             say(f"{source.name}: {len(found):,} feature vectors from {folder}")
             return found
-    embeddings = embed(encoder, source, batch_size=batch_size, label=source.name)
+    embeddings = embed(encoder, source, layers=network.layers, batch_size=batch_size, label=source.name)
     embeddings.save(folder)
     return embeddings
 
@@ -130,8 +232,9 @@ def _pixels(encoder: Encoder, train: Source, test: Source, batch_size: int) -> F
     module = Pixels(encoder.image_size, encoder.channels)
     view = plain(module.image_size)
     made = [embed(module, part, view=view, batch_size=batch_size, label="pixels") for part in (train, test)]
-    centre(made[0].vectors, made[1].vectors)
-    return FeatureSet("pixels", *made)
+    mean = centre(made[0].vectors, made[1].vectors)
+    module.mean = torch.from_numpy(mean)  # from now on it gives centred pixels too
+    return FeatureSet("pixels", made[0], made[1], Network(module))
 
 
 def _reduced(features: FeatureSet, pca: Pca, dim: int, name: str) -> FeatureSet:

@@ -1,8 +1,9 @@
-"""Label-free health of features, as functions of arrays: alignment, uniformity, spread, ranks.
+"""Label-free health of features, as functions of arrays: alignment, uniformity, spread, ranks, hubness.
 
-Alignment and uniformity: Wang & Isola 2020, https://arxiv.org/abs/2005.10242, eq. 4-5. Effective rank and alpha are
-in `ssl_kit.core.spectrum`. Letters: N rows, D dimensions. None of these sees a label; ranks compare runs of one
-method only, and uniformity does not notice collapsed dimensions.
+Alignment and uniformity: Wang & Isola 2020, https://arxiv.org/abs/2005.10242, eq. 4-5. LiDAR: Thilak et al. 2023,
+https://arxiv.org/abs/2312.04000. Hubness: Radovanovic et al. 2010, JMLR 11. Effective rank and alpha, the slope of the
+spectrum, are in `ssl_kit.core.spectrum`. Letters: N rows, D dimensions, M images, V views of each. None of these sees a
+label; ranks compare runs of one method only, and uniformity does not notice collapsed dimensions.
 """
 
 from __future__ import annotations
@@ -15,15 +16,19 @@ import numpy as np
 
 from ssl_kit.core.random import permutation
 from ssl_kit.core.spectrum import alpha_exponent, effective_rank
+from ssl_kit.evaluation.neighbours import normalised, search
 from ssl_kit.evaluation.result import Result, made_by
 
 if TYPE_CHECKING:
     from ssl_kit.data.sources import Source
     from ssl_kit.embeddings import Embeddings
-    from ssl_kit.encoders.encoder import Encoder
+    from ssl_kit.evaluation.features import Network
 
+Views = Sequence[np.ndarray]
 EXACT_ROWS = 5_000  # all 12.5 million pairs of so many rows; beyond, of a seeded sample of so many
 RANK_ROWS = 25_600  # rows that RankMe's paper found to suffice
+HUB_ROWS = 10_000
+_LIDAR_RIDGE = 1e-4
 _STREAM_SAMPLE = 100_002  # of core/random.py
 _BLOCK = 1_024
 
@@ -63,31 +68,71 @@ def per_dimension_std(features: np.ndarray) -> np.ndarray:
     return _normalised(features).std(axis=0)
 
 
-def two_views(encoder: Encoder, source: Source, count: int = 2_000, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Features (M, D) of two SimCLR views of the same M images, at most `count`, for `alignment`.
+def lidar(views: Sequence[np.ndarray]) -> float:
+    """LiDAR: how many directions tell images apart beyond what augmentation scatters, in [1, min(M - 1, D)].
+
+    The effective rank (exp of the entropy, as `effective_rank`) of the eigenvalues of
+
+        S_w^-1/2 S_b S_w^-1/2        S_b = cov of the images' means, S_w = mean cov of the views within an image
+
+    (the paper's section 4). Its ridge on S_w is 1e-4 whatever the scale; here it is 1e-4 of the mean variance, so that
+    the value does not depend on the features' scale. M C-fold equal clusters, well apart, give C - 1.
 
     Args:
-        encoder: in eval mode, on any device.
+        views: V arrays (M, D), row i of each of the same image, at least 2 of each.
+    """
+    features = np.stack([np.asarray(view, dtype=np.float64) for view in views], axis=1)  # (M, V, D)
+    means = features.mean(axis=1)
+    between, within = means - means.mean(axis=0), (features - means[:, None]).reshape(-1, features.shape[2])
+    scatter = within.T @ within / len(within)
+    variance = (np.square(between).mean(axis=0) + scatter.diagonal()).mean()
+    if variance == 0:
+        return 1.0
+    factor = np.linalg.cholesky(scatter + _LIDAR_RIDGE * variance * np.eye(len(scatter)))
+    # S_w = F F^T: F^-1 S_b F^-T has the same eigenvalues as the symmetric form, the squared singular values of:
+    values = np.linalg.svd(np.linalg.solve(factor, between.T), compute_uv=False) ** 2
+    p = values[values > 0] / values.sum()
+    return float(np.exp(-(p * np.log(p)).sum()))
+
+
+def hubness(features: np.ndarray, *, k: int = 10, seed: int = 0) -> float:
+    """Skewness of how often a row is among the k nearest of others, by cosine; 0 when all are alike.
+
+    Above about 1 a few rows, the hubs, are neighbours of everything, and kNN and search suffer. Of a seeded sample of
+    10,000 rows where there are more.
+
+    Args:
+        features: (N, D), N at least 2.
+        k: neighbours.
+        seed: of the sample.
+    """
+    units = normalised(sample_rows(features, HUB_ROWS, seed))
+    k = min(k, len(units) - 1)
+    ids = search(units, units, k + 1)[1]
+    others = ids != np.arange(len(units))[:, None]
+    others[others.all(axis=1), -1] = False  # so many equal rows that its own is not among the nearest
+    counts = np.bincount(ids[others], minlength=len(units)).astype(np.float64)
+    deviation = counts.std()
+    return float(((counts - counts.mean()) ** 3).mean() / deviation**3) if deviation > 0 else 0.0
+
+
+def augmented(network: Network, source: Source, count: int = 1_000, *, num_views: int = 10, seed: int = 0) -> Views:
+    """Features of SimCLR views of the same M images, at most `count`: V arrays (M, D), for `alignment` and `lidar`.
+
+    Args:
+        network: in eval mode, on any device.
         source: images; those that cannot be decoded are left out.
-        count: images used, drawn by the seed.
+        count: images used, drawn by the seed. LiDAR is below it.
+        num_views: V, 2 to 10.
         seed: of the sample and of the views.
     """
-    import torch
-
-    from ssl_kit.data.batches import ViewLoader
+    from ssl_kit.evaluation.features import view_features
     from ssl_kit.views.recipe import ViewRecipe
 
     rows = sample_rows(np.arange(len(source)), count, seed)
-    preset: Literal["simclr", "gray"] = "simclr" if encoder.channels == 3 else "gray"
-    views = ViewRecipe(preset, strength=0.5, blur=0.0).build(encoder.image_size, encoder.channels, 2)
-    device = next(encoder.parameters()).device
-    features: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
-    with torch.inference_mode():
-        for batch in ViewLoader(source, np.array_split(rows, -(-len(rows) // 256)), views, seed=seed):
-            for images, found in zip(batch["views"], features, strict=True):
-                seen = images.to(device).contiguous(memory_format=torch.channels_last)
-                found.append(encoder(seen).cpu().numpy())
-    return np.concatenate(features[0]), np.concatenate(features[1])
+    preset: Literal["simclr", "gray"] = "simclr" if network.channels == 3 else "gray"
+    views = ViewRecipe(preset, strength=0.5, blur=0.0).build(network.image_size, network.channels, num_views)
+    return view_features(network, source, views, rows, seed)
 
 
 def sample_rows(features: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
@@ -100,15 +145,15 @@ def sample_rows(features: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
 def health(
     train: Embeddings,
     *,
-    views: Sequence[np.ndarray] | None = None,
+    views: Views | None = None,
     seed: int = 0,
     features: str = "encoder",
 ) -> Result:
-    """Effective rank (also as a fraction of D), alpha, uniformity, spread and, given two views, alignment.
+    """Effective rank (also as a fraction of D), alpha, uniformity, spread, hubness; given views, alignment and LiDAR.
 
     Args:
         train: at least 2 rows; labels are not used. Ranks are of at most 25,600 seeded rows.
-        views: two arrays (M, D) of features of two augmented views of the same M images.
+        views: V arrays (M, D) of features of augmented views of the same M images; alignment is of the first two.
         seed: of the samples.
         features: what the vectors are, for the record.
     """
@@ -120,15 +165,16 @@ def health(
         "rank_fraction": rank / rows.shape[1],
         "uniformity": uniformity(rows, seed=seed),
         "std": float(per_dimension_std(rows).mean() * np.sqrt(rows.shape[1])),
+        "hubness": hubness(rows, seed=seed),
     }
     alpha = alpha_exponent(rows)
     if np.isfinite(alpha):  # undefined for collapsed features, and JSON has no NaN
         metrics["alpha"] = alpha
     if views is not None:
-        metrics["alignment"] = alignment(views[0], views[1])
+        metrics |= {"alignment": alignment(views[0], views[1]), "lidar": lidar(views)}
     settings = {"num_rows": len(rows), "dim": rows.shape[1], "seed": seed}
     if views is not None:
-        settings["num_pairs"] = len(views[0])
+        settings |= {"num_pairs": len(views[0]), "num_views": len(views)}
     seconds = time.perf_counter() - started
     return Result("health", features, metrics, settings, made_by(train, train), seconds)
 

@@ -2,10 +2,13 @@
 
     objective(W, b) = mean cross-entropy of softmax(Z W + b) + l2 / 2 ||W||^2        (scikit-learn: l2 = 1 / (C N))
 
+With class weights the mean is a weighted one.
+
 What makes it fast. (1) L-BFGS starts from the inverse of S / C + l2 I, S the second moment of the features: the
 Hessian at equal probabilities, by a Cholesky factor per candidate. That takes tens of passes over the data where the
 identity takes hundreds. (2) All l2 candidates share each pass: their weights stand side by side in one matrix
-product. Letters: N rows, D dimensions, C classes, L candidates, A candidates that are not finished yet.
+product. (3) With fewer images than dimensions everything is solved among the images' coordinates in the space they
+span (`spanned`). Letters: N rows, D dimensions, C classes, L candidates, A candidates that are not finished yet.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +24,7 @@ from torch import Tensor
 
 from ssl_kit.core.random import permutation
 from ssl_kit.evaluation.result import Result, classification_metrics, holdout, labelled, made_by
+from ssl_kit.evaluation.scores import probability_metrics
 
 if TYPE_CHECKING:
     from ssl_kit.embeddings import Embeddings
@@ -54,6 +58,14 @@ class LogisticFit:
     objective: np.ndarray
     passes: int
     converged: np.ndarray
+
+    def probabilities(self, features: Tensor, candidate: int = 0) -> np.ndarray:
+        """(N, C) float32 of one candidate; rows sum to 1."""
+        weights, bias = self.weights[candidate], self.bias[candidate]
+        blocks = [
+            torch.addmm(bias, rows, weights.T).softmax(dim=1) for rows in features.split(_block_rows(bias.numel()))
+        ]
+        return torch.cat(blocks).numpy()
 
     def predict(self, features: Tensor) -> np.ndarray:
         """(L, N) int64 classes of features (N, D)."""
@@ -103,42 +115,40 @@ def linear_probe(
     test: Embeddings,
     *,
     l2: float | Sequence[float] = L2_PATH,
+    balanced: bool = False,
     seed: int = 0,
     features: str = "encoder",
+    keep_probabilities: bool = False,
 ) -> Result:
-    """Top-1, balanced accuracy and macro-F1 of a linear classifier on frozen features, with 95 % intervals.
+    """Scores of a linear classifier on frozen features, with 95 % intervals.
+
+    Top-1, balanced accuracy, macro-F1; AUROC, average precision and calibration error (`scores.probability_metrics`).
 
     Args:
         train: features to fit on; rows without a label are left out. The scaling uses all of them, labels apart.
         test: read once, after everything is chosen; rows without a label are left out.
         l2: penalty, or candidates: the best top-1 on a held-out fifth of train is chosen (equal scores: the largest)
             and refitted on all of train.
+        balanced: weigh images so that every class counts alike, and choose by balanced accuracy.
         seed: of the held-out split and the bootstrap.
         features: what the vectors are, for the record.
+        keep_probabilities: leave (N, C) of them in the result; of many images and classes they are large.
     """
     started = time.perf_counter()
     vectors, labels = labelled(train, "train")
     test_vectors, test_labels = labelled(test, "test")
     num_classes = int(max(len(train.classes), labels.max() + 1, test_labels.max() + 1))
     scaling = Scaling.of(vectors)
-    scaled, targets = scaling.apply(vectors), torch.from_numpy(labels)
-    moment = curvature(scaled)
+    scaled, test_scaled = spanned(scaling.apply(vectors), scaling.apply(test_vectors))
     candidates = [float(l2)] if isinstance(l2, int | float) else sorted(map(float, l2), reverse=True)
-    settings: dict[str, object] = {"l2_candidates": candidates}
-    start = None
-    best = 0
-    if len(candidates) > 1:
-        fitted, held = (torch.from_numpy(rows) for rows in holdout(labels, seed=seed))
-        path = fit_logistic(scaled[fitted], targets[fitted], num_classes, candidates, moment)
-        accuracies = (path.predict(scaled[held]) == labels[held]).mean(axis=1)
-        best = int(accuracies.argmax())
-        start = (path.weights[best : best + 1], path.bias[best : best + 1])
-        settings |= {"held_out": 0.2, "held_out_top1": accuracies.tolist(), "at_edge": best in (0, len(candidates) - 1)}
-    final = fit_logistic(scaled, targets, num_classes, candidates[best : best + 1], moment, start=start)
-    predictions = final.predict(scaling.apply(test_vectors))[0]
+    final, chosen = fit_chosen(scaled, labels, num_classes, candidates, balanced=balanced, seed=seed)
+    probabilities = final.probabilities(test_scaled)
+    predictions = probabilities.argmax(axis=1)
     metrics = classification_metrics(test_labels, predictions, num_classes, seed=seed)
-    settings |= {
-        "l2": candidates[best],
+    metrics |= probability_metrics(test_labels, probabilities, seed=seed)
+    settings = {
+        **chosen,
+        "balanced": balanced,
         "objective": float(final.objective[0]),
         "converged": bool(final.converged.all()),
         "num_train": len(labels),
@@ -147,7 +157,67 @@ def linear_probe(
         "seed": seed,
     }
     seconds = time.perf_counter() - started
-    return Result("linear", features, metrics, settings, made_by(train, test), seconds, predictions)
+    confidences, kept = probabilities.max(axis=1), probabilities if keep_probabilities else None
+    return Result("linear", features, metrics, settings, made_by(train, test), seconds, predictions, confidences, kept)
+
+
+def spanned(points: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """points (N, D) and others (M, D) by their coordinates in the span of `points` when that is smaller: (., N).
+
+    The penalised solution is a combination of the rows that it is fitted on, so solving there is exact.
+    """
+    if len(points) >= points.shape[1]:
+        return points, others
+    basis = torch.linalg.qr(points.T).Q  # (D, N), orthonormal
+    return points @ basis, others @ basis
+
+
+def fit_chosen(
+    scaled: Tensor,
+    labels: np.ndarray,
+    num_classes: int,
+    candidates: Sequence[float],
+    *,
+    balanced: bool = False,
+    seed: int = 0,
+) -> tuple[LogisticFit, dict[str, Any]]:
+    """Fits on all rows with the l2 that is best on a held-out fifth of them.
+
+    Args:
+        scaled: (N, D) float32, centred.
+        labels: (N,) int64 in [0, C).
+        num_classes: C.
+        candidates: l2, descending: of equal scores the first is taken.
+        balanced: as in `linear_probe`.
+        seed: of the held-out split.
+
+    Returns:
+        The fit, and how its l2 came about, for the record.
+    """
+    targets, moment = torch.from_numpy(labels), curvature(scaled)
+    weigh = lambda rows: class_weights(labels[rows], num_classes) if balanced else None
+    settings: dict[str, Any] = {"l2_candidates": list(candidates)}
+    start, best = None, 0
+    if len(candidates) > 1:
+        fitted, held = holdout(labels, seed=seed)
+        path = fit_logistic(scaled[fitted], targets[fitted], num_classes, candidates, moment, row_weights=weigh(fitted))
+        right = path.predict(scaled[held]) == labels[held]
+        counted = weigh(held)
+        scores = right.mean(axis=1) if counted is None else right @ counted.numpy().astype(np.float64) / len(held)
+        best = int(scores.argmax())
+        start = (path.weights[best : best + 1], path.bias[best : best + 1])
+        name = "held_out_balanced_accuracy" if balanced else "held_out_top1"
+        settings |= {"held_out": 0.2, name: scores.tolist(), "at_edge": best in (0, len(candidates) - 1)}
+    rows = np.arange(len(labels))
+    only = candidates[best : best + 1]
+    final = fit_logistic(scaled, targets, num_classes, only, moment, start=start, row_weights=weigh(rows))
+    return final, {**settings, "l2": candidates[best]}
+
+
+def class_weights(labels: np.ndarray, num_classes: int) -> Tensor:
+    """(N,) float32 with mean 1: every class that occurs weighs the same, as scikit-learn's class_weight="balanced"."""
+    counts = np.bincount(labels, minlength=num_classes)
+    return torch.from_numpy((len(labels) / (np.count_nonzero(counts) * counts[labels])).astype(np.float32))
 
 
 def fit_logistic(
@@ -158,6 +228,7 @@ def fit_logistic(
     moment: Tensor,
     *,
     start: tuple[Tensor, Tensor] | None = None,
+    row_weights: Tensor | None = None,
     max_passes: int = 300,
     tolerance: float = 1e-7,
 ) -> LogisticFit:
@@ -170,6 +241,7 @@ def fit_logistic(
         l2: (L,) penalties, all positive.
         moment: (D, D) of the features or a sample of them (`curvature`); it sets the speed, not the solution.
         start: weights (1, C, D) and bias (1, C) to begin from; zeros otherwise.
+        row_weights: (N,) factors on the cross-entropy of each row, with mean 1; None counts all alike.
         max_passes: over the data, at most.
         tolerance: a candidate is done when the decrease that its quadratic model promises is below this.
     """
@@ -178,7 +250,8 @@ def fit_logistic(
     group = max(1, _STATE_BYTES // state_bytes)
     fits = []
     for first in range(0, len(l2), group):
-        solver = _Solver(features, labels, num_classes, l2[first : first + group], moment, start=start)
+        some = l2[first : first + group]
+        solver = _Solver(features, labels, num_classes, some, moment, start=start, row_weights=row_weights)
         fits.append(solver.run(max_passes, tolerance))
     return LogisticFit(
         torch.cat([fit.weights for fit in fits]),
@@ -217,16 +290,17 @@ class _Solver:
         moment: Tensor,
         *,
         start: tuple[Tensor, Tensor] | None = None,
+        row_weights: Tensor | None = None,
     ):
         self.features, self.labels = features, labels
+        self.row_weights = torch.ones(len(features)) if row_weights is None else row_weights
         size, dim = len(l2), features.shape[1]
         penalised = torch.ones(dim + 1)
         penalised[-1] = 0
         self.penalty = torch.tensor(l2, dtype=torch.float32)[:, None, None] * penalised
         self.factors = torch.empty(size, dim, dim)
         for factor, penalty in zip(self.factors, l2, strict=True):  # float64: with a small l2 the matrix is singular
-            ridge = penalty + _RIDGE * float(moment.diagonal().max())
-            factor.copy_(torch.linalg.cholesky(moment / num_classes + ridge * torch.eye(dim, dtype=torch.float64)))
+            factor.copy_(_cholesky(moment / num_classes, penalty, _RIDGE * float(moment.diagonal().max())))
         self.bias_factor = num_classes**-0.5  # the bias sees a column of ones, and no penalty
         self.point = torch.zeros(size, num_classes, dim + 1)
         if start is not None:
@@ -275,15 +349,17 @@ class _Solver:
         total = torch.zeros(candidates, dtype=torch.float64)
         gradient = torch.zeros(candidates * classes, columns)
         size = _block_rows(candidates * classes)
-        for features, labels in zip(self.features.split(size), self.labels.split(size), strict=True):
+        blocks = zip(self.features.split(size), self.labels.split(size), self.row_weights.split(size), strict=True)
+        for features, labels, row_weights in blocks:
             logits = torch.addmm(bias, features, weights.T).view(len(features), candidates, classes)
             logits -= logits.amax(dim=2, keepdim=True)
             index = labels[:, None, None].expand(-1, candidates, 1)
             at_label = logits.gather(2, index)
             sums = logits.exp_().sum(dim=2, keepdim=True)
-            total += (sums.log() - at_label).sum(dim=(0, 2), dtype=torch.float64)
-            logits /= sums
-            logits.scatter_add_(2, index, torch.full_like(at_label, -1))  # softmax - one-hot
+            weight = row_weights[:, None, None]
+            total += (weight * (sums.log() - at_label)).sum(dim=(0, 2), dtype=torch.float64)
+            logits *= weight / sums
+            logits.scatter_add_(2, index, -weight.expand_as(at_label))  # weight x (softmax - one-hot)
             residual = logits.flatten(1)
             gradient[:, :-1].addmm_(residual.T, features)  # this orientation is twice as fast for few columns
             gradient[:, -1] += residual.sum(dim=0)
@@ -328,6 +404,20 @@ class _Solver:
             store[:-1, rows] = store[1:, rows].clone()
             store[-1, rows] = newest
         self.gamma[rows] = curvature / change.square().sum(dim=(1, 2))
+
+
+def _cholesky(moment: Tensor, penalty: float, ridge: float) -> Tensor:
+    """The factor of moment + (penalty + ridge) I, (D, D) float64.
+
+    Float32 products leave eigenvalues of a singular moment below zero by up to 1e-7 of the largest one, which for
+    thousands of equal columns (grey images as RGB) is more than the ridge: it then grows until the matrix is positive.
+    """
+    identity = torch.eye(len(moment), dtype=moment.dtype)
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(moment + (penalty + ridge) * identity)
+        if not failed:
+            return factor
+        ridge = max(10 * ridge, 1e-12)
 
 
 def _block_rows(logits_per_row: int) -> int:

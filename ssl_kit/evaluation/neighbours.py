@@ -1,4 +1,4 @@
-"""Nearest neighbours by FAISS: exact search, kNN scores, indexes with measured recall. Only this file imports faiss.
+"""Nearest neighbours by FAISS: exact search and kNN scores. Only this file, index.py and index_file.py import faiss.
 
 Search is exact and blocked: a queries x gallery matrix is never held. Similarity is the cosine throughout: vectors
 are L2-normalised copies, zero vectors stay zero. Letters: Q queries, N gallery rows, D dimensions, K neighbours,
@@ -10,8 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -19,9 +17,6 @@ import torch  # noqa: F401  before faiss, always: two OpenMP runtimes, and this 
 
 import faiss  # isort: skip
 
-from ssl_kit.core.errors import UserError
-from ssl_kit.core.files import DamagedError
-from ssl_kit.core.random import permutation
 from ssl_kit.evaluation.result import Result, classification_metrics, holdout, labelled, made_by
 
 if TYPE_CHECKING:
@@ -32,17 +27,18 @@ TEMPERATURES = (0.02, 0.07, 0.1, 0.2, 0.5, 1.0, None)  # None: unweighted
 MOST_HELD_OUT = 10_000  # queries on which k is chosen, at most: a fifth of a million would take minutes for 0.1 point
 CUSTOMARY = ((20, 0.07), (200, 0.1))  # (k, temperature) of DINO / DINOv2 and of InstDisc / lightly
 _BLOCK_BYTES = 64 * 2**20
-_EXACT_BYTES = 250e6  # read by one exact query; 5 GB/s from memory make that 50 ms
-_INDEX_QUERIES = 1_000  # half of them tune nprobe, half measure the recall
-_K_FACTOR = 16  # candidates per result that the codes pass on to the exact refinement
-_STREAM_QUERIES = 100_006  # of core/random.py
+_NORMALISED_ROWS = 4_096  # at once: they stay in the cache; 1,000,000 x 256 take 0.2 s where all at once take 2 s
 
 
 def normalised(vectors: np.ndarray) -> np.ndarray:
     """(N, D) float32 rows of length 1; rows of zeros stay zero."""
     vectors = np.ascontiguousarray(vectors, dtype=np.float32)
-    lengths = np.sqrt(np.einsum("nd,nd->n", vectors, vectors))[:, None]
-    return vectors / np.where(lengths > 0, lengths, 1)
+    made = np.empty_like(vectors)
+    for start in range(0, len(vectors), _NORMALISED_ROWS):
+        rows = vectors[start : start + _NORMALISED_ROWS]
+        lengths = np.sqrt(np.einsum("nd,nd->n", rows, rows))[:, None]
+        np.divide(rows, np.where(lengths > 0, lengths, 1), out=made[start : start + _NORMALISED_ROWS])
+    return made
 
 
 def search(
@@ -279,120 +275,3 @@ def choose_k(
     )
     best_k, best_t = np.unravel_index(accuracy_TK.T.argmax(), accuracy_TK.T.shape)
     return ks[best_k], TEMPERATURES[best_t], float(accuracy_TK[best_t, best_k])
-
-
-def default_key(count: int, dim: int) -> str:
-    """The FAISS key for `count` vectors of `dim`: exact while one query takes under 50 ms, lists beyond.
-
-    Lists hold 4-bit product codes scanned by fast-scan, refined by float16 vectors, where `dim` divides by 4; otherwise
-    8-bit scalar codes.
-    """
-    if 4 * count * dim <= _EXACT_BYTES:
-        return "Flat"
-    lists = 2 ** round(np.log2(4 * np.sqrt(count)))
-    return f"IVF{lists},PQ{dim // 4}x4fs,Refine(SQfp16)" if dim % 4 == 0 else f"IVF{lists},SQ8"
-
-
-@dataclass
-class Built:
-    """An index of normalised vectors by inner product, and what was measured on it.
-
-    Attributes:
-        index: a FAISS index; row i of it is row i of the vectors.
-        key: of FAISS's index factory.
-        recall: fraction in [0, 1] of the exact 10 nearest rows that the index finds, on queries that neither trained
-            nor tuned it; a query is not its own neighbour.
-        nprobe: lists visited per query; None for an exact index.
-        ms_per_query: wall time of single queries, milliseconds.
-    """
-
-    index: faiss.Index
-    key: str
-    recall: float
-    nprobe: int | None
-    ms_per_query: float
-
-
-def build_index(vectors: np.ndarray, key: str = "auto", recall: float = 0.95, seed: int = 0) -> Built:
-    """Trains and fills an index and measures its recall against exact search.
-
-    Args:
-        vectors: (N, D); the cosine is what is searched by.
-        key: of FAISS's index factory, or "auto" for `default_key`.
-        recall: wanted recall@10 in [0, 1]; `nprobe` is doubled until held-out queries reach it.
-        seed: which rows are queries.
-
-    Raises:
-        UserError: FAISS does not know the key, or it does not fit the vectors.
-    """
-    vectors = normalised(vectors)
-    count, dim = vectors.shape
-    key = default_key(count, dim) if key == "auto" else key
-    order = permutation(seed, 0, count, _STREAM_QUERIES)
-    tuning, queries = np.array_split(order[: min(_INDEX_QUERIES, max(2, count // 10))], 2)
-    try:
-        index = faiss.index_factory(dim, key, faiss.METRIC_INNER_PRODUCT)
-        index.train(vectors[np.sort(order[len(tuning) + len(queries) :])] if count > _INDEX_QUERIES else vectors)
-        index.add(vectors)
-    except RuntimeError as error:
-        line = str(error).strip().splitlines()[-1]
-        raise UserError(f"--key {key} does not work for {count:,} vectors of {dim}: {line}; try --key auto") from error
-    if isinstance(index, faiss.IndexRefine):
-        index.k_factor = _K_FACTOR
-    lists = faiss.try_extract_index_ivf(index)
-    if lists is not None:
-        exact = _others(search(vectors, vectors[tuning], 11)[1], tuning)
-        lists.nprobe = 1
-        while _recall(index, vectors, tuning, exact) < recall and lists.nprobe < lists.nlist:
-            lists.nprobe = min(2 * lists.nprobe, lists.nlist)
-    reached = _recall(index, vectors, queries, _others(search(vectors, vectors[queries], 11)[1], queries))
-    few = vectors[queries[:50]]
-    started = time.perf_counter()
-    for query in few:
-        index.search(query[None], min(10, count))
-    milliseconds = 1_000 * (time.perf_counter() - started) / len(few)
-    return Built(index, key, reached, lists.nprobe if lists is not None else None, milliseconds)
-
-
-def _others(ids: np.ndarray, queries: np.ndarray) -> list[np.ndarray]:
-    """Per query its 10 nearest rows without itself."""
-    return [row[row != query][:10] for row, query in zip(ids, queries, strict=True)]
-
-
-def _recall(index: faiss.Index, vectors: np.ndarray, queries: np.ndarray, exact: list[np.ndarray]) -> float:
-    found = _others(index.search(vectors[queries], min(11, len(vectors)))[1], queries)
-    hits = [len(np.intersect1d(one, truth)) for one, truth in zip(found, exact, strict=True)]
-    return sum(hits) / max(1, sum(len(truth) for truth in exact))
-
-
-def write_index(index: faiss.Index, path: Path) -> None:
-    """Writes an index file; the caller makes it atomic."""
-    faiss.write_index(index, str(path))
-
-
-def read_index(path: Path, count: int, dim: int) -> faiss.Index:
-    """Reads an index file whose sha256 has been verified, and checks that it is what its manifest says.
-
-    No vector and no loop of an honest file is larger than the file: FAISS is held to that.
-
-    Raises:
-        DamagedError: FAISS cannot read it, or it does not hold `count` vectors of `dim` by inner product.
-    """
-    size = path.stat().st_size
-    faiss.set_deserialization_vector_byte_limit(size)
-    faiss.set_deserialization_loop_limit(size)
-    try:
-        index = faiss.read_index(str(path))
-    except (RuntimeError, MemoryError) as error:
-        raise DamagedError(f"{path} cannot be read: {str(error).strip().splitlines()[-1]}") from error
-    if (index.ntotal, index.d) != (count, dim) or index.metric_type != faiss.METRIC_INNER_PRODUCT:
-        raise DamagedError(f"{path} holds {index.ntotal:,} vectors of {index.d}; its manifest says {count:,} of {dim}")
-    return index
-
-
-def search_index(index: faiss.Index, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines (Q, K) float32 and rows (Q, K) int64 of the nearest vectors, best first, K = min(k, vectors).
-
-    A row of -1 means that the visited lists held fewer than k vectors.
-    """
-    return index.search(normalised(queries), min(k, index.ntotal))

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 RESAMPLES = 1_000  # a 95 % percentile interval is then stable to about 1/30 of its width
 _STREAM_HOLDOUT = 100_001  # of core/random.py; evaluation owns the streams from 100,000 on
+_NOT_SAVED = {"predictions", "confidences", "probabilities"}
 _BLOCK_COUNTS = 4_000_000  # counts held at once while resampling, 32 MB
 
 
@@ -40,7 +41,9 @@ class Result:
         settings: every argument that can move the number, the chosen ones included.
         made_by: encoder_sha256, train, test, versions.
         seconds: wall time.
-        predictions: (N,) int64 on the test images, for paired comparisons; not part of the saved record.
+        predictions: (N,) int64 on the test images, or (A, N) of A draws, for paired comparisons; not saved.
+        confidences: (N,) float32 in [0, 1], the probability of each predicted class, where there is one; not saved.
+        probabilities: (N, C) float32, only where they were asked for; not saved.
     """
 
     evaluation: str
@@ -50,18 +53,21 @@ class Result:
     made_by: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     predictions: np.ndarray | None = field(default=None, repr=False, compare=False)
+    confidences: np.ndarray | None = field(default=None, repr=False, compare=False)
+    probabilities: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        """The saved record, one line of `results.jsonl`: everything but the predictions."""
+        """The saved record, one line of `results.jsonl`: everything but predictions, confidences, probabilities."""
         record = asdict(self)
-        del record["predictions"]
+        for name in _NOT_SAVED:
+            del record[name]
         record["metrics"] = {name: float(value) for name, value in self.metrics.items()}
         return record
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Result:
         """Reads a saved record; a missing or unknown entry is a `UserError` that names it."""
-        known = {entry.name for entry in fields(cls)} - {"predictions"}
+        known = {entry.name for entry in fields(cls)} - _NOT_SAVED
         if set(record) != known:
             odd = sorted(set(record) ^ known)
             raise UserError(f"a Result has the entries {sorted(known)}; missing or unknown here: {odd}")
@@ -186,7 +192,7 @@ def _scores(counts_RK: np.ndarray, rows: np.ndarray, columns: np.ndarray, num_cl
 
 def _sum_by(counts_RK: np.ndarray, group_K: np.ndarray, num_groups: int) -> np.ndarray:
     """(R, C): the K cells summed by their group."""
-    sums = np.zeros((num_groups, len(counts_RK)), dtype=np.int64)
+    sums = np.zeros((num_groups, len(counts_RK)), dtype=counts_RK.dtype)
     if len(group_K):
         order = np.argsort(group_K, kind="stable")
         present, first = np.unique(group_K[order], return_index=True)
@@ -216,6 +222,68 @@ def mean_interval(
     return float(counts @ distinct / total), float(low), float(high)
 
 
+def draw_metrics(
+    labels: np.ndarray, predictions: np.ndarray, num_classes: int, *, seed: int = 0, resamples: int = RESAMPLES
+) -> dict[str, float]:
+    """top1 and balanced_accuracy of A classifiers, each from a draw of its own, on the same N images.
+
+    Means over the draws; 95 % intervals over both draws and images (`crossed_interval`); `top1_std` is the standard
+    deviation over the draws, A - 1 in its denominator (0 for one draw).
+
+    Args:
+        labels: (N,) int64 in [0, C).
+        predictions: (A, N) int64.
+        num_classes: C.
+        seed: of the resampling.
+        resamples: of the bootstrap.
+    """
+    right = predictions == labels
+    overall, by_class = _crossed(right, labels, num_classes, seed, resamples)
+    counts = np.bincount(labels, minlength=num_classes)
+    recalls = np.array([np.bincount(labels, one, num_classes) for one in right])[:, counts > 0] / counts[counts > 0]
+    metrics: dict[str, float] = {}
+    for name, value, drawn in (("top1", right.mean(), overall), ("balanced_accuracy", recalls.mean(), by_class)):
+        low, high = np.percentile(drawn, (2.5, 97.5))
+        metrics |= {name: float(value), f"{name}_low": float(low), f"{name}_high": float(high)}
+    metrics["top1_std"] = float(right.mean(axis=1).std(ddof=1)) if len(right) > 1 else 0.0
+    return metrics
+
+
+def crossed_interval(values: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES) -> tuple[float, float, float]:
+    """Mean of values (A, N), A draws scored on the same N images, with its 95 % interval: (mean, low, high).
+
+    Draws and images are resampled apart from each other (the pigeonhole bootstrap, Owen 2007, Annals of Applied
+    Statistics 1(2)): resampling the A x N values as if they were independent would make the interval too narrow.
+    """
+    drawn, _ = _crossed(values, np.zeros(values.shape[1], dtype=np.int64), 1, seed, resamples)
+    low, high = np.percentile(drawn, (2.5, 97.5))
+    return float(values.mean()), float(low), float(high)
+
+
+def _crossed(
+    values_AN: np.ndarray, group_N: np.ndarray, num_groups: int, seed: int, resamples: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Resampled means (R,) over all images, and over the groups that occur, each alike.
+
+    Images with the same group and the same values in all draws are one cell; counts of cells are drawn.
+    """
+    cells, counts = np.unique(np.vstack((group_N, values_AN)).T, axis=0, return_counts=True)
+    groups, values_KA = cells[:, 0].astype(np.int64), cells[:, 1:].astype(np.float64)
+    draws, total = len(values_AN), int(counts.sum())
+    rng = np.random.default_rng(seed)
+    overall, grouped = [], []
+    block = max(1, min(resamples, _BLOCK_COUNTS // len(counts)))
+    for start in range(0, resamples, block):
+        size = min(block, resamples - start)
+        counts_RK = rng.multinomial(total, counts / total, size=size).astype(np.float64)
+        shares_RA = rng.multinomial(draws, np.full(draws, 1 / draws), size=size) / draws
+        sums_RG = _sum_by(counts_RK * (shares_RA @ values_KA.T), groups, num_groups)
+        counts_RG = _sum_by(counts_RK, groups, num_groups)
+        overall.append(sums_RG.sum(axis=1) / total)
+        grouped.append((sums_RG / np.maximum(counts_RG, 1)).sum(axis=1) / (counts_RG > 0).sum(axis=1))
+    return np.concatenate(overall), np.concatenate(grouped)
+
+
 def paired_difference(
     labels: np.ndarray, predictions: np.ndarray, other: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES
 ) -> tuple[float, float, float]:
@@ -225,10 +293,12 @@ def paired_difference(
 
     Args:
         labels: (N,) int64.
-        predictions: (N,) int64.
-        other: (N,) int64 of the features to compare with.
+        predictions: (N,) int64, or (A, N) of A draws.
+        other: of the same shape, of the features to compare with; draw a of both saw the same training images.
         seed: of the resampling.
         resamples: of the bootstrap.
     """
     difference = (predictions == labels).astype(np.int64) - (other == labels).astype(np.int64)
+    if difference.ndim == 2:
+        return crossed_interval(difference, seed=seed, resamples=resamples)
     return mean_interval(difference, seed=seed, resamples=resamples)

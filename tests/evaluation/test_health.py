@@ -5,8 +5,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from scipy.special import hyp0f1
+from scipy.stats import skew
 
-from ssl_kit.evaluation.health import alignment, health, per_dimension_std, sample_rows, uniformity
+from ssl_kit.core.spectrum import effective_rank
+from ssl_kit.evaluation.health import alignment, health, hubness, lidar, per_dimension_std, sample_rows, uniformity
 
 
 def isotropic(count, dim, seed=0):
@@ -65,3 +67,44 @@ def test_record_holds_the_measures():
     assert record.metrics["rank_fraction"] == pytest.approx(1, abs=0.01)
     assert record.metrics["std"] == pytest.approx(1, abs=0.01)
     assert record.metrics["alignment"] == 0.0
+
+
+@pytest.mark.parametrize("clusters", [2, 5, 12])
+def test_lidar_counts_well_separated_clusters(clusters):
+    # images of one class at equal distances from all others: C - 1 directions, whatever the dimension
+    rng = np.random.default_rng(0)
+    centres = 100 * np.eye(clusters, 20)[np.arange(clusters)]
+    rotation, _ = np.linalg.qr(rng.standard_normal((20, 20)))
+    views = [(centres + 0.1 * rng.standard_normal((clusters, 20))) @ rotation for _ in range(400)]
+    assert lidar(views) == pytest.approx(clusters - 1, rel=0.02)
+    assert lidar([1e-3 * view for view in views]) == pytest.approx(lidar(views), rel=1e-6)
+
+
+def test_lidar_is_blind_to_directions_in_which_only_the_views_differ():
+    rng = np.random.default_rng(1)
+    images = rng.standard_normal((500, 8)) * np.r_[np.ones(4), np.zeros(4)]
+    scatter = np.r_[0.1 * np.ones(4), 3 * np.ones(4)]
+    views = [images + scatter * rng.standard_normal((500, 8)) for _ in range(10)]
+    assert lidar(views) == pytest.approx(4, abs=0.1)
+    assert effective_rank(np.concatenate(views)) > 6  # which RankMe takes for information
+    assert lidar(views) <= 8
+
+
+def test_lidar_of_collapsed_features_is_one():
+    assert lidar([np.ones((10, 4))] * 3) == 1.0
+
+
+def test_hubness_is_the_skewness_of_the_k_occurrence():
+    features = isotropic(400, 50) + 0.5
+    cosines = features @ features.T / np.outer(*[np.linalg.norm(features, axis=1)] * 2)
+    np.fill_diagonal(cosines, -2)
+    counts = np.bincount(np.argsort(-cosines, axis=1)[:, :10].ravel(), minlength=400)
+    assert hubness(features) == pytest.approx(skew(counts), rel=1e-3)
+
+
+def test_a_ring_has_no_hubs_and_high_dimensions_have():
+    angles = 2 * np.pi * np.arange(200) / 200
+    assert abs(hubness(np.stack((np.cos(angles), np.sin(angles)), axis=1), k=2)) < 0.5
+    # distances to the mean differ, and what lies near it is near to all: Radovanovic et al., section 4
+    scattered = np.abs(isotropic(2_000, 100))
+    assert hubness(scattered) > 2 > hubness(np.abs(isotropic(2_000, 3)))

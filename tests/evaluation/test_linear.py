@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
-from ssl_kit.evaluation.linear import Scaling, curvature, fit_logistic, linear_probe
+from ssl_kit.evaluation.linear import Scaling, _cholesky, class_weights, curvature, fit_logistic, linear_probe
+from ssl_kit.evaluation.result import holdout
 
 
 def clusters(count, dim=24, num_classes=4, seed=0):
@@ -53,14 +55,19 @@ def test_candidates_solved_together_equal_each_alone():
     assert together.objective == pytest.approx(alone, abs=2e-6)
 
 
-def test_fewer_images_than_dimensions():
-    train, labels = clusters(40, dim=100)
-    result = linear_probe(as_embeddings(train, labels), as_embeddings(train, labels), l2=1e-4)
-    x, _ = standardised(train, train)
-    reference = LogisticRegression(C=1 / (1e-4 * len(x)), tol=1e-8, max_iter=5_000).fit(x, labels)
+def test_fewer_images_than_dimensions_are_solved_among_themselves(monkeypatch):
+    (train, labels), (test, test_labels) = clusters(40, dim=100), clusters(300, dim=100, seed=1)
+    solved = []
+    monkeypatch.setattr(
+        "ssl_kit.evaluation.linear.curvature", lambda points: solved.append(points.shape) or curvature(points)
+    )
+    result = linear_probe(as_embeddings(train, labels), as_embeddings(test, test_labels), l2=1e-2)
+    assert solved == [(40, 40)]  # D^3 of the dimensions would be 15 times as many operations
+    x, x_test = standardised(train, test)
+    reference = LogisticRegression(C=1 / (1e-2 * len(x)), tol=1e-8, max_iter=5_000).fit(x, labels)
     loss = -reference.predict_log_proba(x)[np.arange(len(x)), labels].mean()
-    assert result.settings["objective"] == pytest.approx(loss + 5e-5 * (reference.coef_**2).sum(), abs=1e-4)
-    assert result.metrics["top1"] == 1.0
+    assert result.settings["objective"] == pytest.approx(loss + 5e-3 * (reference.coef_**2).sum(), abs=1e-4)
+    assert (result.predictions == reference.predict(x_test)).mean() > 0.98
 
 
 def test_scaling_standardises_and_silences_constants():
@@ -113,3 +120,64 @@ def test_probe_leaves_the_features_alone():
     linear_probe(as_embeddings(train, labels), as_embeddings(test, test_labels))
     assert np.array_equal(before[0], train)
     assert np.array_equal(before[1], test)
+
+
+def test_balanced_probe_equals_scikit_learn():
+    (train, labels), (test, test_labels) = clusters(1_500), clusters(2_000, seed=1)
+    rows = np.flatnonzero((labels < 2) | (np.arange(len(labels)) % 8 == 0))  # two classes are rare
+    train, labels = train[rows], labels[rows]
+    x, x_test = standardised(train, test)
+    reference = LogisticRegression(C=1 / (1e-3 * len(x)), tol=1e-8, max_iter=5_000, class_weight="balanced")
+    reference.fit(x, labels)
+    sets = as_embeddings(train, labels), as_embeddings(test, test_labels)
+    result = linear_probe(*sets, l2=1e-3, balanced=True)
+    assert (result.predictions == reference.predict(x_test)).mean() > 0.995
+    confidences = reference.predict_proba(x_test).max(axis=1)
+    assert np.abs(result.confidences - confidences).mean() < 1e-3
+    plain = linear_probe(*sets, l2=1e-3)
+    assert result.metrics["balanced_accuracy"] > plain.metrics["balanced_accuracy"] + 0.02
+
+
+def test_balanced_choice_is_by_balanced_accuracy():
+    train, labels = clusters(600)
+    labels = np.where((labels == 3) & (np.arange(600) % 5 > 0), 0, labels)
+    sets = as_embeddings(train, labels), as_embeddings(*clusters(200, seed=1))
+    settings = linear_probe(*sets, balanced=True).settings
+    fitted, held = holdout(labels)
+    scaling = Scaling.of(train)
+    x, y = scaling.apply(train), torch.from_numpy(labels)
+    path = settings["l2_candidates"]
+    weights = class_weights(labels[fitted], 4)
+    fit = fit_logistic(x[fitted], y[fitted], 4, path, curvature(x), row_weights=weights)
+    wanted = [balanced_accuracy_score(labels[held], found) for found in fit.predict(x[held])]
+    assert settings["held_out_balanced_accuracy"] == pytest.approx(wanted)
+    assert settings["l2"] == path[int(np.argmax(wanted))]
+
+
+def test_probabilities_equal_scikit_learn_and_scores_come_from_them():
+    (train, labels), (test, test_labels) = clusters(1_500), clusters(1_000, seed=1)
+    x, x_test = standardised(train, test)
+    reference = LogisticRegression(C=1 / (1e-3 * len(x)), tol=1e-8, max_iter=5_000).fit(x, labels)
+    result = linear_probe(as_embeddings(train, labels), as_embeddings(test, test_labels), l2=1e-3)
+    wanted = roc_auc_score(test_labels, reference.predict_proba(x_test), multi_class="ovr")
+    assert result.metrics["auroc"] == pytest.approx(wanted, abs=1e-3)
+    assert np.abs(result.confidences - reference.predict_proba(x_test).max(axis=1)).max() < 0.01
+    assert result.metrics["ece"] < 0.05
+
+
+def test_equal_columns_have_a_solution():
+    # grey images as RGB: a third of the directions, and rounding puts the others' eigenvalues below zero
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 300)
+    grey = rng.standard_normal((300, 6)) @ rng.standard_normal((6, 400)) + 3 * labels[:, None]
+    features = np.repeat(grey, 3, axis=1).astype(np.float32)
+    result = linear_probe(as_embeddings(features, labels, 2), as_embeddings(features, labels, 2))
+    assert result.metrics["top1"] > 0.95
+
+
+def test_a_moment_with_negative_eigenvalues_gets_the_ridge_it_needs():
+    moment = torch.diag(torch.tensor([1.0, 1e-3, -1e-5], dtype=torch.float64))
+    factor = _cholesky(moment, 1e-6, 1e-6)
+    assert torch.allclose(factor @ factor.T, moment, atol=2e-4)
+    healthy = torch.eye(3, dtype=torch.float64)
+    assert torch.allclose(_cholesky(healthy, 1e-6, 1e-6).square(), healthy * (1 + 2e-6), rtol=1e-12)

@@ -13,6 +13,8 @@ from ssl_kit.evaluation.result import (
     Result,
     classification_metrics,
     confusion_matrix,
+    crossed_interval,
+    draw_metrics,
     holdout,
     labelled,
     mean_interval,
@@ -123,3 +125,46 @@ def test_record_survives_json_and_leaves_the_predictions_behind():
 
 def test_confusion_rows_are_labels():
     assert confusion_matrix(np.array([0, 0, 1]), np.array([1, 1, 1]), 2).tolist() == [[0, 2], [0, 1]]
+
+
+def draws_of(accuracies, count=400, seed=0):
+    rng = np.random.default_rng(seed)
+    labels, hard = rng.integers(0, 3, count), rng.random(count)
+    predictions = [np.where(hard + 0.3 * rng.random(count) < one, labels, (labels + 1) % 3) for one in accuracies]
+    return labels, np.array(predictions)
+
+
+def test_interval_over_draws_equals_resampling_draws_and_images():
+    labels, predictions = draws_of((0.5, 0.6, 0.75, 0.9))
+    right = predictions == labels
+    value, low, high = crossed_interval(right, resamples=10_000)
+    rng = np.random.default_rng(7)
+    drawn = [right[rng.integers(0, 4, 4)][:, rng.integers(0, 400, 400)].mean() for _ in range(10_000)]
+    wanted_low, wanted_high = np.percentile(drawn, (2.5, 97.5))
+    assert value == pytest.approx(right.mean())
+    assert (low, high) == pytest.approx((wanted_low, wanted_high), abs=0.015)
+    independent = mean_interval(right.ravel())
+    assert high - low > 1.5 * (independent[2] - independent[1])
+
+
+def test_scores_of_draws_are_means_and_one_draw_is_a_plain_score():
+    labels, predictions = draws_of((0.5, 0.8))
+    metrics = draw_metrics(labels, predictions, 3)
+    each = [balanced_accuracy_score(labels, one) for one in predictions]
+    assert metrics["balanced_accuracy"] == pytest.approx(np.mean(each))
+    assert metrics["top1_std"] == pytest.approx(np.std((predictions == labels).mean(axis=1), ddof=1))
+    assert metrics["balanced_accuracy_low"] < metrics["balanced_accuracy"] < metrics["balanced_accuracy_high"]
+    one, plain = draw_metrics(labels, predictions[:1], 3), classification_metrics(labels, predictions[0], 3)
+    assert one["top1_std"] == 0.0
+    for name in ("top1_low", "top1_high", "balanced_accuracy_low", "balanced_accuracy_high"):
+        assert one[name] == pytest.approx(plain[name], abs=0.006)
+
+
+def test_draws_are_compared_draw_by_draw():
+    labels, predictions = draws_of((0.5, 0.6, 0.75, 0.9))
+    worse = np.where(np.arange(400) % 10 == 0, (labels + 2) % 3, predictions)
+    gain, low, high = paired_difference(labels, predictions, worse)
+    assert gain == pytest.approx((predictions == labels).mean() - (worse == labels).mean())
+    assert low > 0 and high - low < 0.1  # the draws' own spread, 0.4, has gone
+    _, low_alone, high_alone = mean_interval(((predictions == labels).astype(int) - (worse == labels)).ravel())
+    assert high - low > 1.3 * (high_alone - low_alone)  # an image counts once, however many draws saw it

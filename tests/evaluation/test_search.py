@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 
 from ssl_kit.core.errors import UserError
-from ssl_kit.core.files import DamagedError
+from ssl_kit.core.files import DamagedError, write_sealed
+from ssl_kit.core.sealed import read_sealed
 from ssl_kit.embeddings import Embeddings
-from ssl_kit.evaluation.neighbours import (
+from ssl_kit.evaluation.index import (
     _others,
     build_index,
     default_key,
-    normalised,
-    read_index,
     search_index,
-    write_index,
 )
+from ssl_kit.evaluation.index_file import read_index, write_index
+from ssl_kit.evaluation.neighbours import normalised
 from ssl_kit.verbs.embed import embed
 from ssl_kit.verbs.index import index
 from ssl_kit.verbs.search import search
@@ -158,9 +158,8 @@ def test_other_encoder_is_refused_with_both_hashes(indexed, images, make_encoder
 
 def test_moved_encoder_is_asked_for_and_taken(indexed, images, encoder, tmp_path):
     folder = shutil.copytree(indexed, tmp_path / "emb")
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["encoder"] = "/nowhere/encoder"
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    manifest = read_sealed(folder / "manifest.json")
+    write_sealed(folder / "manifest.json", manifest | {"encoder": "/nowhere/encoder"})
     name = str(images / "train" / "red" / "00.png")
     with pytest.raises(UserError, match="say where it is with --encoder"):
         search(str(folder), [name])
@@ -187,8 +186,8 @@ def test_mistakes_are_one_line(indexed, images, tmp_path):
 
 def test_search_before_index_names_the_command(indexed, images, tmp_path):
     folder = shutil.copytree(indexed, tmp_path / "emb")
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = read_sealed(folder / "manifest.json")
     del manifest["files"]["index.faiss"]
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_sealed(folder / "manifest.json", manifest)
     with pytest.raises(UserError, match="ssl-kit index"):
         search(str(folder), [str(images / "test" / "red" / "00.png")])

@@ -1,0 +1,206 @@
+"""Attentive probe: a classifier that attends to the tokens of a frozen encoder before it averages them.
+
+Psomas et al. 2025, arXiv:2506.10178 ("efficient probing"): Q learned queries meet the tokens themselves, without key
+projection; each pools one part of their values. Masked autoencoders keep what they know in patch tokens, so that a
+linear probe of their mean understates them. With one query of zeros it is the linear probe of the mean token.
+
+    a_q = softmax(t u_q / sqrt(D))    pooled = concat_q(V_q a_q t)    logits = W pooled + b
+
+Letters: N images, T tokens per image, D width of a token, Q queries, C classes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssl_kit.core.errors import UserError
+from ssl_kit.core.random import permutation
+from ssl_kit.embeddings import Embeddings
+from ssl_kit.encoders.encoder import Encoder
+from ssl_kit.evaluation.result import Result, classification_metrics, holdout, labelled, made_by
+
+LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+_QUERIES = 8
+_EPOCHS = 12
+_BATCH = 512
+_WEIGHT_DECAY = 1e-2
+_BLOCK = 2_048  # images predicted at once
+_STREAM = 100_010  # of core/random.py
+
+
+class Tokens(nn.Module):
+    """All tokens of an encoder's last layer as one long vector: (B, C, h, w) in [0, 1] to (B, T * D), for `embed`.
+
+    A ViT's special tokens and patches, or the positions of a CNN's last feature map.
+
+    Attributes:
+        width: D.
+        dim: T * D.
+    """
+
+    def __init__(self, encoder: Encoder):
+        super().__init__()
+        self.encoder = encoder
+        self.sha256 = encoder.sha256
+        self.width: int = encoder.num_features
+        device = next(encoder.parameters()).device
+        with torch.inference_mode():
+            shape = self._tokens(torch.zeros(1, encoder.channels, *encoder.image_size, device=device)).shape
+        self.dim: int = shape[1] * shape[2]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, h, w) to (B, T * D) float32."""
+        return self._tokens(images).flatten(1).float()
+
+    def _tokens(self, images: Tensor) -> Tensor:
+        features = self.encoder.model.forward_features(self.encoder.normalise(images))
+        return features.flatten(2).transpose(1, 2) if features.ndim == 4 else features  # (B, T, D)
+
+
+class AttentivePooling(nn.Module):
+    """Tokens (B, T, D), standardised, to logits (B, C).
+
+    Args:
+        width: D.
+        num_classes: C.
+        queries: Q, a divisor of D.
+    """
+
+    def __init__(self, width: int, num_classes: int, queries: int):
+        super().__init__()
+        if width % queries:
+            raise UserError(f"{queries} queries do not divide tokens of width {width}; choose a divisor")
+        self.queries = nn.Parameter(torch.zeros(queries, width))
+        self.values = nn.Parameter(torch.empty(queries, width // queries, width))
+        self.classifier = nn.Linear(width, num_classes)
+        nn.init.normal_(self.values, std=width**-0.5)
+        nn.init.normal_(self.queries, std=0.02)  # nearly the mean: different enough to part
+        nn.init.zeros_(self.classifier.weight)
+        nn.init.zeros_(self.classifier.bias)
+
+    def attention(self, tokens: Tensor) -> Tensor:
+        """(B, T, D) to (B, Q, T), rows sum to 1: where each query looks."""
+        return (self.queries @ tokens.transpose(1, 2) * tokens.shape[2] ** -0.5).softmax(dim=2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, T, D) to (B, C)."""
+        seen = self.attention(tokens) @ tokens  # (B, Q, D)
+        pooled = torch.einsum("bqd,qvd->bqv", seen, self.values).flatten(1)  # (B, D)
+        return self.classifier(F.layer_norm(pooled, pooled.shape[1:]))
+
+
+def attentive_probe(
+    train: Embeddings,
+    test: Embeddings,
+    *,
+    width: int,
+    lr: float | Sequence[float] = LEARNING_RATES,
+    epochs: int = _EPOCHS,
+    queries: int = _QUERIES,
+    seed: int = 0,
+    features: str = "encoder",
+) -> Result:
+    """Top-1, balanced accuracy and macro-F1 of an attentive classifier on frozen tokens, with 95 % intervals.
+
+    Args:
+        train: vectors (N, T * D), tokens as `Tokens` lays them out; rows without a label are left out.
+        test: read once, after everything is chosen.
+        width: D.
+        lr: peak learning rate of AdamW, or candidates: the best top-1 on a held-out fifth of train is chosen (equal
+            scores: the smallest) and trained again on all of train.
+        epochs: passes over train, cosine schedule.
+        queries: Q.
+        seed: of the held-out split, the initial weights, the order and the bootstrap.
+        features: what the vectors are, for the record.
+    """
+    started = time.perf_counter()
+    vectors, labels = labelled(train, "train")
+    test_vectors, test_labels = labelled(test, "test")
+    if vectors.shape[1] % width:
+        raise UserError(f"vectors of {vectors.shape[1]} numbers are no whole tokens of width {width}")
+    num_classes = int(max(len(train.classes), labels.max() + 1, test_labels.max() + 1))
+    tokens = vectors.reshape(len(vectors), -1, width)
+    candidates = [float(lr)] if isinstance(lr, int | float) else sorted(map(float, lr))
+    settings: dict[str, Any] = {"lr_candidates": candidates, "epochs": epochs, "queries": queries, "batch_size": _BATCH}
+    best = 0
+    fit = lambda rows, rate: _fit(tokens, labels, rows, num_classes, rate, epochs, queries, seed)
+    if len(candidates) > 1:
+        fitted, held = holdout(labels, seed=seed)
+        scores = [float((_predict(fit(fitted, rate), tokens[held]) == labels[held]).mean()) for rate in candidates]
+        best = int(np.argmax(scores))
+        settings |= {"held_out": 0.2, "held_out_top1": scores, "at_edge": best in (0, len(candidates) - 1)}
+    probe = fit(np.arange(len(labels)), candidates[best])
+    predictions = _predict(probe, test_vectors.reshape(len(test_vectors), -1, width))
+    metrics = classification_metrics(test_labels, predictions, num_classes, seed=seed)
+    settings |= {"lr": candidates[best], "num_train": len(labels), "num_test": len(test_labels)}
+    settings |= {"tokens": tokens.shape[1], "dim": width, "seed": seed}
+    seconds = time.perf_counter() - started
+    return Result("attentive", features, metrics, settings, made_by(train, test), seconds, predictions)
+
+
+class _Probe(nn.Module):
+    """Standardises tokens by the training set's statistics, then pools."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, pooling: AttentivePooling, mean: Tensor, scale: Tensor):
+        super().__init__()
+        self.pooling = pooling
+        self.register_buffer("mean", mean)
+        self.register_buffer("scale", scale)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.pooling((tokens - self.mean) * self.scale)
+
+
+def _fit(
+    tokens: np.ndarray,
+    labels: np.ndarray,
+    rows: np.ndarray,
+    num_classes: int,
+    lr: float,
+    epochs: int,
+    queries: int,
+    seed: int,
+) -> _Probe:
+    """Trains on tokens[rows], (N, T, D); a pure function of its arguments."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pooling = AttentivePooling(tokens.shape[2], num_classes, queries)
+    sample = tokens[rows[: 8 * _BLOCK]].reshape(-1, tokens.shape[2])
+    deviation = sample.std(axis=0)
+    mean, scale = torch.from_numpy(sample.mean(axis=0)), torch.from_numpy(1 / np.maximum(deviation, 1e-6))
+    probe = _Probe(pooling, mean, scale)
+    optimiser = torch.optim.AdamW(probe.parameters(), lr=lr, weight_decay=_WEIGHT_DECAY, fused=True)
+    steps = epochs * -(-len(rows) // _BATCH)
+    rising = 0.1 if steps > 10 else 0.15  # a tenth of 10 steps would be a first phase of length 0, and divides by it
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, lr, total_steps=steps, pct_start=rising, anneal_strategy="cos"
+    )
+    targets = torch.from_numpy(labels)
+    for epoch in range(epochs):
+        order = rows[permutation(seed, epoch, len(rows), _STREAM)]
+        for start in range(0, len(order), _BATCH):
+            chosen = order[start : start + _BATCH]
+            loss = F.cross_entropy(probe(torch.from_numpy(tokens[chosen])), targets[chosen])
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+    return probe.eval()
+
+
+def _predict(probe: _Probe, tokens: np.ndarray) -> np.ndarray:
+    with torch.inference_mode():
+        parts = [
+            probe(torch.from_numpy(tokens[start : start + _BLOCK])).argmax(1) for start in range(0, len(tokens), _BLOCK)
+        ]
+    return torch.cat(parts).numpy()

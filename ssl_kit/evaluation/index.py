@@ -1,0 +1,245 @@
+"""FAISS indexes whose recall is measured: chosen by size and memory, trained, filled, tuned, searched.
+
+Vectors are searched by their cosine: L2-normalised copies, inner product. They come in blocks, so that an index of more
+vectors than fit into memory can be built. Letters: Q queries, N vectors, D dimensions, K neighbours.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch  # noqa: F401  before faiss, always: two OpenMP runtimes, and this order is the one that works
+
+import faiss  # isort: skip
+
+from ssl_kit.core.errors import DamagedError, UserError
+from ssl_kit.core.random import permutation
+from ssl_kit.evaluation.neighbours import normalised, search
+
+_EXACT_BYTES = 250e6  # read by one exact query; 5 GB/s from memory make that 50 ms
+_SHARE = 0.5  # of the available memory that an index may take
+_QUERIES = 1_000  # half of them tune nprobe, half measure the recall
+_PER_LIST = 64  # training vectors for each list; FAISS asks for at least 39
+_TRAINING = 65_536  # training vectors, at least
+_MARGIN = 0.2  # of what is missing to 1, aimed at above the wanted recall: 500 tuning queries may flatter by 0.01
+_K_FACTOR = 16  # candidates per result that the codes pass on to the exact refinement
+_STREAM_QUERIES = 100_006  # of core/random.py
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """N vectors of D dimensions that need not be in memory together.
+
+    `blocks()` goes through them in order, (rows, D) float32 each, as often as it is called.
+    """
+
+    count: int
+    dim: int
+    blocks: Callable[[], Iterable[np.ndarray]]
+
+
+@dataclass
+class Built:
+    """An index of normalised vectors by inner product, and what was measured on it.
+
+    Attributes:
+        index: a FAISS index; row i of it is row i of the vectors.
+        key: of FAISS's index factory.
+        recall: fraction in [0, 1] of the exact 10 nearest rows that the index finds, on queries that neither trained
+            nor tuned it; a query is not its own neighbour.
+        nprobe: lists visited per query; None for an exact index.
+        ms_per_query: wall time of single queries, milliseconds.
+        zero: rows (Z,) without a direction, all zeros: their cosine to anything is 0.
+    """
+
+    index: faiss.Index
+    key: str
+    recall: float
+    nprobe: int | None
+    ms_per_query: float
+    zero: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+
+
+def default_key(count: int, dim: int, memory: float = float("inf"), mapped: bool = False) -> str:
+    """The FAISS key for `count` vectors of `dim`: exact while one query takes under 50 ms, lists beyond.
+
+    Lists hold 4-bit product codes scanned by fast-scan, refined by float16 vectors, where `dim` divides by 4 and half
+    of the memory holds them; otherwise 8-bit scalar codes, which can be mapped into memory; byte product codes of two
+    dimensions each where those do not fit either.
+
+    Args:
+        count: N.
+        dim: D.
+        memory: bytes that can be had.
+        mapped: the index will be used from disk: fast-scan lists and refinement would be read into memory.
+    """
+    if 4 * count * dim <= _EXACT_BYTES and not mapped:
+        return "Flat"
+    fits = lambda bytes_per_vector: count * (bytes_per_vector + 8) <= _SHARE * memory  # 8: of the id
+    if dim % 4 == 0 and not mapped and fits(2.125 * dim):
+        return lists_key(count, f"PQ{dim // 4}x4fs,Refine(SQfp16)")
+    return lists_key(count, f"PQ{dim // 2}" if dim % 2 == 0 and not fits(dim) else "SQ8")
+
+
+def lists_key(count: int, codes: str) -> str:
+    """The key of inverted lists for `count` vectors: about four times the square root, a power of two."""
+    return f"IVF{2 ** round(np.log2(4 * np.sqrt(count)))},{codes}"
+
+
+def build_index(
+    vectors: np.ndarray | Gallery,
+    key: str = "auto",
+    recall: float = 0.95,
+    seed: int = 0,
+    *,
+    memory: float = float("inf"),
+    mapped: bool = False,
+) -> Built:
+    """Trains and fills an index and measures its recall against exact search.
+
+    Args:
+        vectors: (N, D) or a gallery; the cosine is what is searched by.
+        key: of FAISS's index factory, or "auto" for `default_key`.
+        recall: wanted recall@10 in [0, 1]; `nprobe` is doubled until held-out queries reach it.
+        seed: which rows are queries.
+        memory: bytes that the index may count on; for "auto".
+        mapped: the index will be used from disk; for "auto".
+
+    Raises:
+        UserError: FAISS does not know the key, or it does not fit the vectors; a vector is NaN or infinite.
+    """
+    given = vectors if isinstance(vectors, Gallery) else Gallery(len(vectors), vectors.shape[1], lambda: [vectors])
+    gallery = Gallery(given.count, given.dim, lambda: _finite(given.blocks()))
+    key = default_key(gallery.count, gallery.dim, memory, mapped) if key == "auto" else key
+    try:
+        index = faiss.index_factory(gallery.dim, key, faiss.METRIC_INNER_PRODUCT)
+        queries, query_vectors = _train(index, gallery, seed)
+        exact, zero = _fill(index, gallery, queries, query_vectors)
+    except RuntimeError as error:
+        line = str(error).strip().splitlines()[-1]
+        what = f"{gallery.count:,} vectors of {gallery.dim}"
+        raise UserError(f"--key {key} does not work for {what}: {line}; try --key auto") from error
+    if isinstance(index, faiss.IndexRefine):
+        index.k_factor = _K_FACTOR
+    tuning, measuring = np.array_split(np.arange(len(queries)), 2)
+    measured = lambda part: _recall(index, query_vectors[part], queries[part], exact[part])
+    lists = faiss.try_extract_index_ivf(index)
+    if lists is not None:
+        lists.nprobe = 1
+        aim = recall + _MARGIN * (1 - recall)
+        while measured(tuning) < aim and lists.nprobe < lists.nlist:
+            lists.nprobe = min(2 * lists.nprobe, lists.nlist)
+    milliseconds = _milliseconds(index, query_vectors[measuring])
+    return Built(index, key, measured(measuring), lists.nprobe if lists is not None else None, milliseconds, zero)
+
+
+def _finite(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """The blocks; raises `UserError` at the first with a vector that is NaN or infinite."""
+    start = 0
+    for block in blocks:
+        bad = np.flatnonzero(~np.isfinite(block).all(axis=1))
+        if len(bad):
+            rows = ", ".join(f"{start + row:,}" for row in bad[:5])
+            raise UserError(f"{len(bad):,} vectors are NaN or infinite, rows {rows}; embed those images again")
+        yield block
+        start += len(block)
+
+
+def _train(index: faiss.Index, gallery: Gallery, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Trains an index on vectors other than the queries; the rows (Q,) and vectors (Q, D) of these."""
+    order = permutation(seed, 0, gallery.count, _STREAM_QUERIES)
+    queries = np.sort(order[: min(_QUERIES, max(2, gallery.count // 10))])
+    lists = faiss.try_extract_index_ivf(index)
+    wanted = 0 if index.is_trained else max(_TRAINING, _PER_LIST * (lists.nlist if lists is not None else 1))
+    others = order[len(queries) :] if gallery.count > _QUERIES else order  # few vectors train together with the queries
+    training = np.sort(others[:wanted])
+    query_vectors, training_vectors = _gather(gallery, queries), _gather(gallery, training)
+    if wanted:
+        index.train(training_vectors)
+    shuffled = permutation(seed, 1, len(queries), _STREAM_QUERIES)
+    return queries[shuffled], query_vectors[shuffled]
+
+
+def _gather(gallery: Gallery, rows: np.ndarray) -> np.ndarray:
+    """(len(rows), D) normalised vectors at ascending `rows`."""
+    picked, start = [np.empty((0, gallery.dim), dtype=np.float32)], 0
+    for block in gallery.blocks() if len(rows) else ():
+        low, high = np.searchsorted(rows, (start, start + len(block)))
+        picked.append(normalised(block[rows[low:high] - start]))
+        start += len(block)
+    return np.concatenate(picked)
+
+
+def _fill(
+    index: faiss.Index, gallery: Gallery, queries: np.ndarray, query_vectors: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Adds all vectors; from the same pass the exact nearest rows of each query (Q, 11), itself among them.
+
+    Returns:
+        these, and the rows (Z,) of vectors that are zero.
+    """
+    zero = [np.empty(0, dtype=np.int64)]
+    scores = np.empty((len(queries), 0), dtype=np.float32)
+    rows = np.empty((len(queries), 0), dtype=np.int64)
+    start = 0
+    for block in gallery.blocks():
+        vectors = normalised(block)
+        index.add(vectors)
+        zero.append(start + np.flatnonzero(~vectors.any(axis=1)))
+        near, ids = search(vectors, query_vectors, 11)
+        scores, rows = np.concatenate((scores, near), axis=1), np.concatenate((rows, ids + start), axis=1)
+        best = np.lexsort((rows, -scores), axis=1)[:, :11]
+        scores, rows = np.take_along_axis(scores, best, 1), np.take_along_axis(rows, best, 1)
+        start += len(block)
+    assert index.ntotal == gallery.count, "blocks are the gallery"
+    return rows, np.concatenate(zero)
+
+
+def _others(ids: np.ndarray, queries: np.ndarray) -> list[np.ndarray]:
+    """Per query its 10 nearest rows without itself."""
+    return [row[row != query][:10] for row, query in zip(ids, queries, strict=True)]
+
+
+def _recall(index: faiss.Index, vectors: np.ndarray, queries: np.ndarray, exact: np.ndarray) -> float:
+    found = _others(index.search(vectors, min(11, index.ntotal))[1], queries)
+    truths = _others(exact, queries)
+    hits = [len(np.intersect1d(one, truth)) for one, truth in zip(found, truths, strict=True)]
+    return sum(hits) / max(1, sum(len(truth) for truth in truths))
+
+
+def _milliseconds(index: faiss.Index, vectors: np.ndarray) -> float:
+    """Wall time of one query, mean of 50."""
+    few = vectors[:50]
+    started = time.perf_counter()
+    for query in few:
+        index.search(query[None], min(10, index.ntotal))
+    return 1_000 * (time.perf_counter() - started) / len(few)
+
+
+def search_index(index: faiss.Index, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines (Q, K) float32 and rows (Q, K) int64 of the nearest vectors, best first, K = min(k, vectors).
+
+    A row of -1, with a cosine of -inf or nearly, means that the visited lists held fewer than k vectors.
+
+    Raises:
+        UserError: queries of another dimension, NaN, infinite, or zero, which have no direction.
+        DamagedError: FAISS finds that the index makes no sense.
+    """
+    if queries.ndim != 2 or queries.shape[1] != index.d:
+        raise UserError(f"queries of shape {queries.shape}; wanted (queries, {index.d}), features of the same encoder")
+    finite = np.isfinite(queries).all(axis=1)
+    directions = normalised(np.where(finite[:, None], queries, 0))
+    wrong = np.flatnonzero(~directions.any(axis=1))
+    if len(wrong):
+        which = ", ".join(map(str, wrong[:5]))
+        raise UserError(f"{len(wrong)} of {len(queries)} queries are NaN, infinite or zero: number {which}, from 0")
+    k = min(k, index.ntotal)
+    if k == 0 or not len(queries):
+        return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
+    try:
+        return index.search(directions, k)
+    except (RuntimeError, MemoryError) as error:  # what FAISS checks no sooner
+        raise DamagedError(f"the index cannot be searched: {str(error).strip().splitlines()[-1]}") from error

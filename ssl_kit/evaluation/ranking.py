@@ -1,0 +1,181 @@
+"""Retrieval: do the nearest images show the same class, and is another crop of the same image found.
+
+Within classes, as Musgrave et al. 2020 (https://arxiv.org/abs/2003.08505, section 3.2) score metric learning: with R
+the number of other images of the query's class,
+
+    R-precision = hits among the first R / R      mAP@R = 1/R sum_{i <= R} (hits among the first i / i) [i is a hit]
+
+Between crops no label is needed: the right answer is the other crop of the same image. Similarity is the cosine.
+Letters: Q queries, N gallery rows, D dimensions, K results of a query.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ssl_kit.core.errors import UserError
+from ssl_kit.evaluation.features import Network, view_features
+from ssl_kit.evaluation.health import sample_rows
+from ssl_kit.evaluation.neighbours import normalised, search
+from ssl_kit.evaluation.result import Result, labelled, made_by, mean_interval, versions
+from ssl_kit.views.recipe import View
+
+if TYPE_CHECKING:
+    from ssl_kit.data.sources import Source
+    from ssl_kit.embeddings import Embeddings
+
+KS = (1, 5, 10)
+MAX_QUERIES = 10_000
+CROP_AREA = (0.2, 1.0)  # of the image, as the crops of masked autoencoders
+_BLOCK_BYTES = 64 * 2**20
+_RESULT_BYTES = 64  # per query and result: score, id, label, hits and what is made of them
+
+
+def retrieval(
+    gallery: Embeddings,
+    queries: Embeddings | None = None,
+    *,
+    ks: Sequence[int] = KS,
+    seed: int = 0,
+    features: str = "encoder",
+) -> Result:
+    """recall_at_k, precision_at_k, r_precision and map_at_r within classes, means over queries with 95 % intervals.
+
+    recall_at_k is the fraction of queries with at least one image of their class among the first k; precision_at_k the
+    mean fraction of the first k that is of the query's class.
+
+    Args:
+        gallery: rows without a label are left out.
+        queries: None = every gallery row asks for the others (the usual protocol, on the test images). Of more than
+            10,000 queries a seeded sample asks.
+        ks: cut-offs, each at most the number of images that can be found.
+        seed: of the sample and the bootstrap.
+        features: what the vectors are, for the record.
+
+    Raises:
+        UserError: no query has an image of its class to find.
+    """
+    started = time.perf_counter()
+    vectors, labels = labelled(gallery, "the gallery")
+    units = normalised(vectors)
+    rows = None if queries is not None else sample_rows(np.arange(len(units)), MAX_QUERIES, seed)
+    if queries is None:
+        asked, asked_labels = units[rows], labels[rows]
+    else:
+        asked, asked_labels = labelled(queries, "the queries")
+        chosen = sample_rows(np.arange(len(asked)), MAX_QUERIES, seed)
+        asked, asked_labels = normalised(asked[chosen]), asked_labels[chosen]
+    scores = _within_classes(units, labels, asked, asked_labels, rows, ks)
+    metrics: dict[str, float] = {}
+    for name, values in scores.items():
+        value, low, high = mean_interval(values, seed=seed)
+        metrics |= {name: value, f"{name}_low": low, f"{name}_high": high}
+    settings = {"ks": list(ks), "num_queries": len(asked), "num_gallery": len(units), "dim": units.shape[1]}
+    settings |= {"within": queries is None, "seed": seed}
+    made = made_by(gallery, gallery if queries is None else queries)
+    return Result("retrieval", features, metrics, settings, made, time.perf_counter() - started)
+
+
+def _within_classes(
+    units: np.ndarray,
+    labels: np.ndarray,
+    asked: np.ndarray,
+    asked_labels: np.ndarray,
+    rows: np.ndarray | None,
+    ks: Sequence[int],
+) -> dict[str, np.ndarray]:
+    """Scores of every query that has something to find, (Q,) each; `rows` are the queries' own gallery rows."""
+    own = 0 if rows is None else 1
+    counts = np.bincount(labels, minlength=int(asked_labels.max()) + 1)
+    findable = np.flatnonzero(counts[asked_labels] > own)
+    if not len(findable):
+        raise UserError("no class has a second image: retrieval within classes has nothing to find")
+    right = counts[asked_labels] - own
+    longest = min(len(units) - own, max(int(right[findable].max()), *ks))
+    block = max(1, _BLOCK_BYTES // (_RESULT_BYTES * longest))
+    found: dict[str, list[np.ndarray]] = {}
+    for start in range(0, len(findable), block):
+        these = findable[start : start + block]
+        ids = search(units, asked[these], longest + own)[1]
+        if rows is not None:
+            ids = _without(ids, rows[these])
+        hits = labels[ids] == asked_labels[these, None]
+        for name, values in _ranked(hits, right[these], ks).items():
+            found.setdefault(name, []).append(values)
+    return {name: np.concatenate(values) for name, values in found.items()}
+
+
+def _without(ids: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """ids (Q, K) without each query's own row, (Q, K - 1), in their order."""
+    others = ids != own[:, None]
+    others[others.all(axis=1), -1] = False  # so many equal images that its own row is not among the nearest
+    return ids[others].reshape(len(ids), -1)
+
+
+def _ranked(hits: np.ndarray, right: np.ndarray, ks: Sequence[int]) -> dict[str, np.ndarray]:
+    """Scores (Q,) of hits (Q, K) bool, best result first; `right` (Q,) is R, at most K."""
+    places = np.arange(1, hits.shape[1] + 1)
+    counted = hits & (places <= right[:, None])
+    precision = np.cumsum(hits, axis=1) / places
+    scores: dict[str, np.ndarray] = {
+        f"recall_at_{k}": np.asarray(hits[:, :k].any(axis=1), dtype=np.float64) for k in ks
+    }
+    scores |= {f"precision_at_{k}": precision[:, k - 1] for k in ks if k > 1}  # at 1 it is the recall
+    scores["r_precision"] = counted.sum(axis=1) / right
+    scores["map_at_r"] = (precision * counted).sum(axis=1) / right
+    return scores
+
+
+def instance_retrieval(
+    network: Network,
+    source: Source,
+    *,
+    count: int = 2_000,
+    area: tuple[float, float] = CROP_AREA,
+    ks: Sequence[int] = KS,
+    seed: int = 0,
+    features: str = "encoder",
+) -> Result:
+    """Is one crop of an image found by another: recall_at_k and the mean reciprocal rank, with 95 % intervals.
+
+    Two random crops, mirrored half of the time, of each of M images; every first crop asks among all second crops.
+
+    Args:
+        network: the encoder, or a baseline that has one.
+        source: images, labels are not used; those that cannot be decoded are left out.
+        count: M at most, drawn by the seed.
+        area: of the crops as a fraction of the image, (smallest, largest).
+        ks: cut-offs.
+        seed: of the sample, the crops and the bootstrap.
+        features: what the network is, for the record.
+    """
+    started = time.perf_counter()
+    view = View(network.image_size, crop=1, scale=area, flip_x=0.5)
+    rows = sample_rows(np.arange(len(source)), count, seed)
+    first, second = (normalised(part) for part in view_features(network, source, (view, replace(view)), rows, seed))
+    ranks = _ranks(first, second)
+    metrics: dict[str, float] = {}
+    scores = {f"recall_at_{k}": (ranks <= k).astype(np.float64) for k in ks} | {"mean_reciprocal_rank": 1 / ranks}
+    for name, values in scores.items():
+        value, low, high = mean_interval(values, seed=seed)
+        metrics |= {name: value, f"{name}_low": low, f"{name}_high": high}
+    settings = {"ks": list(ks), "num_images": len(first), "area": list(area), "dim": first.shape[1], "seed": seed}
+    made = {"encoder_sha256": network.sha256, "train": None, "test": source.name, "versions": versions()}
+    return Result("instances", features, metrics, settings, made, time.perf_counter() - started)
+
+
+def _ranks(queries: np.ndarray, gallery: np.ndarray) -> np.ndarray:
+    """(Q,) rank of gallery row i for query i, from 1; among equal similarities the middle one, so ties win nothing."""
+    ranks = np.empty(len(queries))
+    block = max(1, _BLOCK_BYTES // (_RESULT_BYTES * len(gallery)))
+    for start in range(0, len(queries), block):
+        rows = slice(start, start + block)
+        cosines = queries[rows] @ gallery.T
+        own = cosines[np.arange(len(cosines)), np.arange(start, start + len(cosines))][:, None]
+        ranks[rows] = 1 + (cosines > own).sum(axis=1) + ((cosines == own).sum(axis=1) - 1) / 2
+    return ranks

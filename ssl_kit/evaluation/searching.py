@@ -1,0 +1,270 @@
+"""Index: an indexed embeddings folder, ready to be searched with images, vectors or ids.
+
+    found = ssl_kit.Index.load("EMB").search(["a.jpg", pixels], k=12)
+    found[0][0].id, found[0][0].score
+
+Imports are kept few: a cold start is most of the time that a search takes.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+
+from ssl_kit.core.errors import DamagedError, UserError
+from ssl_kit.core.files import MANIFEST, read_manifest, verify_file
+from ssl_kit.core.machine import available_cores
+from ssl_kit.core.sealed import LARGE_JSON, fingerprint
+from ssl_kit.data.decode import BadImageError, decode
+from ssl_kit.data.listing import read_regular, unescape
+from ssl_kit.encoders.encoder import Encoder, find_encoder
+from ssl_kit.evaluation.index import search_index
+from ssl_kit.evaluation.index_file import read_index
+from ssl_kit.parts import checked, find_ids, part_names, read_rows
+from ssl_kit.views.host import apply_host
+from ssl_kit.views.recipe import plain
+from ssl_kit.views.sample import sample
+
+FILE = "index.faiss"
+BATCH = 64  # query images decoded and encoded together
+
+_MOST_LAYERS = 10_000
+# of a manifest: what the vectors are, beside the parts that hold them
+_VECTORS = ("rows", "dims", "dtype", "layers", "metric", "normalised", "precision", "encoder_sha256", "preprocessing")
+
+Image: TypeAlias = str | Path | np.ndarray
+
+
+class Neighbour(NamedTuple):
+    """A found image: its id, its cosine in [-1, 1] and its row in the embeddings folder."""
+
+    id: str
+    score: float
+    row: int
+
+
+@dataclass
+class Index:
+    """An opened index; `load` opens one.
+
+    Attributes:
+        folder: of embeddings, with an index.
+        info: its manifest.
+    """
+
+    folder: Path
+    info: dict[str, Any]
+    _index: Any
+    _encoder_path: str | None = None
+    _encoder: Encoder | None = None
+
+    @classmethod
+    def load(cls, folder: Path | str, *, encoder: str | None = None, mapped: bool | None = None) -> Index:
+        """Opens the index of an embeddings folder, after its sha256 was compared with the manifest.
+
+        Args:
+            folder: of embeddings, indexed by `ssl-kit index`.
+            encoder: run folder or encoder folder, when it is no longer where the embeddings were made.
+            mapped: leave the index on disk and map it into memory; None = as it was made for.
+
+        Raises:
+            UserError: no such folder, no index, or one that was made of other vectors than the folder holds.
+            DamagedError: the index is not what the manifest says.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise UserError(f"{folder} is no folder: give embeddings, as `ssl-kit embed ... --out EMB` writes them")
+        info = read_manifest(folder, verify=False, limit=LARGE_JSON)
+        if FILE not in info["files"]:
+            raise UserError(f"{folder} has no index yet: run `ssl-kit index {shlex.quote(str(folder))}`")
+        rows, dims, _, _ = checked(info, folder)
+        verify_file(folder, FILE, info["files"][FILE])
+        entry, layers = info.get("index"), info.get("layers")
+        if not isinstance(entry, dict) or type(layers) is not int or not 0 < layers < _MOST_LAYERS:
+            raise DamagedError(f"{folder / MANIFEST} lacks layers or index; expected what ssl_kit writes")
+        made_of, now = entry.get("vectors_sha256"), vectors_fingerprint(info)
+        if made_of != now:
+            raise UserError(
+                f"index made of other vectors: {folder / FILE} of {made_of}, {folder} holds {now} (encoder, layers, "
+                f"preprocessing, normalisation and metric included); run `ssl-kit index {shlex.quote(str(folder))}`"
+            )
+        mapped = bool(entry.get("mapped", False)) if mapped is None else mapped
+        return cls(folder, info, read_index(folder / FILE, rows, dims, mapped), encoder)
+
+    def __len__(self) -> int:
+        return self.info["rows"]
+
+    @property
+    def encoder(self) -> Encoder:
+        """The encoder that made the embeddings, and no other; loaded when it is first needed."""
+        if self._encoder is None:
+            self._encoder = load_encoder(self.folder, self.info, self._encoder_path)
+        return self._encoder
+
+    def search(self, images: Image | Sequence[Image], k: int = 12) -> list[list[Neighbour]]:
+        """The k nearest images of each of `images`, best first.
+
+        Args:
+            images: files, or pixels as uint8 (H, W, C) or (H, W), or one of them; a (Q, H, W, C) array is Q images.
+            k: images to find for each; at most as many as there are.
+
+        Raises:
+            UserError: a file that is not there or cannot be decoded.
+        """
+        one = isinstance(images, str | Path) or (isinstance(images, np.ndarray) and images.ndim < 4)
+        listed: list[Any] = [images] if one else list(images)  # type: ignore[arg-type]
+        found: list[list[Neighbour]] = []
+        for start in range(0, len(listed), BATCH):
+            found += self.search_vectors(self.encode(self.pixels(listed[start : start + BATCH])), k)
+        return found
+
+    def search_ids(self, ids: Sequence[str], k: int = 12) -> list[list[Neighbour]]:
+        """The k nearest images of images of the folder itself, each without itself."""
+        rows = self.rows_of(ids)
+        vectors = read_rows(self.folder, self.info, np.array(rows), "embedding")
+        queries = np.array([vectors[row] for row in rows], dtype=np.float32)
+        found = self.search_vectors(queries, k + 1)
+        return [[one for one in near if one.row != row][:k] for near, row in zip(found, rows, strict=True)]
+
+    def search_vectors(self, vectors: np.ndarray, k: int = 12) -> list[list[Neighbour]]:
+        """The k nearest images of each of (Q, D) features of the same encoder, best first."""
+        if k < 1:
+            raise UserError(f"-k {k}: wanted at least 1")
+        cosines, rows = search_index(self._index, vectors, k)
+        ids = read_rows(self.folder, self.info, rows, "id")
+        return [
+            [
+                Neighbour(ids[int(row)], float(score), int(row))
+                for score, row in zip(scores, places, strict=True)
+                if row >= 0
+            ]
+            for scores, places in zip(cosines, rows, strict=True)
+        ]
+
+    def rows_of(self, ids: Sequence[str]) -> list[int]:
+        """The rows of ids of this folder."""
+        found = find_ids(self.folder, self.info, ids)
+        missing = [name for name in ids if name not in found]
+        if missing:
+            raise UserError(
+                f"{missing[0]!r} is neither a file nor an id of {self.folder}: ids are what a search prints"
+            )
+        return [found[name] for name in ids]
+
+    def pixels(self, images: Iterable[Image]) -> list[np.ndarray]:
+        """(H, W, C) uint8 of each image, decoded by several threads."""
+        channels = self.encoder.channels
+        with ThreadPoolExecutor(available_cores(), "decode") as pool:
+            return list(pool.map(lambda image: _pixels(image, channels), images))
+
+    def encode(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
+        """(Q, D) float32 features of images (H, W, C) uint8, the way the embeddings were made."""
+        return Encoding(self.encoder, self.info).encode(pixels)
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How the images of an embeddings folder became vectors: its encoder and its manifest."""
+
+    encoder: Encoder
+    info: dict[str, Any]
+
+    def encode(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
+        """(Q, D) float32 features of images (H, W, C) uint8."""
+        view = plain(self.encoder.image_size)
+        heights, widths = np.array([image.shape[:2] for image in pixels]).T
+        params = sample(view, 0, 0, np.arange(len(pixels)), 0, heights, widths)
+        device = next(self.encoder.parameters()).device
+        seen = torch.from_numpy(apply_host(list(pixels), params, view.size)).to(device)
+        reduced = self.info.get("precision") == "bfloat16"
+        with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=reduced):
+            made = self.encoder.layers(seen.contiguous(memory_format=torch.channels_last), last=self.info["layers"])
+        return made.float().cpu().numpy()
+
+
+def vectors_fingerprint(info: dict[str, Any]) -> str:
+    """Hex sha256 of all that makes an index fit an embeddings folder: its parts, and how the vectors were made.
+
+    Args:
+        info: manifest of the folder.
+    """
+    parts = {name: info["files"][name] for name in part_names(info)}
+    return fingerprint([parts, [info.get(name) for name in _VECTORS]])
+
+
+def load_encoder(folder: Path, info: dict[str, Any], given: str | None = None) -> Encoder:
+    """The encoder that made the embeddings in `folder`, and no other.
+
+    Args:
+        folder: of embeddings.
+        info: its manifest.
+        given: run folder or encoder folder; None = where the manifest says.
+
+    Raises:
+        UserError: it is not there, or another one is.
+    """
+    named = info.get("encoder")
+    if given is None and (not isinstance(named, str) or not Path(os.fsdecode(unescape(named))).exists()):
+        raise UserError(f"the encoder of {folder} is not at {named}: say where it is with --encoder RUN")
+    path = find_encoder(given if given is not None else os.fsdecode(unescape(str(named))))
+    loaded = Encoder.load(path)
+    if loaded.sha256 != info.get("encoder_sha256"):
+        raise UserError(
+            f"index made by another encoder: {folder} by sha256 {info.get('encoder_sha256')}, {path} has "
+            f"{loaded.sha256}; give the right one with --encoder, or run embed and index again"
+        )
+    if (own := fingerprint(loaded.preprocessing())) != (made := fingerprint(info.get("preprocessing"))):
+        raise UserError(
+            f"index made with other preprocessing: {folder} by sha256 {made}, {path} has {own} (image size, channels, "
+            "mean, std); give the right one with --encoder, or run embed and index again"
+        )
+    return loaded.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _pixels(image: Image, channels: int) -> np.ndarray:
+    """(H, W, C) uint8."""
+    if isinstance(image, np.ndarray):
+        image = image[..., None] if image.ndim == 2 else image
+        if image.ndim != 3 or image.dtype != np.uint8 or image.shape[2] not in (1, channels):
+            raise UserError(
+                f"got an image of {image.dtype} {image.shape}; wanted uint8 (height, width, {channels}) or a file"
+            )
+        return np.ascontiguousarray(np.broadcast_to(image, (*image.shape[:2], channels)))
+    path = Path(image)
+    if path.is_dir() or not path.exists():
+        raise UserError(f"{path} is {'a folder' if path.is_dir() else 'not there'}: give image files")
+    try:
+        return decode(read_regular(os.fsencode(path)), channels).image
+    except (BadImageError, OSError) as error:
+        raise UserError(f"{path} cannot be decoded: {error}; give an image file") from error
+
+
+def picture(info: dict[str, Any], name: str, channels: int, size: tuple[int, int] | None) -> np.ndarray | None:
+    """The image behind an id, decoded to at least `size` pixels if it is as large; None = to all it has.
+
+    None when it is not there any more, or never was a file below its root.
+    """
+    try:
+        data = read_file(info, name)
+        return None if data is None else decode(data, channels, smallest=size).image
+    except BadImageError:
+        return None
+
+
+def read_file(info: dict[str, Any], name: str) -> bytes | None:
+    """The file behind an id; None when it is not there any more, or never was a file below its root."""
+    root, path = info.get("source_root"), unescape(name)  # escapes can hide dots and slashes
+    if not isinstance(root, str) or path.startswith(b"/") or b".." in path.split(b"/"):
+        return None
+    try:
+        return read_regular(os.path.join(unescape(root), path))
+    except (OSError, ValueError):  # a NUL is no OSError
+        return None
