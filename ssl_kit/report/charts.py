@@ -1,4 +1,4 @@
-"""The bokeh charts: curves over training, score by dimension, the map. Colours are names, resolved on the page.
+"""The bokeh charts: curves over training, the map, and what score_charts.py draws with. Colours are names.
 
 A model that has a colour carries it as a tag `property=--variable`; `page.js` sets it from the page's CSS variables
 at load and whenever the theme changes, so that charts and text share one palette. The fallbacks set here are those of
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from markupsafe import Markup
 
-from ssl_kit.report.reading import Run, number
-from ssl_kit.report.scores import EVALUATIONS, dimension_curve, feature_name
+from ssl_kit.report.reading import Run
+from ssl_kit.report.untrusted import number
 
 if TYPE_CHECKING:
     from bokeh.plotting import figure as Figure
@@ -47,8 +47,8 @@ _CURVE_NOTES = {
 
 @dataclass(frozen=True)
 class Chart:
-    """`name` is the key of its div; `caption` says in words what the lines
-    end with (also for screen readers); `legend` holds (text, colour, shape)."""
+    """`name` is the key of its div; `legend` holds (text, colour, shape). `caption` and `spoken`, which is for screen
+    readers only, say in words what the lines begin and end with."""
 
     name: str
     title: str
@@ -56,6 +56,7 @@ class Chart:
     legend: list[tuple[str, int, int]]
     model: Any
     smoothed: bool = False
+    spoken: str = ""
 
 
 def embed(charts: Sequence[Chart], extra: dict[str, Any]) -> tuple[str, dict[str, str]]:
@@ -84,8 +85,8 @@ def curve_charts(runs: Sequence[Run]) -> list[Chart]:
         lines = [(run, *_line(run, axis, column)) for run in runs]
         if not any(len(x) for _, x, _ in lines):
             continue
-        fig = _figure(axis)
-        smoothed = [_draw_line(fig, x, y, position) for position, (_, x, y) in enumerate(lines)]
+        fig = new_figure(axis)
+        smoothed = [_draw_curve(fig, x, y, position) for position, (_, x, y) in enumerate(lines)]
         chances = [number(run.info.get("chance_loss")) for run in runs] if column == "loss" else []
         for chance in sorted({round(chance, 4) for chance in chances if chance is not None}):
             _draw_chance(fig, chance, [y for _, _, y in lines if len(y)])
@@ -94,34 +95,6 @@ def curve_charts(runs: Sequence[Run]) -> list[Chart]:
         caption = f"{ends}. {_CURVE_NOTES[column]}"
         charts.append(Chart(f"curve-{column}", title, caption, legend if len(runs) > 1 else [], fig, any(smoothed)))
     return charts
-
-
-def dimension_chart(run: Run) -> Chart | None:
-    """Top-1 against the number of dimensions kept, with intervals; None where fewer than two were measured."""
-    evaluation, curves = dimension_curve(run)
-    if not curves:
-        return None
-    fig = _figure("dimensions", x_scale="log")
-    legend = []
-    for position, (features, curve) in enumerate(curves.items()):
-        x = np.array(list(curve), dtype=np.float64)
-        y = np.array([one.value for one in curve.values()])
-        bounded = [
-            (dim, one.low, one.high) for dim, one in curve.items() if one.low is not None and one.high is not None
-        ]
-        if bounded:
-            dims, low, high = zip(*bounded, strict=True)
-            bars = fig.segment(list(dims), list(low), list(dims), list(high), line_width=5, line_alpha=0.3)
-            _colour(bars.glyph, position, "line_color")
-        _draw_line(fig, x, y, position)
-        legend.append((feature_name(features), position, shape_of(position)))
-    ticks = sorted({dim for curve in curves.values() for dim in curve})
-    fig.xaxis.ticker = ticks
-    fig.xaxis.major_label_overrides = {tick: f"{tick:,}" for tick in ticks}
-    title = f"{EVALUATIONS[evaluation][0]} top-1 by number of dimensions"
-    return Chart(
-        "dimensions", title, "Bars are 95 % intervals. Fewer dimensions cost less to store and search.", legend, fig
-    )
 
 
 def map_model(value: dict[str, Any]) -> Any:
@@ -142,7 +115,7 @@ def map_model(value: dict[str, Any]) -> Any:
         "alpha": [0.8] * len(labels),
     }
     source = ColumnDataSource(data, name="map")
-    fig = _figure("")
+    fig = new_figure("")
     fig.sizing_mode = "stretch_both"  # style.css gives the height: less on a phone
     fig.axis.visible = False
     fig.grid.visible = False
@@ -223,7 +196,8 @@ def _ends(name: str, y: np.ndarray) -> str:
     return f"{told}{y[-1]:.4g}" if len(y) == 1 else f"{told}{y[0]:.4g} at first, {y[-1]:.4g} at last"
 
 
-def _figure(x_label: str, *, x_scale: Literal["linear", "log"] = "linear", height: int = 240) -> Figure:
+def new_figure(x_label: str, *, x_scale: Literal["linear", "log"] = "linear", height: int = 240) -> Figure:
+    """An empty figure in the look of the page."""
     from bokeh.plotting import figure
 
     fig = figure(
@@ -245,10 +219,8 @@ def _figure(x_label: str, *, x_scale: Literal["linear", "log"] = "linear", heigh
     return fig
 
 
-def _draw_line(fig: Figure, x: np.ndarray, y: np.ndarray, position: int) -> bool:
-    """Draws a line, with its dots where they are few; says whether a moving average lies over a noisy one."""
-    from bokeh.models import HoverTool
-
+def _draw_curve(fig: Figure, x: np.ndarray, y: np.ndarray, position: int) -> bool:
+    """Draws a run's line; says whether a moving average lies over a noisy one."""
     if not len(x):
         return False
     thin_x, thin_y = decimate(x, y)
@@ -256,16 +228,34 @@ def _draw_line(fig: Figure, x: np.ndarray, y: np.ndarray, position: int) -> bool
     noisy = bool(len(x) >= _SMOOTH_FROM and turns > len(x) / 10)
     if noisy:
         faint = fig.line(thin_x, thin_y, line_width=1, line_alpha=0.3)
-        _colour(faint.glyph, position, "line_color")
+        colour(faint.glyph, position, "line_color")
         thin_x, thin_y = decimate(x, moving_average(y, max(3, len(y) // 40)))
-    line = fig.line(thin_x, thin_y, line_width=2.25, line_join="round", line_cap="round")
-    _colour(line.glyph, position, "line_color")
-    if len(x) <= _DOTS_TO:
-        dots = fig.scatter(thin_x, thin_y, size=7, marker=MARKERS[shape_of(position)])
-        _colour(dots.glyph, position, "line_color", "fill_color")
     tooltips = [(str(fig.xaxis[0].axis_label), "@x{0,0.[00]}"), ("value", "@y{0.[0000]}")]
-    fig.add_tools(HoverTool(renderers=[line], mode="vline", line_policy="nearest", tooltips=tooltips))
+    draw_line(fig, {"x": thin_x, "y": thin_y}, position, shape_of(position), tooltips, dots=len(x) <= _DOTS_TO)
     return noisy
+
+
+def draw_line(
+    fig: Figure,
+    data: dict[str, Any],
+    position: int,
+    shape: int,
+    tooltips: list[tuple[str, str]],
+    *,
+    dots: bool = True,
+    dash: str = "solid",
+    width: float = 2.25,
+) -> None:
+    """Draws columns x and y of `data` as a line, whose hover tells `tooltips`; with a dot of a shape at each point."""
+    from bokeh.models import ColumnDataSource, HoverTool
+
+    source = ColumnDataSource(data)
+    line = fig.line("x", "y", source=source, line_width=width, line_dash=dash, line_join="round", line_cap="round")
+    colour(line.glyph, position, "line_color")
+    if dots:
+        marks = fig.scatter("x", "y", source=source, size=7, marker=MARKERS[shape])
+        colour(marks.glyph, position, "line_color", "fill_color")
+    fig.add_tools(HoverTool(renderers=[line], mode="vline", line_policy="nearest", tooltips=tooltips, visible=False))
 
 
 def _draw_chance(fig: Figure, chance: float, lines: Sequence[np.ndarray]) -> None:
@@ -284,5 +274,6 @@ def _draw_chance(fig: Figure, chance: float, lines: Sequence[np.ndarray]) -> Non
     fig.y_range = Range1d(low - room / 2, high + room)
 
 
-def _colour(glyph: Any, position: int, *properties: str) -> None:
+def colour(glyph: Any, position: int, *properties: str) -> None:
+    """Has page.js set these properties to the palette's colour at `position`."""
     glyph.tags = [f"{name}=--c{position % NUM_COLOURS}" for name in properties]

@@ -12,21 +12,26 @@ import base64
 import io
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from ssl_kit.core.files import atomic_file
 from ssl_kit.report.page import render, write_page
 
 NEIGHBOURS = "neighbours.json"
 MAP = "map.json"
+WRONG = "wrong.json"
+LOOKS = "looks.json"
+DUPLICATES = "duplicates.json"
 MAP_SIZES = ((44, 62), (36, 45), (32, 25))  # (longer side in pixels, WebP quality), tried until the map fits
 MAP_BYTES = 2_200_000  # of base64 thumbnails: bokeh and the rest of the page need under 3.5 MB of the 6
 _NEIGHBOUR_SIZE = 64
 _SEARCH_SIZE = 160
+_LOOK_SIZE = 112
 _CELL = 132  # a view is enlarged by the largest integer that keeps it below this many pixels
 _GAP = 6
 _CAPTION = (122, 122, 122, 255)  # readable on white and on near-black: the background stays transparent
@@ -45,24 +50,68 @@ def draw_views(path: Path | str, originals: Sequence[np.ndarray], views: Sequenc
     """
     assert all(len(view) == len(originals) for view in views), "a column needs the image and each of its views"
     height, width = views[0].shape[-2:] if views else (_CELL, _CELL)
+    captions = ["original", *(f"view {number}" for number in range(1, len(views) + 1))]
+    images = [[to_image(original) for original in originals]]
+    images += [[to_image(_to_uint8(one)) for one in view] for view in views]
+    sheet = _sheet(images, height, width, captions, on_the_left=True)
+    _save(sheet, path, f"{len(originals)} images, one per column: the original on top, then {_counted(views)} of it.")
+
+
+def draw_grid(path: Path | str, grid: np.ndarray, columns: Sequence[str], caption: str) -> None:
+    """Draws what a method shows of itself (reconstructions, samples, ...).
+
+    Many rows of few images are drawn as few rows of many, as `draw_views` does.
+
+    Args:
+        path: the PNG to write; the caption is kept in its `Description`, from where the report takes it.
+        grid: (R, K, C, h, w) float in [0, 1], clipped; R rows of K images.
+        columns: K captions, or none.
+        caption: what is seen, in a sentence or two.
+    """
+    images = [[to_image(_to_uint8(one)) for one in row] for row in grid]
+    turned = len(images) > len(images[0])
+    if turned:
+        images = [list(column) for column in zip(*images, strict=True)]
+    height, width = grid.shape[-2:]
+    _save(_sheet(images, height, width, columns, on_the_left=turned), path, caption)
+
+
+def _sheet(
+    images: Sequence[Sequence[Image.Image]], height: int, width: int, captions: Sequence[str], *, on_the_left: bool
+) -> Image.Image:
+    """Rows of images in cells of (height, width) pixels, enlarged; captions are of the rows or of the columns."""
     factor = max(1, _CELL // max(height, width))
     cell_h, cell_w = factor * height, factor * width
-    font = ImageFont.load_default(size=max(13, cell_h // 8))
-    captions = ["original", *(f"view {number}" for number in range(1, len(views) + 1))]
-    margin = _GAP + 4 + max(int(font.getlength(caption)) for caption in captions)
-    size = (margin + len(originals) * (cell_w + _GAP), len(captions) * (cell_h + _GAP) - _GAP)
+    points = max(13, min(16, cell_h // 8))
+    font = ImageFont.load_default(size=points)
+    left = _GAP + 4 + max(int(font.getlength(text)) for text in captions) if captions and on_the_left else 0
+    top = points + 6 if captions and not on_the_left else 0
+    columns = max(map(len, images))
+    size = (left + columns * (cell_w + _GAP) - _GAP, top + len(images) * (cell_h + _GAP) - _GAP)
     sheet = Image.new("RGBA", size, (0, 0, 0, 0))
     pen = ImageDraw.Draw(sheet)
-    for row, caption in enumerate(captions):
-        top = row * (cell_h + _GAP)
-        pen.text((2, top + cell_h / 2), caption, fill=_CAPTION, font=font, anchor="lm")
-        for column, original in enumerate(originals):
-            image = to_image(original) if row == 0 else to_image(_to_uint8(views[row - 1][column]))
+    for place, text in enumerate(captions):
+        if on_the_left:
+            pen.text((2, place * (cell_h + _GAP) + cell_h / 2), text, fill=_CAPTION, font=font, anchor="lm")
+        else:
+            pen.text((place * (cell_w + _GAP) + cell_w / 2, top / 2), text, fill=_CAPTION, font=font, anchor="mm")
+    for row, line in enumerate(images):
+        for column, image in enumerate(line):
             tile = _fit(image, cell_h, cell_w)
-            left = margin + column * (cell_w + _GAP) + (cell_w - tile.width) // 2
-            sheet.paste(tile, (left, top + (cell_h - tile.height) // 2))
+            x = left + column * (cell_w + _GAP) + (cell_w - tile.width) // 2
+            sheet.paste(tile, (x, top + row * (cell_h + _GAP) + (cell_h - tile.height) // 2))
+    return sheet
+
+
+def _counted(views: Sequence[np.ndarray]) -> str:
+    return "one view" if len(views) == 1 else f"{len(views)} views"
+
+
+def _save(sheet: Image.Image, path: Path | str, caption: str) -> None:
+    description = PngImagePlugin.PngInfo()
+    description.add_itxt("Description", caption)
     with atomic_file(path) as temporary:
-        sheet.save(temporary, format="PNG", optimize=True)
+        sheet.save(temporary, format="PNG", optimize=True, pnginfo=description)
 
 
 def draw_neighbours(
@@ -138,33 +187,163 @@ def draw_map(
     )
 
 
+def draw_wrong(
+    folder: Path | str,
+    images: Sequence[np.ndarray],
+    indices: np.ndarray,
+    labels: np.ndarray,
+    predicted: np.ndarray,
+    confidences: np.ndarray,
+    classes: tuple[str, ...],
+) -> None:
+    """Writes `wrong.json`: images and what they were taken for.
+
+    Args:
+        folder: RUN/pictures.
+        images: M of (H, W, C) uint8, shrunk to at most 64 pixels here.
+        indices: (M,) int, which images of the test set they are.
+        labels: (M,) int64, the right classes.
+        predicted: (M,) int64.
+        confidences: (M,) probabilities of the predicted classes.
+        classes: the name of label i is classes[i].
+    """
+    assert len(images) == len(indices) == len(labels) == len(predicted) == len(confidences), "one of each per image"
+    _write(
+        Path(folder) / WRONG,
+        {
+            "classes": list(classes),
+            "images": [encode(image, _NEIGHBOUR_SIZE, 75) for image in images],
+            "indices": [int(index) for index in indices],
+            "labels": [int(label) for label in labels],
+            "predicted": [int(label) for label in predicted],
+            "confidences": [round(float(one), 4) for one in confidences],
+        },
+    )
+
+
+@dataclass(frozen=True)
+class Look:
+    """A row of "what the encoder looks at": one picture per image.
+
+    Attributes:
+        kind: a key of `looks.KINDS`, which holds the words for it.
+        images: (H, W, C) uint8 each.
+        notes: what to write under each, or "".
+        numbers: what the row's caption is filled with: low, high, rows, columns, ...
+    """
+
+    kind: str
+    images: Sequence[np.ndarray]
+    notes: Sequence[str]
+    numbers: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prototype:
+    """A class's typical image and the most similar one of another class, with their cosines to the class's mean."""
+
+    name: str
+    image: np.ndarray
+    counter_name: str
+    counter: np.ndarray
+    cosines: tuple[float, float]
+
+
+def draw_looks(folder: Path | str, looks: Sequence[Look], prototypes: Sequence[Prototype]) -> None:
+    """Writes `looks.json`: rows of pictures of the same images, and prototypes with their counter-examples."""
+    rows = [
+        {
+            "kind": look.kind,
+            "images": [encode(image, _LOOK_SIZE, 80) for image in look.images],
+            "notes": list(look.notes),
+            **{name: round(float(value), 5) for name, value in look.numbers.items()},
+        }
+        for look in looks
+    ]
+    examples = [
+        {
+            "name": one.name,
+            "image": encode(one.image, _NEIGHBOUR_SIZE, 80),
+            "counter_name": one.counter_name,
+            "counter": encode(one.counter, _NEIGHBOUR_SIZE, 80),
+            "cosines": [round(float(cosine), 4) for cosine in one.cosines],
+        }
+        for one in prototypes
+    ]
+    _write(Path(folder) / LOOKS, {"rows": rows, "prototypes": examples})
+
+
+def draw_duplicates(
+    folder: Path | str,
+    groups: Sequence[Sequence[str]],
+    outliers: Sequence[tuple[str, float]],
+    thumbnail: Callable[[str], np.ndarray | None],
+    *,
+    num_images: int,
+    num_groups: int,
+    superfluous: int,
+) -> None:
+    """Writes `duplicates.json`: some groups of images that show the same picture, and some outliers.
+
+    Args:
+        folder: RUN/pictures.
+        groups: ids of the images of each group that is shown, the one to keep first.
+        outliers: (id, 1 - mean cosine to the neighbours), farthest first.
+        thumbnail: id -> (H, W, C) uint8, None if it cannot be read; such images are left out.
+        num_images: that were compared.
+        num_groups: that were found.
+        superfluous: images that could go.
+    """
+    wanted = dict.fromkeys([*(name for group in groups for name in group), *(name for name, _ in outliers)])
+    images = {name: image for name in wanted if (image := thumbnail(name)) is not None}
+    place = {name: position for position, name in enumerate(images)}
+    shown = [[place[name] for name in group if name in place] for group in groups]
+    _write(
+        Path(folder) / DUPLICATES,
+        {
+            "images": [encode(image, _NEIGHBOUR_SIZE, 75) for image in images.values()],
+            "ids": list(images),
+            "groups": [group for group in shown if len(group) > 1],
+            "outliers": [[place[name], round(float(distance), 4)] for name, distance in outliers if name in place],
+            "num_images": num_images,
+            "num_groups": num_groups,
+            "superfluous": superfluous,
+        },
+    )
+
+
 def strip_html(
     path: Path | str,
     title: str,
-    queries: Sequence[tuple[str, np.ndarray]],
+    queries: Sequence[tuple[str, np.ndarray | None]],
     results: Sequence[Sequence[tuple[str, float, np.ndarray | None]]],
+    note: str = "The most similar image comes first, with its cosine similarity.",
 ) -> None:
-    """Writes the page of `ssl-kit search --html`: each query, then its neighbours with their scores.
+    """Writes the page of `ssl-kit search --html` and of `duplicates`: each query, then what was found, with scores.
 
     Args:
         path: the HTML file; self-contained, no request leaves it.
         title: the heading.
-        queries: (name, (H, W, C) uint8) per query.
+        queries: (name, (H, W, C) uint8 or None if it cannot be read) per query.
         results: per query its neighbours, nearest first: (id, similarity, image or None if it cannot be read).
+        note: what the scores are, under the heading.
     """
     assert len(queries) == len(results), "one list of neighbours per query"
     rows = [
         {
             "name": name,
-            "image": encode(image, _SEARCH_SIZE, 80),
+            "image": _thumbnail(image),
             "found": [
-                {"id": found, "score": score, "image": None if picture is None else encode(picture, _SEARCH_SIZE, 80)}
-                for found, score, picture in neighbours
+                {"id": found, "score": score, "image": _thumbnail(picture)} for found, score, picture in neighbours
             ],
         }
         for (name, image), neighbours in zip(queries, results, strict=True)
     ]
-    write_page(path, render("search.html", title=title, rows=rows))
+    write_page(path, render("search.html", title=title, rows=rows, note=note))
+
+
+def _thumbnail(image: np.ndarray | None) -> str | None:
+    return None if image is None else encode(image, _SEARCH_SIZE, 80)
 
 
 def encode(image: np.ndarray, longest: int, quality: int) -> str:

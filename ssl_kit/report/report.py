@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import shlex
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ssl_kit.report import charts
+from ssl_kit.report.looks import look_rows
 from ssl_kit.report.page import render, write_page
-from ssl_kit.report.reading import Run, number, read_run
-from ssl_kit.report.scores import ENCODER, Verdict, dimension_curve, feature_name, score_tables, verdict
-
-_NEIGHBOURS_SHOWN = 10  # per strip
-_LEGEND = 40  # classes with a button above the map, the most frequent ones
+from ssl_kit.report.reading import Run, read_run
+from ssl_kit.report.score_section import score_section
+from ssl_kit.report.scores import ENCODER, axis_of
+from ssl_kit.report.sections import duplicate_strips, map_context, seen, shown_pictures, strips
+from ssl_kit.report.untrusted import number
+from ssl_kit.report.verdict import Verdict, verdict
 
 
 class Fact(NamedTuple):
@@ -51,23 +52,27 @@ def write_report(runs: Sequence[Path | str], out: Path | str) -> dict[str, Any]:
     cards = [_card(run) for run in read]
     alone = read[0] if len(read) == 1 else None
     curves = charts.curve_charts(read)
-    dimensions = charts.dimension_chart(alone) if alone else None
+    scores = score_section(alone, read)
     extra = {"map": charts.map_model(alone.map)} if alone and alone.map else {}
-    script, divs = charts.embed([*curves, *([dimensions] if dimensions else [])], extra)
+    script, divs = charts.embed([*curves, *scores.charts], extra)
     page = render(
         "template.html",
         title=" and ".join(run.name for run in read) + ": report",
         cards=cards,
+        axis=axis_of(row for card in cards for row in card["verdict"].rows),
         shape_of=charts.shape_of,
-        pictures=[(run.name, picture) for run in read for picture in run.pictures[: None if alone else 1]],
+        sees=seen(read),
+        pictures=shown_pictures(read),
         curves=curves,
         smoothed=any(chart.smoothed for chart in curves),
-        tables=score_tables(read),
-        dimensions=dimensions,
-        dimension_table=_dimension_table(alone) if alone else None,
-        neighbours=_strips(alone.neighbours) if alone and alone.neighbours else None,
-        map=_map_context(alone.map) if alone and alone.map else None,
-        hints=_hints(read[0]),
+        scores=scores,
+        looks=alone.looks and {"rows": look_rows(alone.looks), "prototypes": alone.looks["prototypes"]}
+        if alone
+        else None,
+        neighbours=strips(alone.neighbours) if alone and alone.neighbours else None,
+        duplicates=duplicate_strips(alone.duplicates) if alone and alone.duplicates else None,
+        map=map_context(alone.map) if alone and alone.map else None,
+        hints=_hints(read[0], scores.lacking),
         divs=divs,
         script=script,
         bokeh=charts.bokeh_js() if divs else "",
@@ -84,8 +89,7 @@ def _told(judged: Verdict) -> str:
 def _card(run: Run) -> dict[str, Any]:
     """What the page says about one run."""
     judged = verdict(run)
-    method = str(run.info.get("method") or "").rpartition(".")[2]
-    eyebrow = [method, str(run.info.get("status") or ""), str(run.info.get("started") or "")]
+    eyebrow = [run.method, str(run.info.get("status") or ""), str(run.info.get("started") or "")]
     return {
         "name": run.name,
         "trained": bool(run.info or run.metrics or run.pictures or run.recipe),  # not only scores of some encoder
@@ -173,11 +177,15 @@ def _data_root(run: Run) -> str:
     return shlex.quote(str(root)) if root else "DATA"
 
 
-def _hints(run: Run) -> dict[str, str]:
+def _hints(run: Run, lacking: Sequence[str]) -> dict[str, str]:
+    """The commands that make what is missing."""
     folder = shlex.quote(str(run.folder))
+    evaluate = f"ssl-kit evaluate {folder} LABELLED"
     return {
         "pretrain": f"ssl-kit pretrain {_data_root(run)} --run {folder}",
-        "evaluate": f"ssl-kit evaluate {folder} LABELLED",
+        "evaluate": evaluate,
+        "more": f"{evaluate} --only {','.join(lacking)}",
+        "looks": f"{evaluate} --only looks",
     }
 
 
@@ -193,49 +201,3 @@ def _made(run: Run) -> list[tuple[str, str]]:
     versions = info.get("versions")
     rows |= versions if isinstance(versions, dict) else {}
     return [(str(name), str(value)) for name, value in rows.items() if value is not None]
-
-
-def _dimension_table(run: Run) -> dict[str, Any]:
-    """Rows by dimension, with the bytes that a float32 vector takes; columns by features."""
-    _, curves = dimension_curve(run)
-    dims = sorted({dim for curve in curves.values() for dim in curve})
-    rows = [(dim, 4 * dim, [curve.get(dim) for curve in curves.values()]) for dim in dims]
-    return {"names": [feature_name(features) for features in curves], "rows": rows}
-
-
-def _strips(value: dict[str, Any]) -> dict[str, Any]:
-    """The query strips as the page shows them: the encoder's row first, ten neighbours, right or wrong where known."""
-    labels, names = value["labels"], sorted(value["found"], key=lambda name: name != ENCODER)
-    queries, right, asked = [], Counter[str](), Counter[str]()
-    for position, query in enumerate(value["queries"]):
-        rows = []
-        for name in names:
-            hits = [_hit(value, place, labels[query]) for place in value["found"][name][position][:_NEIGHBOURS_SHOWN]]
-            same = sum(hit["mark"] == "right" for hit in hits)
-            if labels[query] >= 0:
-                right[name] += same
-                asked[name] += len(hits)
-            told = f", {same} of {len(hits)} right" if labels[query] >= 0 else ""
-            rows.append({"name": feature_name(name), "told": told, "hits": hits})
-        name = value["classes"][labels[query]] if labels[query] >= 0 else f"query {position + 1}"
-        queries.append({"name": name, "image": value["images"][query], "rows": rows})
-    sums = [f"{right[name]} of {asked[name]} by {feature_name(name)}" for name in names if asked[name]]
-    return {"queries": queries, "told": f"Of the query's class: {', '.join(sums)}." if sums else ""}
-
-
-def _hit(value: dict[str, Any], place: int, asked: int) -> dict[str, str]:
-    label = value["labels"][place]
-    mark = "" if asked < 0 else "right" if label == asked else "wrong"
-    name = value["classes"][label] if label >= 0 else "unlabelled"
-    return {"name": name, "image": value["images"][place], "mark": mark}
-
-
-def _map_context(value: dict[str, Any]) -> dict[str, Any]:
-    counts = Counter(label for label in value["labels"] if label >= 0)
-    shown = sorted(label for label, _ in counts.most_common(_LEGEND))
-    told = value["projection"].rstrip(".") or f"{len(value['labels']):,} images in the plane"
-    return {
-        "legend": [(label, charts.shape_of(label), value["classes"][label], counts[label]) for label in shown],
-        "count": f"{len(value['labels']):,}",
-        "told": told + ".",
-    }

@@ -1,4 +1,4 @@
-"""From result records to what the report shows: score tables, dimension curves, the verdict in one sentence.
+"""From result records to score tables: an encoder beside its baselines, one table per evaluation and setting.
 
 A later record replaces an earlier one with the same evaluation, features, test set and settings.
 """
@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ssl_kit.report.reading import Run, number
+from ssl_kit.report.reading import Run
+from ssl_kit.report.untrusted import number
 
 ENCODER = "encoder"
 FEATURES = {
@@ -21,7 +22,7 @@ FEATURES = {
     "pixels": "raw pixels",
     "pca": "PCA of pixels",
 }
-BASELINES = {"pixels": "raw pixels", "random_init": "the same network untrained", "pca": "PCA of the pixels"}
+PRETRAINED, ABOVE = "pretrained:", "above_"  # of features, of metrics
 EVALUATIONS = {
     "knn": ("kNN", "Nearest neighbours by cosine vote on the label; nothing is trained."),
     "linear": ("Linear probe", "A linear classifier on frozen features; l2 is chosen on a held-out part of train."),
@@ -29,6 +30,13 @@ EVALUATIONS = {
     "attentive": ("Attentive probe", "Attention pooling and a linear classifier on frozen features."),
     "few_shot": ("Few-shot", "A classifier from a few labelled images per class."),
     "retrieval": ("Retrieval", "Are the nearest images of the same class?"),
+    "instances": ("Instance retrieval", "Is one crop of an image found by another?"),
+    "robustness": ("Robustness", "The score on corrupted images."),
+    "sgd": (
+        "Linear probe by SGD",
+        "The literature's protocol; the learning rate is chosen on a held-out part of train.",
+    ),
+    "details": ("Details", "Scores per class; tables are in details/."),
     "health": ("Health, without labels", "Effective rank: how many directions the features really use."),
 }
 GAIN = "above_best_baseline"  # top-1 minus that of the best baseline on the same images, with its paired interval
@@ -37,7 +45,10 @@ METRICS = {
     "balanced_accuracy": "Balanced accuracy",
     "macro_f1": "Macro-F1",
     GAIN: "Above the best baseline",
-    "map": "mAP",
+    "map_at_r": "mAP@R",
+    "auroc": "AUROC",
+    "ece": "Calibration error",
+    "lidar": "LiDAR",
     "effective_rank": "Effective rank",
     "alignment": "Alignment",
     "uniformity": "Uniformity",
@@ -103,23 +114,22 @@ class Table:
         return f"{self.setting or self.title}: {f'encoder {ours.text} {ours.interval}' if ours else 'baselines only'}"
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """`state` picks the lamp: learning, weak, stuck, collapsed, running or unknown. `word` and `sentence` say it."""
-
-    state: str
-    word: str
-    sentence: str
-    reason: str = ""
-    rows: list[Row] = field(default_factory=list)
-    axis: tuple[float, float] | None = None
-    metric: str = ""
-
-
 def feature_name(features: str) -> str:
     """The words for a record's `features`."""
-    kind, _, name = features.partition(":")
-    return f"pretrained {name}" if kind == "pretrained" and name else FEATURES.get(features, features)
+    name = features.removeprefix(PRETRAINED)
+    return f"pretrained {name}" if name != features and name else FEATURES.get(features, features)
+
+
+def feature_order(features: str) -> tuple[int, str]:
+    """To sort by: the encoder, then pretrained models by name, then the baselines."""
+    known = list(FEATURES)
+    if features == ENCODER:
+        return 0, ""
+    return (
+        (1, features)
+        if features.startswith(PRETRAINED)
+        else (2 + (known.index(features) if features in known else len(known)), features)
+    )
 
 
 def score(record: dict[str, Any], metric: str) -> Score | None:
@@ -138,24 +148,29 @@ def full_size(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     own: dict[tuple[str, str], float] = {}
     for record in records:
-        key = (record["evaluation"], str(record.get("features")))
+        key = (record["evaluation"], record["features"])
         own[key] = max(own.get(key, -math.inf), _dim(record))
-    measured = {(record["evaluation"], str(record.get("features")), _dim(record)) for record in records}
+    measured = {(record["evaluation"], record["features"], _dim(record)) for record in records}
     for evaluation in {name for name, features in own if features == "pca"}:
         wanted = own.get((evaluation, ENCODER))
         if wanted is not None and (evaluation, "pca", wanted) in measured:
             own[evaluation, "pca"] = wanted
-    return [record for record in records if _dim(record) == own[record["evaluation"], str(record.get("features"))]]
+    return [record for record in records if _dim(record) == own[record["evaluation"], record["features"]]]
 
 
-def score_tables(runs: Sequence[Run]) -> list[Table]:
-    """A table per evaluation and setting; with several runs each encoder row carries its run's name."""
+def score_tables(runs: Sequence[Run], without: Collection[str] = ()) -> list[Table]:
+    """A table per evaluation and setting; with several runs each encoder row carries its run's name.
+
+    Args:
+        runs: whose results are shown.
+        without: evaluations that are shown in another way.
+    """
     groups: dict[tuple[str, str, str], dict[tuple[str, str], tuple[Run, dict[str, Any]]]] = {}
     for run in runs:
         latest = {}
-        for record in full_size(run.results):
-            key = (str(record["evaluation"]), _test_set(record), _setting(record))
-            latest[key, str(record.get("features"))] = record
+        for record in full_size([one for one in run.results if one["evaluation"] not in without]):
+            key = (record["evaluation"], measured_on(record), _setting(record))
+            latest[key, record["features"]] = record
         for (key, features), record in latest.items():
             # a baseline that scores the same for several runs is the same baseline: one row is enough
             owner = str(run.folder) if features == ENCODER else json.dumps(record["metrics"])
@@ -186,10 +201,10 @@ def _table(
 ) -> Table:
     evaluation, test, setting = key
     metrics = _metric_names(record for _, record in members)
-    counts = Counter(str(record.get("features")) for _, record in members)
+    counts = Counter(record["features"] for _, record in members)
     rows = []
     for run, record in members:
-        features = str(record.get("features"))
+        features = record["features"]
         name = feature_name(features)
         if several_runs and (features == ENCODER or counts[features] > 1):
             name = f"{run.name}: {'encoder' if features == ENCODER else name}"
@@ -199,28 +214,6 @@ def _table(
     title, note = EVALUATIONS.get(evaluation, (evaluation.replace("_", " ").capitalize(), ""))
     title = f"{title}, on {test}" if several_tests and test else title
     return Table(title, note, setting, [metric_name(metric) for metric in metrics], rows, axis_of(rows))
-
-
-def dimension_curve(run: Run) -> tuple[str, dict[str, dict[int, Score]]]:
-    """Top-1 by the number of dimensions, for the features measured at two or more.
-
-    Returns:
-        The evaluation's name and features -> dimensions -> score; both empty where nothing was measured.
-    """
-    method = str(run.info.get("method") or "").rpartition(".")[2]
-    for evaluation in HEADLINES_BY_METHOD.get(method, HEADLINES):
-        curves: dict[str, dict[int, Score]] = {}
-        for record in run.results:
-            value, dim = score(record, "top1"), record["settings"].get("dim")
-            if record["evaluation"] != evaluation or value is None or not isinstance(dim, int) or dim < 1:
-                continue
-            curve = curves.setdefault(str(record.get("features")), {})
-            if dim not in curve or record["settings"].get("chosen", True):
-                curve[dim] = value
-        curves = {name: dict(sorted(curve.items())) for name, curve in curves.items() if len(curve) > 1}
-        if curves:
-            return evaluation, dict(sorted(curves.items(), key=lambda item: item[0] != ENCODER))
-    return "", {}
 
 
 def axis_of(rows: Iterable[Row]) -> tuple[float, float] | None:
@@ -238,106 +231,11 @@ def metric_name(metric: str) -> str:
     return METRICS.get(metric, metric.replace("_", " ").capitalize())
 
 
-def verdict(run: Run) -> Verdict:
-    """The sentence at the top: from the scores when the run was evaluated, otherwise from run.json."""
-    told = run.info.get("verdict")
-    told = told if isinstance(told, dict) else {}
-    state, reason = str(told.get("state") or "unknown"), _sentence(str(told.get("reason") or ""))
-    judged = _judged(run)
-    if judged is None:
-        return _unjudged(run, state, reason)
-    if state in ("collapsed", "stuck") and judged.state != "learning":
-        return Verdict(state, state.capitalize(), judged.sentence, reason, judged.rows, judged.axis, judged.metric)
-    return judged
-
-
-def _sentence(text: str) -> str:
-    # run.json's reasons start small and end bare; on the page they stand alone
-    text = text.strip()
-    return text[:1].upper() + text[1:] + ("." if text[-1:].isalnum() else "") if text else ""
-
-
-def _unjudged(run: Run, state: str, reason: str) -> Verdict:
-    status = str(run.info.get("status") or "")
-    if state in ("learning", "stuck", "collapsed"):
-        return Verdict(state, state.capitalize(), reason or "No score yet.")
-    if status in ("starting", "running"):
-        sentence = reason or "No score yet: curves appear after the first steps, scores after the first evaluation."
-        return Verdict("running", "Starting" if status == "starting" else "Training", sentence)
-    return Verdict("unknown", "Not judged yet", reason or "No score yet: evaluate the encoder on labelled images.")
-
-
-def _judged(run: Run) -> Verdict | None:
-    """Compares the encoder with its baselines on the headline evaluation; None if there is no encoder score."""
-    method = str(run.info.get("method") or "").rpartition(".")[2]
-    for evaluation in HEADLINES_BY_METHOD.get(method, HEADLINES):
-        latest: dict[str, dict[str, Any]] = {}
-        for record in full_size([one for one in run.results if one["evaluation"] == evaluation]):
-            features = str(record.get("features"))
-            # the row whose k was chosen on train is the figure to quote; a customary one only without it
-            if features not in latest or record["settings"].get("chosen", True):
-                latest[features] = record
-        if ENCODER in latest and score(latest[ENCODER], "top1"):
-            return _compared(evaluation, latest, judges=evaluation != "knn" or method != "MAE")
-    return None
-
-
-def _compared(evaluation: str, latest: dict[str, dict[str, Any]], *, judges: bool) -> Verdict:
-    ours = score(latest[ENCODER], "top1")
-    assert ours is not None
-    others = {name: value for name in BASELINES if name in latest and (value := score(latest[name], "top1"))}
-    title = EVALUATIONS[evaluation][0]
-    gaps = [_gap(ours.value - other.value, BASELINES[name]) for name, other in others.items()]
-    sentence = f"{title} {_short(ours)}{', ' if gaps else ''}{_listed(gaps)}."
-    rows = [Row(feature_name(name), "", name == ENCODER, [one]) for name, one in [(ENCODER, ours), *others.items()]]
-    rows[1:] = sorted(rows[1:], key=lambda row: -(row.scores[0].value if row.scores[0] else 0.0))
-    state, word, reason = _state(ours, list(others.values()), score(latest[ENCODER], GAIN))
-    if not judges and state != "learning":
-        state, word, reason = "unknown", "Not judged yet", "kNN does not judge a masked autoencoder: fine-tuning does."
-    return Verdict(state, word, sentence, reason, rows, axis_of(rows), f"{title}, top-1")
-
-
-def _state(ours: Score, others: list[Score], gain: Score | None) -> tuple[str, str, str]:
-    """State, word and reason: by the paired interval of the gain, otherwise by whether the two intervals touch."""
-    if not others:
-        return "unknown", "No baseline", "There is nothing to compare with: baselines are missing."
-    if gain is None or gain.low is None or gain.high is None:
-        best = max(others, key=lambda other: other.value)
-        gain = Score(ours.value - best.value, _low(ours) - _high(best), _high(ours) - _low(best))
-    if _low(gain) > 0:
-        return "learning", "Learning", ""
-    if _high(gain) < 0:
-        return "stuck", "Worse than its baselines", "What it learnt is of less use than the best baseline."
-    return "weak", "No clear gain", f"The difference to the best baseline may be nothing: {gain.interval}."
-
-
-def _low(one: Score) -> float:
-    return one.value if one.low is None else one.low
-
-
-def _high(one: Score) -> float:
-    return one.value if one.high is None else one.high
-
-
-def _short(one: Score) -> str:
-    interval = "" if one.low is None or one.high is None else f" [{one.low:.2f}, {one.high:.2f}]"
-    return f"{one.value:.2f}{interval}"
-
-
-def _gap(difference: float, name: str) -> str:
-    if abs(difference) < 0.005:
-        return f"level with {name}"
-    return f"{abs(difference):.2f} {'above' if difference > 0 else 'below'} {name}"
-
-
-def _listed(parts: Sequence[str]) -> str:
-    return " and ".join(parts) if len(parts) < 3 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-
-
 def _metric_names(records: Iterable[dict[str, Any]]) -> list[str]:
     # metrics with an interval or a known name first; NAME_low and NAME_high belong to NAME
     names = {name: None for record in records for name in record["metrics"]}
     bases = [name for name in names if not (name.endswith(("_low", "_high")) and name.rpartition("_")[0] in names)]
+    bases = [name for name in bases if name == GAIN or not name.startswith(ABOVE)]  # the best one's stands for all
     known = list(METRICS)
     bases.sort(key=lambda name: known.index(name) if name in known else len(known))
     return bases[:_MAX_COLUMNS]
@@ -348,7 +246,8 @@ def _dim(record: dict[str, Any]) -> float:
     return math.inf if dim is None else dim
 
 
-def _test_set(record: dict[str, Any]) -> str:
+def measured_on(record: dict[str, Any]) -> str:
+    """What a score was measured on, for comparison and display."""
     test = record["made_by"].get("test")
     if isinstance(test, dict):
         test = test.get("root") or test.get("name") or json.dumps(test, sort_keys=True, default=str)

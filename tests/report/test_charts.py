@@ -3,9 +3,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from bokeh.models.annotations import Span
+from fabricated import record
 
 from ssl_kit.report.charts import MARKERS, NUM_COLOURS, curve_charts, decimate, map_model, moving_average, shape_of
 from ssl_kit.report.reading import Run
+from ssl_kit.report.reading_details import Roc, RocLine
+from ssl_kit.report.score_charts import dimension_charts, few_shot_charts, roc_chart, storage
 
 
 @pytest.mark.parametrize("count", [10, 2000, 2001, 12345])
@@ -79,3 +82,60 @@ def test_the_map_shows_unlabelled_images_too():
     source = map_model(value).renderers[0].data_source
     assert source.name == "map" and source.data["name"] == ["cat", ""]
     assert source.data["thumb"] == ["aa", "bb"] and source.data["index"] == [5, 6]
+
+
+def few(features, *values):
+    return [
+        record("few_shot", features, value, protocol="probe", shots=10**place) for place, value in enumerate(values)
+    ]
+
+
+def test_the_same_features_have_the_same_colour_in_every_chart(tmp_path):
+    names = ["pixels", "encoder", "pretrained:b", "pretrained:a", "random_init"]
+    results = [one for name in names for one in few(name, 0.2, 0.3)]
+    results += [record("linear", name, dim / 100, dim=dim, reduced_by="pca") for name in names for dim in (2, 4)]
+    run = Run(tmp_path, results=results)
+    (shots,), (dims,) = few_shot_charts(run), dimension_charts(run)
+    colours = {name: place for name, place, _ in shots.legend}
+    assert list(colours) == ["this encoder", "pretrained a", "pretrained b", "same network, untrained", "raw pixels"]
+    assert len(set(colours.values())) == 5 and colours["this encoder"] == 0
+    assert {name.removesuffix(", PCA"): place for name, place, _ in dims.legend} == colours
+    assert len({(place, shape) for _, place, shape in shots.legend}) == 5
+
+
+def test_ways_to_fewer_dimensions_differ_by_shape_and_dash(tmp_path):
+    results = [record("linear", "encoder", dim / 100, dim=dim, reduced_by=way) for way in ("random", "pca", "cut")
+               for dim in (2, 4)]  # fmt: skip
+    (chart,) = dimension_charts(Run(tmp_path, results=results))
+    assert [name for name, _, _ in chart.legend] == [
+        "this encoder, cut", "this encoder, PCA", "this encoder, random projection",
+    ]  # fmt: skip
+    assert [(place, shape) for _, place, shape in chart.legend] == [(0, 0), (0, 1), (0, 2)]
+    lines = [one.glyph for one in chart.model.renderers if one.glyph.__class__.__name__ == "Line"]
+    assert [line.line_dash for line in lines] == [[], [6], [2, 4]]
+
+
+def test_each_number_of_dimensions_says_what_it_costs_and_intervals_are_drawn(tmp_path):
+    results = [record("linear", "encoder", dim / 1000, dim=dim) for dim in (8, 512)]
+    (chart,) = dimension_charts(Run(tmp_path, results=results))
+    assert chart.model.xaxis[0].major_label_overrides == {8: "8\n32 MB", 512: "512\n2.05 GB"}
+    assert chart.spoken == "this encoder: 0.008 at 8, 0.512 at 512."
+    bars = next(one for one in chart.model.renderers if one.glyph.__class__.__name__ == "Segment")
+    assert list(bars.data_source.data["y0"]) == pytest.approx([-0.002, 0.502])
+    assert few_shot_charts(Run(tmp_path)) == [] and dimension_charts(Run(tmp_path)) == []
+
+
+def test_the_mean_curve_leads_and_the_lowest_classes_have_colours():
+    lines = [RocLine(f"class {place}", 0.5 + place / 20, [0.0, 1.0]) for place in range(9)]
+    chart = roc_chart(Roc([0.0, 1.0], RocLine("macro average", 0.7, [0.0, 1.0]), lines))
+    assert [name for name, _, _ in chart.legend] == [
+        "macro average, area 0.700", *(f"class {place}, area {0.5 + place / 20:.3f}" for place in range(4)),
+    ]  # fmt: skip
+    assert [place for _, place, _ in chart.legend] == [0, 1, 2, 3, 4] and "5 others" in chart.caption
+    last = chart.model.renderers[-1].glyph
+    assert (last.line_width, last.tags) == (3, ["line_color=--c0"])
+
+
+@pytest.mark.parametrize(("dim", "text"), [(8, "32 MB"), (249, "996 MB"), (250, "1 GB"), (2048, "8.19 GB")])
+def test_storage_of_a_million_vectors(dim, text):
+    assert storage(dim) == text

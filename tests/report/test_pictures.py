@@ -6,10 +6,19 @@ import json
 
 import numpy as np
 import pytest
-from conftest import HOSTILE, Page
+from fabricated import HOSTILE, Page
 from PIL import Image
 
-from ssl_kit.report.pictures import MAP_BYTES, draw_map, draw_neighbours, draw_views, encode, strip_html, to_image
+from ssl_kit.report.pictures import (
+    MAP_BYTES,
+    draw_grid,
+    draw_map,
+    draw_neighbours,
+    draw_views,
+    encode,
+    strip_html,
+    to_image,
+)
 
 
 def plain(height, width, colour):
@@ -22,9 +31,9 @@ def test_views_are_enlarged_by_an_integer_and_keep_their_values(tmp_path):
     with Image.open(tmp_path / "views.png") as sheet:
         pixels = np.asarray(sheet.convert("RGBA"))
     factor = 132 // 8
-    cell = pixels[-8 * factor :, -8 * factor - 6 : -6, :3]
+    cell = pixels[-8 * factor :, -8 * factor :, :3]
     assert np.array_equal(cell, np.kron(checks[0, 0], np.ones((factor, factor)))[..., None].repeat(3, 2) * 255)
-    top = pixels[: 8 * factor, -8 * factor - 6 : -6]
+    top = pixels[: 8 * factor, -8 * factor :]
     assert (top == (255, 0, 0, 255)).all()
 
 
@@ -35,6 +44,33 @@ def test_views_take_originals_of_any_size_grey_ones_and_values_out_of_range(tmp_
         row = np.asarray(sheet)[-1]
     opaque = row[row[:, 3] == 255][:, 0]
     assert set(opaque.tolist()) == {0, 255} and len(opaque) == 2 * 24 * (132 // 24)
+
+
+def test_a_grid_shows_its_images_in_order_and_says_what_they_are(tmp_path):
+    grid = np.linspace(0, 1, 6).reshape(2, 3, 1, 1, 1) * np.ones((2, 3, 1, 32, 32))
+    caption = "Original, masked, prediction; " + 20 * "a long explanation "
+    draw_grid(tmp_path / "grid.png", grid, ("one", "two", "three"), caption)
+    with Image.open(tmp_path / "grid.png") as sheet:
+        assert sheet.info["Description"] == caption
+        pixels = np.asarray(sheet.convert("RGBA"))
+    flat = [pixels[y, x] for y in range(pixels.shape[0]) for x in (64, 64 + 134, 64 + 268)]
+    shown = list(dict.fromkeys(int(pixel[0]) for pixel in flat if pixel[3] == 255 and pixel[0] not in {122}))
+    assert shown == [0, 51, 102, 153, 204, 255]
+
+
+def test_many_rows_of_few_images_become_few_rows_of_many(tmp_path):
+    grid = np.linspace(0, 1, 6).reshape(3, 2, 1, 1, 1) * np.ones((3, 2, 1, 32, 32))
+    draw_grid(tmp_path / "grid.png", grid, ("image", "again"), "told")
+    with Image.open(tmp_path / "grid.png") as sheet:
+        pixels = np.asarray(sheet.convert("RGBA"))
+    cell, left = 4 * 32, pixels.shape[1] - 3 * 4 * 32 - 2 * 6  # the captions are on the left
+    assert pixels.shape[0] == 2 * cell + 6 and left > 40
+    shown = [
+        [int(pixels[row * (cell + 6) + 64, left + column * (cell + 6) + 64, 0]) for column in range(3)]
+        for row in (0, 1)
+    ]
+    assert shown == [[0, 102, 204], [51, 153, 255]]
+    assert pixels[:, :left, 3].any() and sheet.info["Description"] == "told"
 
 
 def test_a_column_without_its_view_is_our_mistake(tmp_path):

@@ -7,8 +7,10 @@ import pytest
 from PIL import Image
 
 from ssl_kit.core.errors import UserError
-from ssl_kit.report import reading
-from ssl_kit.report.reading import number, read_run
+from ssl_kit.report import reading_pictures
+from ssl_kit.report.looks import look_rows
+from ssl_kit.report.reading import read_run
+from ssl_kit.report.untrusted import number
 
 
 def test_a_whole_run_is_read_without_a_problem(make_run):
@@ -16,7 +18,10 @@ def test_a_whole_run_is_read_without_a_problem(make_run):
     assert run.problems == [] and run.name == "run"
     assert run.metrics["step"].tolist() == list(range(1, 101))
     assert np.isnan(run.metrics["effective_rank"][0]) and run.metrics["effective_rank"][9] == 20
-    assert [one["features"] for one in run.results] == ["encoder", "pixels", "random_init"]
+    assert [one["features"] for one in run.results[:3]] == ["encoder", "pixels", "random_init"]
+    assert run.confusion.counts.sum() == 60 and [one.name for one in run.classes] == ["cat", "dog"]
+    assert [line.name for line in run.roc.classes] == ["dog"] and len(run.roc.macro.recalls) == len(run.roc.rates)
+    assert len(run.wrong["predicted"]) == 8 and len(run.looks["rows"]) == 7 and run.duplicates["groups"] == [[0, 1]]
     assert (run.skipped, run.num_skipped) == ([("broken.jpg", "0 bytes")], 1)
     assert [picture.name for picture in run.pictures] == ["views"]
 
@@ -54,6 +59,72 @@ def test_a_map_that_does_not_hold_together_is_refused(make_run, key, value):
     assert run.map is None and len(run.problems) == 1 and "pictures/map.json" in run.problems[0]
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("looks.json", {"rows": []}),
+        ("looks.json", {"rows": [{"kind": "image", "images": ["aa"], "notes": []}]}),
+        ("looks.json", {"rows": [{"kind": "image", "images": ["<b>"], "notes": [""]}]}),
+        ("looks.json", {"rows": [{"kind": "image", "images": ["aa"], "notes": [""], "low": "0"}]}),
+        ("looks.json", {"rows": [{"kind": "image", "images": ["aa"], "notes": [""], "rows": -1}]}),
+        ("looks.json", {"rows": [{"kind": kind, "images": ["aa"] * place, "notes": [""] * place}
+                                 for place, kind in ((1, "image"), (2, "patch"))]}),
+        ("looks.json", {"prototypes": [{"name": "a", "image": "aa", "counter": "x y", "counter_name": "b",
+                                        "cosines": [1, 0]}]}),
+        ("looks.json", {"prototypes": [{"name": "a", "image": "aa", "counter": "aa", "counter_name": "b",
+                                        "cosines": [1]}]}),
+        ("wrong.json", {"predicted": [5] * 8}),
+        ("wrong.json", {"confidences": [1.5] * 8}),
+        ("wrong.json", {"confidences": [0.5]}),
+        ("duplicates.json", {"groups": [[0, 3]]}),
+        ("duplicates.json", {"outliers": [[-1, 0.5]]}),
+        ("duplicates.json", {"num_groups": -1}),
+        ("duplicates.json", {"ids": ["a"]}),
+    ],
+)  # fmt: skip
+def test_pictures_that_do_not_hold_together_are_refused(make_run, name, change):
+    path = make_run() / "pictures" / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    run = read_run(path.parent.parent)
+    assert getattr(run, path.stem) is None and len(run.problems) == 1 and name in run.problems[0]
+
+
+def test_looks_of_a_later_version_are_left_out_and_unknown_numbers_are_question_marks(make_run):
+    path = make_run() / "pictures" / "looks.json"
+    told = json.loads(path.read_text())
+    told["rows"][0]["kind"] = "unheard of"
+    for row in told["rows"]:
+        row.pop("even", None)
+    path.write_text(json.dumps(told))
+    run = read_run(path.parent.parent)
+    rows = look_rows(run.looks)
+    assert len(rows) == 6 and run.problems == []
+    assert "give each ?." in next(row["caption"] for row in rows if row["name"] == "attention")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("confusion.csv", "label,a,b\na,1,2\n"),
+        ("confusion.csv", "label,a,b\na,1,2\nc,0,1\n"),
+        ("confusion.csv", "label,a,b\na,1,2\nb,0,-1\n"),
+        ("confusion.csv", "label,a,b\na,1,2\nb,0," + "9" * 40 + "\n"),
+        ("confusion.csv", "label,a\na,1e3\n"),
+        ("classes.csv", "name,num_images\na,1\n"),
+        ("classes.csv", "name,num_images,recall,low,high,precision,mistaken_for\na,1,2,0,1,1,b\n"),
+        ("roc.json", json.dumps({"rates": [0, 1], "macro": {"auroc": 1, "recalls": [1]}, "classes": []})),
+        ("roc.json", json.dumps({"rates": [1, 0], "macro": {"auroc": 1, "recalls": [1, 1]}, "classes": []})),
+        ("roc.json", json.dumps({"rates": [0, 1], "macro": {"auroc": 2, "recalls": [1, 1]}, "classes": []})),
+        ("roc.json", json.dumps({"rates": [0, 1], "macro": {"auroc": 1, "recalls": [1, "1"]}, "classes": []})),
+    ],
+)
+def test_details_that_do_not_hold_together_are_refused(make_run, name, content):
+    path = make_run() / "details" / name
+    path.write_text(content)
+    run = read_run(path.parent.parent)
+    assert not getattr(run, path.stem) and len(run.problems) == 1 and name in run.problems[0]
+
+
 def test_a_strip_may_not_refer_to_an_image_that_is_not_there(make_run):
     folder = make_run()
     path = folder / "pictures" / "neighbours.json"
@@ -75,7 +146,7 @@ def test_pictures_are_capped_in_pixels_and_shrunk_in_bytes(make_run, monkeypatch
     assert "huge.png" in run.problems[0] and "81000000" in run.problems[0].replace(",", "").replace(
         "9000 x 9000", "81000000"
     )
-    monkeypatch.setattr(reading, "_PICTURE_BYTES", 10)
+    monkeypatch.setattr(reading_pictures, "_PICTURE_BYTES", 10)
     assert [picture.name for picture in read_run(folder).pictures] == ["views"]
 
 

@@ -4,17 +4,20 @@ import json
 import re
 from itertools import pairwise
 
+import numpy as np
 import pytest
-from conftest import HOSTILE, Page, record, scores, write_results
+from fabricated import HOSTILE, Page, record, scores, write_results
 
 from ssl_kit.core.errors import UserError
 from ssl_kit.report import report as module
+from ssl_kit.report.pictures import draw_grid
 from ssl_kit.report.reading import Run, read_run
 from ssl_kit.report.report import duration, facts, next_step, write_report
-from ssl_kit.report.scores import verdict
+from ssl_kit.report.verdict import verdict
 from ssl_kit.verbs.report import report
 
-SECTIONS = ["verdict", "sees", "curves", "scores", "neighbours", "map", "made"]
+SECTIONS = ["verdict", "sees", "curves", "scores", "looks", "neighbours", "map", "made"]
+CHARTS = 8  # loss, rank, learning rate (the kNN column is empty); few labels and dimensions twice; ROC
 
 
 def page_of(*runs, out=None) -> Page:
@@ -27,17 +30,22 @@ def test_a_full_run_has_every_section_in_order_and_none_is_empty(make_run):
     page = page_of(make_run())
     found = [attributes["id"] for attributes in page.all("section")]
     assert found == SECTIONS
-    assert "yet." not in page.words  # "No score yet." and its kin stand only where something is missing
-    assert "kNN 0.71 [0.70, 0.72], 0.33 above raw pixels and 0.35 above the same network untrained." in page.words
+    # "No score yet." and its kin stand only where something is missing
+    assert "yet." not in page.words and "Not measured here" not in page.words
+    for words in ("With few labels", "How many dimensions are needed", "On corrupted images", "What is taken for what",
+                  "Recall of each class", "ROC", "Most confidently wrong", "Attention of the class token",
+                  "Typical images", "Duplicates and outliers", "Views"):  # fmt: skip
+        assert words in page.words, words
+    assert "kNN 0.71 [0.70, 0.72], 0.33 above raw pixels, 0.35 above the same network untrained and " in page.words
 
 
 def test_charts_have_a_place_a_title_and_words(make_run):
     page = page_of(make_run())
-    charts = [one for one in page.all("figure") if "aria-labelledby" in one]
-    assert len(charts) == 3  # loss, rank, learning rate; the kNN column is empty
+    charts = [one for one in page.all("figure") if "aria-describedby" in one]
+    assert len(charts) == CHARTS
     assert all({one["aria-labelledby"], one["aria-describedby"]} <= page.ids for one in charts)
     assert "4.99 at first, 4 at last" in page.words
-    assert len([one for one in page.all("div") if "data-root-id" in one]) == 4  # and the map
+    assert len([one for one in page.all("div") if "data-root-id" in one]) == CHARTS + 1  # and the map
 
 
 def test_nothing_is_fetched_and_the_policy_forbids_it(make_run):
@@ -91,21 +99,24 @@ def test_before_the_first_step_only_pictures_are_there_and_no_chart_code(tmp_pat
     run = make_run()
     for name in ("metrics.csv", "results.jsonl", "skipped.csv", "recipe.yaml"):
         (run / name).unlink()
-    for name in ("neighbours.json", "map.json"):
-        (run / "pictures" / name).unlink()
+    for path in [*run.glob("details/*"), *run.glob("pictures/*.json")]:
+        path.unlink()
     (run / "run.json").write_text(json.dumps({"status": "starting"}))
     page = page_of(run)
     assert [attributes["id"] for attributes in page.all("section")] == SECTIONS
     assert "Starting" in page.words and "No score yet." in page.words
     assert f"ssl-kit evaluate {run} LABELLED" in page.words
     assert len(page.all("script")) == 1 and len(page.html) < 200_000
-    assert [one["alt"] for one in page.all("img")] == ["views of run"]
+    assert [one["alt"] for one in page.all("img")] == [
+        "Views: 4 images, one per column: the original on top, then 2 views of it."
+    ]
+    assert f"ssl-kit evaluate {run} LABELLED --only few_shot,curve,robustness,details,looks" in page.words
 
 
 @pytest.mark.parametrize("kept", ["run.json", "metrics.csv", "results.jsonl", "recipe.yaml", "skipped.csv"])
 def test_any_single_file_is_enough(make_run, kept):
     run = make_run()
-    for file in [*run.glob("pictures/*"), *run.glob("*.*")]:
+    for file in [*run.glob("pictures/*"), *run.glob("details/*"), *run.glob("*.*")]:
         if file.name != kept:
             file.unlink()
     page = page_of(run)
@@ -115,7 +126,21 @@ def test_any_single_file_is_enough(make_run, kept):
     assert {one["href"].removeprefix("#") for one in page.all("a")} <= page.ids
 
 
-@pytest.mark.parametrize("name", ["run.json", "results.jsonl", "pictures/neighbours.json", "pictures/views.png"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "run.json",
+        "results.jsonl",
+        "pictures/neighbours.json",
+        "pictures/views.png",
+        "pictures/looks.json",
+        "pictures/wrong.json",
+        "pictures/duplicates.json",
+        "details/confusion.csv",
+        "details/classes.csv",
+        "details/roc.json",
+    ],
+)
 def test_a_damaged_file_costs_its_section_only_and_is_named(make_run, name):
     run = make_run()
     data = (run / name).read_bytes()
@@ -123,6 +148,34 @@ def test_a_damaged_file_costs_its_section_only_and_is_named(make_run, name):
     page = page_of(run)
     assert [one["id"] for one in page.all("section")] == SECTIONS
     assert name in page.words
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("ssl_kit.methods.mae.MAE", "Most patches of an image are hidden"),
+        ("ssl_kit.methods.vae.VAE", "squeezed into a short code"),
+        ("ssl_kit.methods.simclr.SimCLR", "Could you tell that they belong together?"),
+        ("SomethingElse", "Could you tell that they belong together?"),
+    ],
+)
+def test_the_words_above_the_pictures_fit_the_method(make_run, method, words):
+    run = make_run(info={"method": method})
+    grid = np.zeros((2, 3, 1, 8, 8))
+    for name in ("traversals", "another_look", "reconstructions", "samples"):
+        draw_grid(run / "pictures" / f"{name}.png", grid, (), f"What {name} show: <b>, in pixels.")
+    page = page_of(run)
+    assert words in page.words
+    figures = page.html.split('<section id="sees"')[1].split("</section>")[0].split("<figure")[1:]
+    titles = [re.search(r"<h3>(.*?)</h3>", one).group(1) for one in figures]
+    assert titles == ["Views", "Images and their reconstructions", "Samples", "What single numbers of the code change",
+                      "Another look"]  # fmt: skip
+    assert [re.search(r"<figcaption>(.*?)</figcaption>", one).group(1) for one in figures[1:]] == [
+        f"What {name} show: &lt;b&gt;, in pixels."
+        for name in ("reconstructions", "samples", "traversals", "another_look")
+    ]
+    alts = [one["alt"] for one in page.all("img")]
+    assert "Images and their reconstructions: What reconstructions show: <b>, in pixels." in alts
 
 
 def test_several_runs_share_charts_and_tables(make_run, tmp_path):

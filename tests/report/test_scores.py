@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import pytest
-from conftest import record, scores
+from fabricated import record, scores
 
 from ssl_kit.report.reading import Run
-from ssl_kit.report.scores import Score, axis_of, dimension_curve, full_size, score_tables, verdict
+from ssl_kit.report.scores import Score, axis_of, full_size, score_tables
+from ssl_kit.report.verdict import verdict
 
 
 def run_of(tmp_path, results=(), name="run", **info) -> Run:
@@ -35,6 +36,38 @@ def test_a_paired_interval_decides_where_there_is_one(tmp_path):
         results[0]["metrics"] |= {"above_best_baseline": 0.01, "above_best_baseline_low": low}
         results[0]["metrics"] |= {"above_best_baseline_high": high}
         assert verdict(run_of(tmp_path, results)).state == state
+
+
+def test_a_better_pretrained_model_is_shown_and_does_not_say_that_nothing_was_learnt(tmp_path):
+    results = [*scores(0.71), record("knn", "pretrained:resnet18", 0.9, k=1, temperature=None, chosen=True, dim=512)]
+    results[0]["settings"] |= {"best_baseline": "pretrained:resnet18"}
+    for name, gap in (("above_best_baseline", -0.19), ("above_pixels", 0.33), ("above_pretrained:resnet18", -0.19)):
+        results[0]["metrics"] |= {name: gap, f"{name}_low": gap - 0.01, f"{name}_high": gap + 0.01}
+    run = run_of(tmp_path, results)
+    judged = verdict(run)
+    assert judged.state == "learning"
+    assert judged.sentence.endswith("same network untrained and 0.19 below pretrained resnet18.")
+    assert [row.name for row in judged.rows][:2] == ["this encoder", "pretrained resnet18"]
+    (table,) = score_tables([run])
+    assert table.metrics == ["Top-1", "Above the best baseline"]
+    assert [row.name for row in table.rows][:2] == ["this encoder", "pretrained resnet18"]
+    del results[0]["metrics"]["above_pixels"]  # as before there were several: its own intervals decide
+    assert verdict(run).state == "learning"
+
+
+@pytest.mark.parametrize(
+    ("reason", "told"),
+    [
+        ("flat", "Flat."),
+        ("kNN 0.2 at the start", "kNN 0.2 at the start."),
+        ("Done!", "Done!"),
+        (" a b ", "A b."),
+        ("", ""),
+    ],
+)
+def test_a_reason_becomes_a_sentence(tmp_path, reason, told):
+    judged = verdict(run_of(tmp_path, verdict={"state": "stuck", "reason": reason}))
+    assert judged.sentence == (told or "No score yet.")
 
 
 def test_without_baselines_nothing_is_claimed(tmp_path):
@@ -115,14 +148,6 @@ def test_baselines_that_differ_between_runs_stay_apart(tmp_path):
     assert [row.name for row in table.rows] == [
         "a: encoder", "b: encoder", "raw pixels", "a: same network, untrained", "b: same network, untrained",
     ]  # fmt: skip
-
-
-def test_the_dimension_curve_needs_two_sizes_and_is_sorted(tmp_path):
-    sizes = [record("knn", "encoder", dim / 1000, chosen=False, k=20, dim=dim) for dim in (64, 8, 16)]
-    name, curves = dimension_curve(run_of(tmp_path, [*sizes, *scores()[1:]]))
-    assert name == "knn" and list(curves) == ["encoder"]
-    assert [(dim, one.value) for dim, one in curves["encoder"].items()] == [(8, 0.008), (16, 0.016), (64, 0.064)]
-    assert dimension_curve(run_of(tmp_path, scores())) == ("", {})
 
 
 @pytest.mark.parametrize(("value", "text"), [(0.7126, "0.713"), (1.0, "1.000"), (-2.714, "-2.71"), (57.69, "57.7")])
