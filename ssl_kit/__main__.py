@@ -1,4 +1,4 @@
-"""`python -m ssl_kit VERB ...`, also what torchrun wants: `torchrun -m ssl_kit pretrain ...`."""
+"""`python -m ssl_kit VERB ...`, also what torchrun wants: `torchrun -m ssl_kit -- pretrain ...`."""
 
 import sys
 

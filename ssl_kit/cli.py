@@ -3,7 +3,8 @@
 A verb is a function in `ssl_kit/verbs/VERB.py`; its signature is the option schema and its docstring the help. The
 help is read from the source with `ast`, so that `--help` answers without importing torch (4 s with Lightning and timm).
 
-Exit codes: 0 success, 2 a user's mistake (one line on stderr), 1 our own, 128 + signal when stopped by one.
+Exit codes: 0 success, 2 a user's mistake (one line on stderr), 1 our own, 128 + signal when stopped by one; an
+interrupted command says what it has kept.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ import ast
 import difflib
 import importlib
 import json
+import math
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from ssl_kit.core.errors import UserError
+from ssl_kit.core.processes import is_first
 
 _VERBS = Path(__file__).parent / "verbs"
 _COMMON = (
@@ -32,7 +36,10 @@ _RECIPE = (
     ("--allow MODULE", "let the recipe name classes of this module too; may be repeated"),
 )
 _WITH_RECIPE = ("pretrain", "views")  # verbs that take -c
-_ORDER = ("pretrain", "evaluate", "finetune", "embed", "index", "search", "duplicates", "report", "export", "views")
+_ORDER = (
+    *("pretrain", "evaluate", "finetune", "embed", "index", "search", "duplicates", "report", "export", "views"),
+    "doctor",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,13 +48,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments)
     except UserError as error:
-        print(f"ssl-kit: {error}", file=sys.stderr)
+        if is_first():
+            print(f"ssl-kit: {error}", file=sys.stderr)
         return 2
     except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
         print(f"ssl-kit: {error}; choose another path", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("ssl-kit: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        if is_first():
+            print(f"ssl-kit: interrupted; {str(stop) or 'nothing was written'}", file=sys.stderr)
         return 130
 
 
@@ -70,15 +79,32 @@ def _run(arguments: list[str]) -> int:
         print(_verb_help(verb))
         return 0
 
+    if verb == "pretrain":
+        from ssl_kit.verbs.launching import launch, processes_asked
+
+        processes = processes_asked(_devices(rest))
+        if processes > 1:
+            return launch(arguments, processes)
     from ssl_kit.core.console import configure
 
     rest, as_json, quiet, everything = _take_common(rest)
-    configure(to_stderr=as_json, quiet=quiet)
-    function = getattr(importlib.import_module(f"ssl_kit.verbs.{verb}"), verb)
-    result = function(**_parse(verb, function, rest, everything))
-    if as_json:
-        print(json.dumps(result, allow_nan=False, ensure_ascii=False))
+    silent = not is_first()  # of several processes
+    configure(to_stderr=as_json or silent, quiet=quiet or silent)
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():  # whoever prints, libraries included
+        function = getattr(importlib.import_module(f"ssl_kit.verbs.{verb}"), verb)
+        result = function(**_parse(verb, function, rest, everything))
+    if as_json and not silent:
+        print(json.dumps(_finite(result), allow_nan=False))
     return 0
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null stands for them."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _take_common(rest: list[str]) -> tuple[list[str], bool, bool, bool]:
@@ -91,9 +117,10 @@ def _parse(verb: str, function: Any, rest: list[str], everything: bool) -> dict[
     """The keyword arguments of the verb, typed by its signature."""
     from jsonargparse import ArgumentError, ArgumentParser
 
-    from ssl_kit.verbs.recipes import brief, read_recipe, restrict_imports
+    from ssl_kit.verbs.recipes import brief, check_class_paths, read_recipe, restrict_imports
 
     rest = _flags([_underscored(argument) for argument in rest], function)
+    rest = _joined(rest, function)
     rest, allow = _taken(rest, ("--allow",))
     rest, recipes = _taken(rest, ("-c", "--config"))
     if "--resume=true" in rest and (own := _own_recipe(rest)) is not None:
@@ -102,21 +129,28 @@ def _parse(verb: str, function: Any, rest: list[str], everything: bool) -> dict[
     parser = ArgumentParser(prog=f"ssl-kit {verb}", exit_on_error=False, allow_abbrev=False)
     if verb in _WITH_RECIPE:
         parser.add_argument("-c", "--config", action="config")
-    _add_arguments(parser, verb, function)
+    read = [read_recipe(name) for name in recipes]
+    method = _method_named(read, rest)
+    check_class_paths([*read, {"class_path": method}], allow)
+    try:
+        _add_arguments(parser, verb, function, method)
+    except (ArgumentError, ValueError, TypeError) as error:
+        raise UserError(brief(error)) from error
     if everything:
         parser.print_help()
         raise SystemExit(0)
     configs, named = [], None
-    for name in recipes:
-        recipe = read_recipe(name)
+    for recipe in read:
         named = recipe.pop("data", named)
+        taken = recipe
         if verb != "pretrain":  # what the verb does not take (the method, the trainer) is not for it
-            recipe = {key: value for key, value in recipe.items() if key in function.__annotations__}
-        configs += ["-c", json.dumps(recipe)]
+            taken = {key: value for key, value in recipe.items() if key in function.__annotations__}
+        configs += ["-c", json.dumps(taken)]
     try:
         parsed = parser.parse_args([*configs, *rest])
     except (ArgumentError, ValueError, TypeError) as error:
         raise UserError(_explained(brief(error), parser)) from error
+    check_class_paths(parsed.as_dict(), allow)  # options name classes too
     values = parser.instantiate(parsed).as_dict() if verb not in _WITH_RECIPE else _instantiated(parser, parsed)
     values.pop("config", None)
     if "data" in values:
@@ -124,12 +158,22 @@ def _parse(verb: str, function: Any, rest: list[str], everything: bool) -> dict[
     return values
 
 
-def _add_arguments(parser: Any, verb: str, function: Any) -> None:
+def _method_named(recipes: list[dict[str, Any]], rest: list[str]) -> str | None:
+    """The class path of the method that recipes and options name last."""
+    methods = [recipe.get("method") for recipe in recipes]
+    paths = [method.get("class_path") if isinstance(method, dict) else method for method in methods]
+    paths += _taken(rest, ("--method", "--method.class_path"))[1]
+    return next((path for path in reversed(paths) if isinstance(path, str) and "{" not in path), None)
+
+
+def _add_arguments(parser: Any, verb: str, function: Any, method: str | None) -> None:
     if verb not in _WITH_RECIPE:
-        positional = _signature(verb).args.args
-        for argument in positional:
+        arguments = _signature(verb).args
+        positional = arguments.args
+        needed = len(positional) - len(arguments.defaults)
+        for place, argument in enumerate(positional):
             several = argument.annotation is not None and ast.unparse(argument.annotation).startswith("list")
-            parser.add_argument(argument.arg, type=str, nargs="+" if several else None)
+            parser.add_argument(argument.arg, type=str, nargs="+" if several else "?" if place >= needed else None)
         parser.add_function_arguments(
             function, as_group=False, as_positional=False, skip={argument.arg for argument in positional}
         )
@@ -139,7 +183,7 @@ def _add_arguments(parser: Any, verb: str, function: Any) -> None:
     parser.add_argument("data", nargs="?", default=None, help="folder, manifest or built-in set")
     parser.add_function_arguments(function, as_group=False, as_positional=False, skip={"data", "method", "trainer"})
     if verb == "pretrain":
-        add_recipe_arguments(parser)
+        add_recipe_arguments(parser, method)
 
 
 def _instantiated(parser: Any, parsed: Any) -> dict[str, Any]:
@@ -185,6 +229,27 @@ def _flags(rest: list[str], function: Any) -> list[str]:
         f"{argument}=true" if argument in flags and after not in ("true", "false") else argument
         for argument, after in zip(rest, following, strict=True)
     ]
+
+
+def _devices(rest: list[str]) -> Any:
+    """What options or else recipes give as `--trainer.devices`; 1 by default."""
+    from ssl_kit.verbs.recipes import read_recipe
+
+    rest, recipes = _taken(rest, ("-c", "--config"))
+    if any(argument in ("--resume", "--resume=true") for argument in rest) and (own := _own_recipe(rest)) is not None:
+        recipes = [own, *recipes]
+    trainers = [read_recipe(name).get("trainer") for name in recipes]
+    given = [trainer["devices"] for trainer in trainers if isinstance(trainer, dict) and "devices" in trainer]
+    return [1, *given, *_taken(rest, ("--trainer.devices",))[1]][-1]
+
+
+def _joined(rest: list[str], function: Any) -> list[str]:
+    """`--only knn --only linear` means `--only=knn,linear`, for options that take several: the last alone would win."""
+    for name, kind in function.__annotations__.items():
+        kept, values = _taken(rest, (f"--{name}",)) if str(kind).startswith("tuple[") else (rest, [])
+        if len(values) > 1:
+            rest = [*kept, f"--{name}={','.join(values)}"]
+    return rest
 
 
 def _own_recipe(rest: list[str]) -> str | None:
@@ -247,6 +312,7 @@ def _verb_help(verb: str) -> str:
     function = _signature(verb)
     texts = _argument_texts(ast.get_docstring(function) or "")
     positional = [argument.arg for argument in function.args.args]
+    needed = len(positional) - len(function.args.defaults)
     rows = []
     for argument, default in zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True):
         shown = "" if default is None or isinstance(default, ast.Call) else f" [{ast.unparse(default)}]"
@@ -255,7 +321,8 @@ def _verb_help(verb: str) -> str:
         rows.append((f"--{argument.arg.replace('_', '-')}", texts.get(argument.arg, "") + shown))
     rows += [*(_RECIPE if verb in _WITH_RECIPE else ()), *_COMMON]
     width = max(len(name) for name, _ in rows) + 2
-    usage = f"usage: ssl-kit {verb} {' '.join(name.upper() for name in positional)} [options]"
+    names = [name.upper() if place < needed else f"[{name.upper()}]" for place, name in enumerate(positional)]
+    usage = " ".join(["usage: ssl-kit", verb, *names, "[options]"])
     lines = [usage, "", _summary(function), ""]
     lines += [f"  {name.upper():<{width}}{texts.get(name, '')}" for name in positional]
     return "\n".join([*lines, "", *(f"  {name:<{width}}{text}" for name, text in rows)])

@@ -8,6 +8,7 @@ import pytest
 
 from ssl_kit import cli
 from ssl_kit.core.console import configure
+from ssl_kit.verbs.pretrain import pretrain
 
 
 @pytest.fixture(autouse=True)
@@ -128,3 +129,11 @@ def test_dashes_underscores_and_bare_flags():
     assert (
         cli._underscored("-k") == "--k" and cli._underscored("my-data") == "my-data" and cli._underscored("-c") == "-c"
     )
+
+
+@pytest.mark.parametrize("options", [["-c", "mae"], ["--method", "ssl_kit.methods.mae.MAE"]])
+def test_a_method_brings_its_own_defaults(options):
+    arguments = ["images", *options, "--method.mask_ratio", "0.5"]
+    method = cli._parse("pretrain", pretrain, arguments, everything=False)["method"]
+    assert method["class_path"] == "ssl_kit.methods.mae.MAE" and method["init_args"]["mask_ratio"] == 0.5
+    assert method["init_args"]["optim"]["name"] == "adamw" and "temperature" not in method["init_args"]

@@ -1,4 +1,4 @@
-"""`ssl-kit embed`: an encoder and a source in, an embeddings folder out."""
+"""`ssl-kit embed`: an encoder and a source in, an embeddings folder out, in bounded memory; stopped runs go on."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 
-from ssl_kit.core.console import next_command, say
+from ssl_kit.core.console import if_interrupted, next_command, result
 from ssl_kit.core.errors import UserError
-from ssl_kit.core.files import MANIFEST, DamagedError, read_manifest
+from ssl_kit.core.files import MANIFEST, read_manifest
+from ssl_kit.core.sealed import LARGE_JSON
 from ssl_kit.data.listing import escape_path
-from ssl_kit.data.sources import open_source
-from ssl_kit.embeddings import FORMAT, Precision, Storage
-from ssl_kit.embeddings import embed as embed_images
+from ssl_kit.data.sources import Source, open_source
+from ssl_kit.embeddings import Precision, Storage
 from ssl_kit.encoders.encoder import Encoder, find_encoder
+from ssl_kit.streaming import Embedded, embed_to, is_ours, parse_shard, remove
 
 
 def embed(
@@ -26,13 +27,15 @@ def embed(
     out: str,
     dtype: Storage = "float32",
     normalise: bool = False,
+    layers: int = 1,
+    shard: str | None = None,
     limit: int | None = None,
     batch_size: int = 256,
     precision: Precision = "auto",
     max_bad: float = 0.05,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Turn images into feature vectors; writes an embeddings folder.
+    """Turn images into feature vectors; writes an embeddings folder. The same command again goes on after a stop.
 
     Args:
         encoder: run folder or encoder folder.
@@ -40,56 +43,89 @@ def embed(
         out: folder to write: Parquet parts with id, label and embedding, skipped.csv and manifest.json.
         dtype: how vectors are stored; float16 halves the bytes.
         normalise: store vectors of Euclidean length 1.
+        layers: concatenate the outputs of so many last stages (CNN) or blocks (ViT) to one vector.
+        shard: i/N makes every N-th part of 65,536 images, i from 0; the last shard to end completes the folder.
         limit: embed only so many images, spread over the source, for a first try.
         batch_size: images per forward pass; changes the speed, not the features.
         precision: auto is bfloat16 where the machine is fast at it, float32 elsewhere; float32 is the same everywhere.
-        max_bad: fraction of the images that may be undecodable, in [0, 1].
-        overwrite: replace an existing embeddings folder.
+        max_bad: fraction of the images that may be undecodable, in [0, 1]; 0 is strict: the first one is an error.
+        overwrite: remove the embeddings and the index that are there first.
     """
     folder = Path(out)
-    _may_write(folder, overwrite)
+    if layers < 1:
+        raise UserError(f"--layers {layers}: wanted at least 1, the last stage or block")
+    part = parse_shard(shard) if shard is not None else None
     path = find_encoder(encoder)
     loaded = Encoder.load(path).to("cuda" if torch.cuda.is_available() else "cpu")
-    source = open_source(data, limit=limit, channels=loaded.channels, max_bad=max_bad)
+    _may_write(folder, overwrite, shard)
+    # decoded when needed: each image is looked at once, and rows do not depend on how much memory is free
+    source = open_source(data, limit=limit, channels=loaded.channels, max_bad=max_bad, in_memory=False)
 
     began = time.perf_counter()
-    embeddings = embed_images(loaded, source, batch_size=batch_size, precision=precision)
+    with if_interrupted(
+        lambda: f"{len([*folder.glob('part-*.json')])} finished parts are kept; the same command goes on"
+    ):
+        done = embed_to(
+            folder,
+            loaded,
+            source,
+            encoder_path=escape_path(path.resolve()),
+            layers=layers,
+            batch_size=batch_size,
+            precision=precision,
+            dtype=dtype,
+            normalise=normalise,
+            shard=part,
+        )
     seconds = time.perf_counter() - began
-    embeddings.info["encoder"] = escape_path(path.resolve())
-    if normalise:
-        embeddings = embeddings.normalised()
-    embeddings.save(folder, dtype)
-
-    count, dims, skipped = len(embeddings), embeddings.vectors.shape[1], len(embeddings.skipped)
-    rate = count / max(seconds, 1e-9)
-    size = sum(file.stat().st_size for file in folder.iterdir())
-    say(f"{folder}: {count:,} vectors of {dims} {dtype}, {size / 1e6:,.1f} MB, {seconds:.1f} s ({rate:,.0f} images/s)")
-    if skipped:
-        say(f"{folder / 'skipped.csv'}: {skipped:,} images could not be decoded")
-    next_command(f"ssl-kit index {shlex.quote(out)}")
-    return {
+    record = {
         "out": escape_path(folder),
-        "rows": count,
-        "dims": dims,
+        "complete": done.complete,
         "dtype": dtype,
         "normalised": normalise,
-        "skipped": skipped,
-        "bytes": size,
-        "seconds": round(seconds, 3),
-        "images_per_second": round(rate, 1),
+        "layers": layers,
         "encoder_sha256": loaded.sha256,
+        "embedded": done.images,
+        "seconds": round(seconds, 3),
+        "images_per_second": round(done.images / max(seconds, 1e-9), 1),
     }
+    return record | (_completed(folder, out, done, record) if done.complete else _waiting(folder, done, record, source))
 
 
-def _may_write(folder: Path, overwrite: bool) -> None:
-    """Refuses to replace anything but an embeddings folder, and that only when told to."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    if not overwrite:
+def _completed(folder: Path, out: str, done: Embedded, record: dict[str, Any]) -> dict[str, Any]:
+    """Says what the finished folder holds, and records it."""
+    manifest = read_manifest(folder, verify=False, limit=LARGE_JSON)
+    size = sum((folder / name).stat().st_size for name in (*manifest["files"], MANIFEST))
+    what = f"{manifest['rows']:,} vectors of {manifest['dims']} {record['dtype']}, {size / 1e6:,.1f} MB"
+    if done.images:
+        result(f"{folder}: {what}, {record['seconds']:.1f} s ({record['images_per_second']:,.0f} images/s)")
+    else:
+        result(
+            f"{folder}: {what}; nothing was left to embed (changed images are not noticed: --overwrite embeds again)"
+        )
+    if manifest["skipped"]:
+        result(f"{folder / 'skipped.csv'}: {manifest['skipped']:,} images could not be decoded")
+    next_command(f"ssl-kit index {shlex.quote(out)}")
+    return {name: manifest[name] for name in ("rows", "dims", "skipped")} | {"bytes": size}
+
+
+def _waiting(folder: Path, done: Embedded, record: dict[str, Any], source: Source) -> dict[str, Any]:
+    """Says which parts are still to come."""
+    rate = f"{record['images_per_second']:,.0f} images/s"
+    result(
+        f"{folder}: {done.parts - done.missing:,} of {done.parts:,} parts of {len(source):,} images are there ({rate})"
+    )
+    next_command("the other shards; where their folders are apart, copy them into one and give this command again")
+    return {"parts": done.parts, "missing": done.missing}
+
+
+def _may_write(folder: Path, overwrite: bool, shard: str | None) -> None:
+    """Refuses to touch anything but an embeddings folder, and to remove one unless told to."""
+    if not folder.exists() or (folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())):
+        return  # hidden: a lock, or what was killed while it wrote the plan
+    if overwrite:
+        if shard is not None:
+            raise UserError("--overwrite with --shard would remove what other shards made: remove the folder yourself")
+        remove(folder)
+    elif not is_ours(folder):
         raise UserError(f"{folder} exists: choose another --out, or replace it with --overwrite")
-    try:
-        ours = read_manifest(folder, verify=False).get("format") == FORMAT
-    except (DamagedError, NotADirectoryError):
-        ours = False
-    if not ours:
-        raise UserError(f"{folder} is not an embeddings folder ({MANIFEST} says so otherwise); it is not overwritten")

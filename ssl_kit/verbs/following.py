@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
+import itertools
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
+import torch
+from torch import Tensor
 
 from ssl_kit.core.console import say
+from ssl_kit.core.files import if_room
+from ssl_kit.data.batches import Batch, ViewLoader
 from ssl_kit.data.labels import stratified
 from ssl_kit.data.sources import Source
 from ssl_kit.embeddings import embed
+from ssl_kit.encoders.encoder import Encoder
+from ssl_kit.evaluation.health import alignment, uniformity
 from ssl_kit.evaluation.neighbours import knn_accuracy
 from ssl_kit.methods.method import Method
+from ssl_kit.report.pictures import draw_grid
 from ssl_kit.report.report import write_report
 from ssl_kit.training.checkpoint import Checkpoints
+from ssl_kit.training.distributed import parts, rank, world_size
 from ssl_kit.training.monitor import Curves, feature_health
+from ssl_kit.training.together import from_all, from_first, same_buffers, wait
 from ssl_kit.verbs.record import RunRecord
 from ssl_kit.views.recipe import View
 
 _MEASURED = 2_048  # images whose rank is followed
+_PAIRS = 256  # of them, whose two views are compared
 _GALLERY = 10_000  # labelled images that vote in the monitor's kNN, at most
 _QUERIES = 2_000  # labelled images held out for the monitor's kNN, at most
+_BATCH = 256  # of them, embedded together
+_SHOWN = 8  # images in the pictures of a method
 _HELD_OUT = 0.05  # of the labelled images, at most
 
 
@@ -43,30 +59,174 @@ def hold_out(source: Source) -> tuple[Source, Source | None, Source | None]:
     return source.subset(~held), source.subset(gallery), source.subset(held)
 
 
-class Measure:
-    """Features of fixed clean images: rank and spread always, kNN of held-out images when there are labels."""
+def kept(folder: Path) -> str:
+    """What a run that was broken off has left, and how to go on."""
+    if not (folder / "run.json").is_file():
+        return "nothing was trained yet"
+    steps = sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
+    state = f"step {int(steps[-1].removeprefix('step-')):,} is kept" if steps else "nothing was trained yet"
+    return f"{state}; go on with: ssl-kit pretrain --run {shlex.quote(str(folder))} --resume"
 
-    def __init__(self, training: Source, gallery: Source | None, queries: Source | None, view: View):
-        self.images = training.subset(np.linspace(0, len(training) - 1, min(_MEASURED, len(training))).astype(np.int64))
-        self.gallery, self.queries, self.view = gallery, queries, view
+
+class Measure:
+    """Features of fixed images: rank and spread always, kNN of held-out images when there are labels.
+
+    Several processes share the images, each of them once; the scores do not depend on how many they are. All must call
+    it.
+
+    Args:
+        training: images that are trained on.
+        gallery: labelled images that vote, if any.
+        queries: labelled images held out of training, if any.
+        view: of clean images.
+        pair: the run's own views, for the alignment where there are two.
+        encoder: which encoder of the method is looked at; the trained one by default.
+    """
+
+    def __init__(
+        self,
+        training: Source,
+        gallery: Source | None,
+        queries: Source | None,
+        view: View,
+        pair: Sequence[View] = (),
+        encoder: Callable[[Method], Encoder] = lambda method: method.encoder,
+    ):
+        images = training.subset(np.linspace(0, len(training) - 1, min(_MEASURED, len(training))).astype(np.int64))
+        self.images, self.view, self.encoder = Share(images), view, encoder
+        self.voters = None if gallery is None or queries is None else (Share(gallery), Share(queries))
+        few = images.subset(np.arange(min(_PAIRS, len(images))))
+        rows = [np.arange(len(few))]
+        self._contrast = float(next(iter(ViewLoader(few, rows, (view,))))["views"][0].std())
+        self._two_views = next(iter(ViewLoader(few, rows, pair)))["views"] if len(pair) == 2 else []
 
     def __call__(self, method: pl.LightningModule) -> dict[str, float]:
         """The scores of the encoder as it is now."""
         assert isinstance(method, Method)
-        encoder = method.encoder
-        scores = feature_health(embed(encoder, self.images, view=self.view, label="rank").vectors)
-        if self.gallery is not None and self.queries is not None:
-            known = embed(encoder, self.gallery, view=self.view, label="kNN gallery")
-            asked = embed(encoder, self.queries, view=self.view, label="kNN queries")
-            scores["knn_top1"] = float(knn_accuracy(known.vectors, known.labels, asked.vectors, asked.labels))
+        encoder = self.encoder(method)
+        same_buffers(encoder)
+        vectors, _ = self.images.embedded(encoder, self.view, "rank")
+        voters: list[np.ndarray] = []
+        for share, label in zip(self.voters or (), ("kNN gallery", "kNN queries"), strict=False):
+            voters += share.embedded(encoder, self.view, label)
+        return from_first(lambda: self._scores(encoder, vectors, voters))
+
+    def _scores(self, encoder: Encoder, vectors: np.ndarray, voters: Sequence[np.ndarray]) -> dict[str, float]:
+        scores = feature_health(vectors) | {"uniformity": uniformity(vectors), "images_std": self._contrast}
+        if self._two_views:
+            scores["alignment"] = alignment(*(_features(encoder, views) for views in self._two_views))
+        if voters:
+            scores["knn_top1"] = float(knn_accuracy(*voters))
         return scores
 
 
-class Refresh(pl.Callback):
-    """After each measurement: run.json, the report, and the best checkpoint by kNN."""
+class Share:
+    """This process's share of some images: whole batches, so that features are those of one process, bit by bit."""
 
-    def __init__(self, record: RunRecord, curves: Curves, checkpoints: Checkpoints):
-        self.record, self.curves, self.checkpoints = record, curves, checkpoints
+    def __init__(self, source: Source):
+        batches = [np.arange(start, min(start + _BATCH, len(source))) for start in range(0, len(source), _BATCH)]
+        self.rows = np.concatenate([*batches[rank() :: world_size()], np.empty(0, np.int64)]).astype(np.int64)
+        self.source = source.subset(self.rows) if world_size() > 1 else source
+
+    def embedded(self, encoder: Encoder, view: View, label: str) -> tuple[np.ndarray, np.ndarray]:
+        """Features (N, D) and labels (N,) of the images of all processes, in the order of the source."""
+        rows, vectors, labels = self.rows[:0], np.empty((0, encoder.dim), np.float32), self.rows[:0]
+        if len(self.rows):
+            made = embed(encoder, self.source, view=view, batch_size=_BATCH, label=label)
+            places = {name: place for place, name in enumerate(self.source.ids)}
+            rows = self.rows[[places[name] for name in made.ids]]  # without those that could not be decoded
+            vectors, labels = made.vectors, made.labels
+        order = np.argsort(_of_all(rows))
+        return _of_all(vectors)[order], _of_all(labels)[order]
+
+
+def _of_all(rows: np.ndarray) -> np.ndarray:
+    """The rows of all processes, in rank order."""
+    return torch.cat(parts(torch.from_numpy(rows))).numpy()
+
+
+def _features(encoder: Encoder, images: Tensor) -> np.ndarray:
+    """(N, D) of a few views, (N, C, h, w)."""
+    mode, device = encoder.training, next(encoder.parameters()).device
+    encoder.eval()
+    with torch.inference_mode():
+        features = encoder(images.to(device)).cpu().numpy()
+    encoder.train(mode)
+    return features
+
+
+class Show:
+    """Draws what a method shows of itself (reconstructions, samples, ...) from a few fixed images of the run.
+
+    Args:
+        folder: of the PNGs, RUN/pictures.
+        training: images that are trained on.
+        views: that the method takes of each.
+        seed: of the run.
+    """
+
+    def __init__(self, folder: Path, training: Source, views: Sequence[View], seed: int):
+        self.folder, self.training, self.views, self.seed = folder, training, views, seed
+        self._batch: Batch | None = None
+
+    def __call__(self, method: Method) -> None:
+        """Draws them as the method is now; the method's mode stays as it was."""
+        if type(method).pictures is Method.pictures:
+            return
+        if self._batch is None:
+            rows = np.linspace(0, len(self.training) - 1, min(_SHOWN, len(self.training))).astype(np.int64)
+            self._batch = next(iter(ViewLoader(self.training, [rows], self.views, seed=self.seed)))
+        views = [view.to(method.device) for view in self._batch["views"]]
+        mode = method.training
+        method.eval()
+        with torch.no_grad():
+            pictures = method.pictures(views, self._batch["key"])
+        method.train(mode)
+        for name, picture in pictures.items():
+            draw_grid(self.folder / f"{name}.png", picture.grid.float().cpu().numpy(), picture.columns, picture.caption)
+
+
+class Skips(pl.Callback):
+    """Bad files that any process has met count for all: each knows the whole list, and all stop when it is too long.
+
+    A process's own files are counted at once, those of the others every `interval` steps.
+
+    Args:
+        source: whose images are trained on.
+        interval: optimiser steps.
+    """
+
+    def __init__(self, source: Source, interval: int = 20):
+        self.source, self.interval = source, interval
+        self._told = {name for name, _ in source.skipped}  # before training all meet the same
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Exchanges the new ones, where files are decoded during training."""
+        at_boundary = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if self.source.images is None and at_boundary and trainer.global_step % self.interval == 0:
+            self._exchange()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The last ones, for skipped.csv."""
+        self._exchange()
+
+    def _exchange(self) -> None:
+        if world_size() == 1:
+            return
+        bad = self.source.bad
+        for name, reason in itertools.chain(*from_all([row for row in bad.rows if row[0] not in self._told])):
+            bad.add(name, reason)
+            self._told.add(name)
+        bad.check()
+
+
+class Refresh(pl.Callback):
+    """After each measurement: run.json, the pictures, the report, and the best checkpoint by kNN."""
+
+    def __init__(self, record: RunRecord, curves: Curves, checkpoints: Checkpoints, show: Show):
+        self.record, self.curves, self.checkpoints, self.show = record, curves, checkpoints, show
         self.best = -1.0
         self._seen = 0
 
@@ -89,11 +249,15 @@ class Refresh(pl.Callback):
             return
         self._seen = len(self.curves.history)
         row = self.curves.history[-1]
-        if "effective_rank" not in row:
+        if "effective_rank" not in row or row["step"] == 0:
             return
         assert isinstance(pl_module, Method)
-        self.record.progress(self.curves, pl_module.encoder.dim)
-        write_report([self.record.folder], self.record.folder / "report.html")
+        with if_room(self.record.folder):
+            self.record.progress(self.curves)
+            if trainer.is_global_zero:
+                self.show(pl_module)
+                write_report([self.record.folder], self.record.folder / "report.html")
+        wait()
         if row.get("knn_top1", -1.0) > self.best:
             self.best = row["knn_top1"]
             self.checkpoints.save_best(trainer)

@@ -1,11 +1,13 @@
 """Recipes: YAML files that say how to pretrain. Finding and reading them; `building.py` makes what they name.
 
-A recipe may name classes of ssl_kit only; another module needs `--allow MODULE`. The check comes before any import.
-Imports nothing heavy: the command line needs this before it knows what to do.
+A recipe may name classes of ssl_kit only; another module needs `--allow MODULE`. The check comes before any import, and
+a class must be defined in the module that is named: what ssl_kit itself imports (`ssl_kit.verbs.pretrain.os.system`) is
+none of its own. Imports nothing heavy: the command line needs this before it knows what to do.
 """
 
 from __future__ import annotations
 
+import ast
 import difflib
 import re
 from collections.abc import Sequence
@@ -17,6 +19,29 @@ from jsonargparse import set_parsing_settings
 
 import ssl_kit
 from ssl_kit.core.errors import UserError
+
+_MAX_BYTES = 2**17  # of a recipe; the longest packaged one has 2 kB
+_DEEPEST = 30  # lists and mappings inside each other
+_MOST_OPEN = 100  # brackets; the scanner looks at all open ones for every word of a line: 1,000 take it a second
+_OWN_PATH = re.compile(r"ssl_kit(?:\.\w+)+")
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values, without aliases: a few lines of them can stand for gigabytes."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Counts how deep it is."""
+        if self.check_event(yaml.events.AliasEvent):
+            event = self.peek_event()
+            raise yaml.YAMLError(f"an alias, *{event.anchor}, at {event.start_mark}; write its value out")
+        self.depth += 1
+        if self.depth > _DEEPEST:
+            raise yaml.YAMLError(f"more than {_DEEPEST} lists and mappings inside each other")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 def folders() -> list[Path]:
@@ -34,19 +59,67 @@ def read_recipe(name: str) -> dict[str, Any]:
     """The contents of a recipe, by path or by the bare name of a packaged one.
 
     Raises:
-        UserError: there is no such recipe (nearest names), or the file is not a mapping in YAML.
+        UserError: there is no such recipe (nearest names), or the file is not a mapping in YAML of at most 128 KiB.
     """
     path = Path(name) if Path(name).is_file() else packaged().get(name)
     if path is None:
         near = difflib.get_close_matches(name, packaged(), n=3, cutoff=0.4) or sorted(packaged())
         raise UserError(f"no recipe file or packaged recipe is called {name!r}; nearest: {', '.join(near)}")
+    if path.stat().st_size > _MAX_BYTES:
+        raise UserError(f"{path} has {path.stat().st_size:,} bytes; a recipe has at most {_MAX_BYTES:,}")
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        recipe = _plain_values(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, no such date, a number of 5,000 digits
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(recipe, dict):
         raise UserError(f"{path} holds a {type(recipe).__name__}; a recipe is a mapping such as {{epochs: 10}}")
     return recipe
+
+
+def _plain_values(text: str) -> Any:
+    opened = 0
+    for bracket in re.findall(r"[][{}]", text):
+        opened = max(0, opened + (1 if bracket in "[{" else -1))
+        if opened > _MOST_OPEN:
+            raise yaml.YAMLError(f"more than {_MOST_OPEN} brackets are open at once")
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
+def check_class_paths(value: Any, allow: Sequence[str] = ()) -> None:
+    """Raises `UserError` when a recipe, or an argument, names a class that it may not name. Nothing is imported.
+
+    Args:
+        value: contents of a recipe, or anything in it.
+        allow: modules beside ssl_kit whose classes may be named.
+    """
+    pending = [value]
+    while pending:
+        one = pending.pop()
+        if isinstance(one, dict):
+            path = one.get("class_path")
+            if isinstance(path, str):
+                _check_class_path(path, allow)
+            pending += [item for key, item in one.items() if key != "class_path"]
+        elif isinstance(one, list | tuple):
+            pending += one
+        elif isinstance(one, str) and _OWN_PATH.fullmatch(one):
+            _check_class_path(one, allow)
+
+
+def _check_class_path(path: str, allow: Sequence[str]) -> None:
+    module, _, name = path.rpartition(".")
+    if not module or any(path.startswith(allowed + ".") for allowed in allow):
+        return  # a bare name means a class of the wanted kind that is imported already
+    if not path.startswith("ssl_kit."):
+        raise UserError(f"{path} is outside ssl_kit; if you trust {module}, add --allow {module}")
+    file = Path(ssl_kit.__file__).parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
+    tree = ast.parse(file.read_text(encoding="utf-8")) if _OWN_PATH.fullmatch(path) and file.is_file() else None
+    if tree is None or not any(isinstance(node, ast.ClassDef) and node.name == name for node in tree.body):
+        raise UserError(f"{path}: {module} defines no class {name!r}; see docs/methods.md for those there are")
 
 
 def restrict_imports(allow: Sequence[str] = ()) -> None:

@@ -9,13 +9,15 @@ import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 import ssl_kit
-from ssl_kit.core.files import read_json, write_json
-from ssl_kit.training.monitor import Curves, verdict
+from ssl_kit.core.files import if_room, read_json, write_json
+from ssl_kit.training.distributed import rank
+from ssl_kit.training.monitor import Curves
 
 FILE = "run.json"
 _PACKAGES = ("torch", "torchvision", "pytorch-lightning", "timm", "faiss-cpu", "numba", "numpy")
@@ -24,6 +26,8 @@ _PACKAGES = ("torch", "torchvision", "pytorch-lightning", "timm", "faiss-cpu", "
 class RunRecord:
     """Entries of `run.json`, written whenever one changes; a resumed run keeps those of its first sitting.
 
+    Inside a `with` block whatever ends the block early becomes the status: "interrupted" by a signal, or "failed".
+
     Attributes:
         entries: JSON-able; every key is optional for readers.
     """
@@ -31,20 +35,41 @@ class RunRecord:
     def __init__(self, folder: Path):
         self.folder = folder
         self.entries: dict[str, Any] = read_json(folder / FILE) if (folder / FILE).is_file() else {}
+
+    def __enter__(self) -> RunRecord:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None and (self.folder / FILE).is_file():
+            with if_room(self.folder / FILE):
+                self.update(status="interrupted" if issubclass(kind, SystemExit | KeyboardInterrupt) else "failed")
+
+    def begin(self, **entries: Any) -> None:
+        """The first entries of a run, or of a further sitting."""
         started = self.entries.get("started", time.strftime("%Y-%m-%d %H:%M:%S"))
-        self.update(run=str(folder), name=folder.name, status="starting", command=command(), started=started)
+        self.update(
+            run=str(self.folder),
+            name=self.folder.name,
+            status="starting",
+            command=command(),
+            started=started,
+            **entries,
+        )
 
     def update(self, **entries: Any) -> None:
-        """Sets entries and writes the file."""
+        """Sets entries and writes the file, the first of several processes for all."""
         self.entries |= entries
-        write_json(self.folder / FILE, self.entries)
+        if rank() == 0:
+            write_json(self.folder / FILE, self.entries)
 
-    def progress(self, curves: Curves, dim: int) -> None:
+    def progress(self, curves: Curves) -> None:
         """Verdict, speed and time from the curves so far."""
         speeds = [row["images_per_second"] for row in curves.history if "images_per_second" in row]
         waiting = [row["waiting_share"] for row in curves.history if "waiting_share" in row]
         self.update(
-            verdict=verdict(curves, dim, self.entries.get("chance_loss")),
+            verdict=curves.verdict._asdict(),
             epochs=curves.row["epoch"],
             steps=curves.row["step"],
             seconds=curves.row["seconds"],
@@ -60,7 +85,8 @@ class RunRecord:
 
 def command() -> str:
     """The command line of this process, as one would type it."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    name = Path(sys.argv[0]).name
+    return shlex.join(["ssl-kit" if name == "__main__.py" else name, *sys.argv[1:]])  # python -m ssl_kit
 
 
 def versions() -> dict[str, str | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ssl_kit.core.console import next_command, say
+from ssl_kit.core.console import next_command, result
 from ssl_kit.core.errors import UserError
 
 
@@ -36,7 +36,7 @@ def report(runs: list[str], *, out: str | None = None) -> dict[str, Any]:
     target = Path(out) if out is not None else Path(folders[0]) / "report.html"
     written = write_report(folders, target)
     for run in written["runs"]:
-        say(f"{run['name']}: {run['verdict']}")
-    say(f"wrote {target} ({written['bytes'] / 1e6:.1f} MB)")
+        result(f"{run['name']}: {run['verdict']}")
+    result(f"wrote {target} ({written['bytes'] / 1e6:.1f} MB)")
     next_command(f"open {target.resolve().as_uri()}")
     return written

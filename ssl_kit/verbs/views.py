@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ssl_kit.core.console import next_command, say
+from ssl_kit.core.console import next_command, result
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import atomic_file
 from ssl_kit.core.random import permutation
@@ -54,11 +54,12 @@ def views(
     chosen = _decodable(source, count)
     images, rows = list(chosen.values()), np.array(list(chosen), np.int64)
     side = image_size or min(_LARGEST_DEFAULT, *images[0].shape[:2])
+    views = views.fitted("simclr", (side, side), source.channels)
     drawn = views.build((side, side), source.channels, views_per_image)
     grid = _grid(images, rows, drawn, side, seed, epoch)
     with atomic_file(out) as temporary:
         Image.fromarray(grid[..., 0] if grid.shape[2] == 1 else grid).save(temporary, format="PNG")
-    say(
+    result(
         f"{out}: {len(images)} originals (left), {views_per_image} views of each, {side} x {side} pixels, epoch {epoch}"
     )
     next_command(f"ssl-kit pretrain {shlex.quote(data)}")

@@ -31,7 +31,7 @@ def test_the_grid_holds_the_views_of_training(folder: Path) -> None:
     grid = np.asarray(Image.open(out))
     assert grid.shape == (3 * 36 + GAP, 4 * 36 + GAP, 3)
     image = np.asarray(Image.open(folder / "1.png"))
-    for which, view in enumerate(recipe.build((32, 32), 3, 3)):
+    for which, view in enumerate(recipe.fitted("simclr", (32, 32), 3).build((32, 32), 3, 3)):
         params = sample(view, 5, 2, np.array([1]), which, np.array([40]), np.array([50]))
         wanted = apply_host(image[None], params, view.size)[0].transpose(1, 2, 0) * 255
         margin = (32 - view.size[0]) // 2
@@ -51,4 +51,4 @@ def test_mistakes_are_named(folder: Path) -> None:
     with pytest.raises(UserError, match="count is 0"):
         views(str(folder), count=0)
     with pytest.raises(UserError, match="need 3 channels"):
-        views(str(folder), out=str(folder / "x.png"), channels=1)
+        views(str(folder), out=str(folder / "x.png"), views=ViewRecipe(preset="simclr"), channels=1)

@@ -1,0 +1,377 @@
+"""`ssl-kit duplicates`: groups of images that show the same picture, outliers, and leaks between two folders."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ssl_kit.core.console import next_command, progress, say, table
+from ssl_kit.core.errors import DamagedError, UserError
+from ssl_kit.core.files import read_json, write_csv
+from ssl_kit.core.machine import available_cores
+from ssl_kit.core.random import permutation
+from ssl_kit.data.decode import BadImageError, decode
+from ssl_kit.data.listing import unescape
+from ssl_kit.embeddings import Embeddings
+from ssl_kit.evaluation.duplicates import (
+    Limits,
+    correlations,
+    edits,
+    groups,
+    isolation,
+    limits,
+    pairs_above,
+    thumbnail,
+)
+from ssl_kit.evaluation.neighbours import normalised, search
+from ssl_kit.evaluation.searching import Encoding, load_encoder, picture, read_file
+
+K = 32  # neighbours of each image that are looked at; larger groups are found link by link
+_BLOCK = 4_096  # queries searched, or pairs correlated, between two steps of the progress bar
+_PLANTED = 300  # images that are copied to find the limits
+_ENCODED = 64  # planted copies that are encoded together
+_SAME = 1 - 1e-4  # cosine of equal pictures; bfloat16 and the order of a batch move it by less
+_SHOWN = 200  # groups and leaks on the page of pictures
+_PIXELS = (160, 160)  # of a picture on the page
+_IN_REPORT, _OF_GROUP = 12, 6  # groups and outliers in the run's report, images of a group there
+_STREAM_SAMPLE = 100_012  # of core/random.py
+
+
+@dataclass
+class Pairs:
+    """Pairs of images that show the same picture.
+
+    Attributes:
+        rows: (M, 2) int64, first in the embeddings `a`, second in `b`.
+        cosines: (M,) of their features.
+        kinds: "file" equal bytes, "pixels" equal pixels, "near" the same picture, "features" as far as features tell.
+    """
+
+    rows: np.ndarray
+    cosines: np.ndarray
+    kinds: list[str]
+
+
+def duplicates(
+    emb: str,
+    other: str | None = None,
+    *,
+    threshold: float | None = None,
+    outliers: int = 20,
+    csv: str | None = None,
+    html: str | None = None,
+    encoder: str | None = None,
+) -> dict[str, Any]:
+    """Find groups of images that show the same picture, and outliers; or leaks between two embeddings folders.
+
+    A few groups and outliers are left in the run that made the encoder, for its report.
+
+    Args:
+        emb: embeddings folder.
+        other: another one of the same encoder: only pairs between the two are looked for, such as test images in train.
+        threshold: cosine from which on images are compared, in [-1, 1]; default: found by planting copies (JPEG,
+            crop, brightness) of the images themselves, which needs the images and the encoder.
+        outliers: how many of the images farthest from their neighbours are listed.
+        csv: file to write one line per image of a group to, or per leak.
+        html: file to write groups and outliers to as pictures.
+        encoder: run folder or encoder folder, when it is no longer where the embeddings were made.
+    """
+    if threshold is not None and not -1 <= threshold <= 1:
+        raise UserError(f"--threshold {threshold}: wanted a cosine from -1 to 1")
+    a = Embeddings.load(emb)
+    b = Embeddings.load(other) if other is not None else a
+    _comparable(a, b, emb, other)
+    if len(a) < 2:
+        raise UserError(f"{emb} holds {len(a)} vectors; at least 2 are wanted")
+    cosines, rows = _neighbours(a, b)
+    limit, planted = _limits(Path(emb), a, threshold, encoder)
+    found = _same_pictures(a, b, cosines, rows, limit)
+    sets = groups(found.rows, len(a)) if other is None else []
+    far = _outliers(a, cosines, rows, outliers) if other is None else []
+    record = {
+        "emb": emb,
+        "other": other,
+        "limits": planted | {"cosine": limit.cosine, "correlation": limit.correlation},
+    }
+    record |= _grouped(a, found, sets, far) if other is None else _leaks(a, b, found)
+    _tell(record)
+    if csv is not None:
+        _write_csv(Path(csv), record)
+        say(f"table: {csv}")
+    if html is not None:
+        _draw(Path(html), a, b, record)
+        say(f"pictures: {html}")
+    if other is None and (run := _run_of(a)) is not None:
+        _draw_for_report(run, a, record)
+        say(f"for the report of {run}: ssl-kit report {shlex.quote(str(run))}")
+    again = f"ssl-kit duplicates {shlex.quote(emb)}{' ' + shlex.quote(other) if other else ''}"
+    next_command(f"open {html}" if html else f"{again} --html duplicates.html --csv duplicates.csv")
+    return record | {"csv": csv, "html": html}
+
+
+def _comparable(a: Embeddings, b: Embeddings, emb: str, other: str | None) -> None:
+    """Both must be features of images by one encoder."""
+    made = a.info.get("preprocessing")
+    if not isinstance(made, dict) or not isinstance(made.get("channels"), int):
+        raise UserError(f"{emb} does not say how its images were prepared: give embeddings that `ssl-kit embed` wrote")
+    for name in ("encoder_sha256", "layers", "preprocessing"):
+        if a.info.get(name) != b.info.get(name):
+            raise UserError(f"{emb} and {other} differ in {name}: embed both with one encoder and the same --layers")
+
+
+def _neighbours(a: Embeddings, b: Embeddings) -> tuple[np.ndarray, np.ndarray]:
+    """(N, K) cosines and rows in `b` of each image of `a`, exactly, best first."""
+    gallery = normalised(b.vectors)
+    queries = gallery if a is b else normalised(a.vectors)
+    made = []
+    with progress(len(queries), "neighbours") as bar:
+        for start in range(0, len(queries), _BLOCK):
+            made.append(search(gallery, queries[start : start + _BLOCK], K))
+            bar.advance(bar.task_ids[0], len(made[-1][0]))
+    return np.concatenate([scores for scores, _ in made]), np.concatenate([rows for _, rows in made])
+
+
+def _limits(folder: Path, a: Embeddings, threshold: float | None, encoder: str | None) -> tuple[Limits, dict[str, Any]]:
+    """The limits and how they were found: from planted copies of a sample of the images."""
+    sample = np.sort(permutation(0, 0, len(a), _STREAM_SAMPLE)[:_PLANTED])
+    originals = {int(row): picture(a.info, a.ids[row], _channels(a), None) for row in sample}
+    readable = {row: image for row, image in originals.items() if image is not None}
+    if len(readable) < len(sample) / 2:
+        say(f"{folder}: the images are not where they were embedded from: features alone decide")
+        return Limits(_SAME if threshold is None else threshold, None), {"planted": 0, "by": "features"}
+    copies = [(row, made) for row, image in readable.items() for made in edits(image, row).values()]
+    rows = np.array([row for row, _ in copies])
+    correlated = correlations(
+        np.stack([thumbnail(readable[row]) for row in rows]), np.stack([thumbnail(made) for _, made in copies])
+    )
+    if threshold is not None:
+        cosines = np.full(len(copies), threshold)
+    else:
+        encoding = Encoding(load_encoder(folder, a.info, encoder), a.info)
+        parts = [copies[start : start + _ENCODED] for start in range(0, len(copies), _ENCODED)]
+        made = np.concatenate([encoding.encode([image for _, image in part]) for part in parts])
+        cosines = (normalised(made) * normalised(a.vectors[rows])).sum(axis=1)
+    limit = limits(cosines, correlated)
+    both = float(((cosines >= limit.cosine) & (correlated >= limit.correlation)).mean())
+    return limit, {"planted": len(copies), "planted_found": round(both, 4), "by": "pictures"}
+
+
+def _channels(embeddings: Embeddings) -> int:
+    return embeddings.info["preprocessing"]["channels"]
+
+
+def _same_pictures(a: Embeddings, b: Embeddings, cosines: np.ndarray, rows: np.ndarray, limit: Limits) -> Pairs:
+    """The pairs within the limits; where an image cannot be read, equal features decide."""
+    pairs = pairs_above(cosines, rows, min(limit.cosine, _SAME), within=a is b)
+    units = normalised(a.vectors), normalised(b.vectors)
+    scores = np.einsum("md,md->m", units[0][pairs[:, 0]], units[1][pairs[:, 1]])
+    seen = [_look(part, pairs[:, side]) for side, part in enumerate((a, b))]
+    correlated = _correlated(pairs, seen[0], seen[1])
+    kinds = [
+        _kind(seen[0].get(one), seen[1].get(two), score, correlation, limit)
+        for (one, two), score, correlation in zip(pairs.tolist(), scores.tolist(), correlated.tolist(), strict=True)
+    ]
+    kept = np.array([kind is not None for kind in kinds], dtype=bool)
+    return Pairs(pairs[kept], scores[kept], [kind for kind in kinds if kind is not None])
+
+
+def _correlated(pairs: np.ndarray, first: dict[int, _Look], second: dict[int, _Look]) -> np.ndarray:
+    """(M,) correlations of pairs (M, 2); 0 where an image could not be read."""
+    correlated = np.zeros(len(pairs), dtype=np.float32)
+    ready = np.flatnonzero([one in first and two in second for one, two in pairs.tolist()])
+    with progress(len(ready), "correlating") as bar:
+        for start in range(0, len(ready), _BLOCK):
+            places = ready[start : start + _BLOCK]
+            one, two = (
+                np.stack([looks[row].thumbnail for row in pairs[places, side].tolist()]).astype(np.float32)
+                for side, looks in enumerate((first, second))
+            )
+            correlated[places] = correlations(one, two)
+            bar.advance(bar.task_ids[0], len(places))
+    return correlated
+
+
+def _kind(first: _Look | None, second: _Look | None, cosine: float, correlation: float, limit: Limits) -> str | None:
+    """In what way two images are the same; None if they are not. Pictures decide where both can be read."""
+    if first is not None and second is not None:
+        if first.pixels == second.pixels:
+            return "file" if first.file == second.file else "pixels"
+        if limit.correlation is not None:
+            return "near" if correlation >= limit.correlation else None
+    enough = limit.cosine if limit.correlation is None else _SAME
+    return "features" if cosine >= enough else None
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What is kept of an image: hashes of its file and of its pixels, and a thumbnail (S, S) uint8."""
+
+    file: bytes
+    pixels: bytes
+    thumbnail: np.ndarray
+
+
+def _look(embeddings: Embeddings, rows: np.ndarray) -> dict[int, _Look]:
+    """Row -> look of the images that can be read, each once."""
+    wanted = np.unique(rows).tolist()
+    found: dict[int, _Look] = {}
+    with ThreadPoolExecutor(available_cores(), "decode") as pool, progress(len(wanted), "comparing") as bar:
+        for row, look in zip(wanted, pool.map(lambda row: _look_at(embeddings, row), wanted), strict=True):
+            if look is not None:
+                found[row] = look
+            bar.advance(bar.task_ids[0], 1)
+    return found
+
+
+def _look_at(embeddings: Embeddings, row: int) -> _Look | None:
+    data = read_file(embeddings.info, embeddings.ids[row])
+    try:
+        image = None if data is None else decode(data, _channels(embeddings)).image
+    except BadImageError:
+        image = None
+    if data is None or image is None:
+        return None
+    pixels = hashlib.sha256(str(image.shape).encode() + image.tobytes()).digest()
+    return _Look(hashlib.sha256(data).digest(), pixels, thumbnail(image).astype(np.uint8))
+
+
+def _outliers(a: Embeddings, cosines: np.ndarray, rows: np.ndarray, count: int) -> list[dict[str, Any]]:
+    far = isolation(cosines, rows)
+    order = np.lexsort((np.arange(len(far)), -far))[: max(count, 0)]
+    return [{"id": a.ids[row], "distance": round(float(far[row]), 4)} for row in order]
+
+
+def _grouped(a: Embeddings, found: Pairs, sets: list[np.ndarray], far: list[dict[str, Any]]) -> dict[str, Any]:
+    """The groups as records; of each the first image is the one to keep."""
+    best: dict[int, tuple[float, str]] = {}
+    for (one, two), score, kind in zip(found.rows.tolist(), found.cosines.tolist(), found.kinds, strict=True):
+        for row in (one, two):
+            best[row] = max(best.get(row, (-2.0, "")), (score, kind))
+    listed = [
+        [{"id": a.ids[row], "cosine": round(best[row][0], 4), "kind": best[row][1]} for row in members.tolist()]
+        for members in sets
+    ]
+    return {
+        "images": len(a),
+        "groups": listed,
+        "superfluous": sum(len(members) - 1 for members in sets),
+        "pairs": _counted(found),
+        "outliers": far,
+    }
+
+
+def _leaks(a: Embeddings, b: Embeddings, found: Pairs) -> dict[str, Any]:
+    listed = [
+        {"id": a.ids[one], "other": b.ids[two], "cosine": round(score, 4), "kind": kind}
+        for (one, two), score, kind in zip(found.rows.tolist(), found.cosines.tolist(), found.kinds, strict=True)
+    ]
+    touched = [len(np.unique(found.rows[:, side])) for side in (0, 1)]
+    sizes = {"images": len(a), "other_images": len(b), "leaked": touched[0], "other_leaked": touched[1]}
+    return {**sizes, "leaks": listed, "pairs": _counted(found)}
+
+
+def _counted(found: Pairs) -> dict[str, int]:
+    return {kind: found.kinds.count(kind) for kind in ("file", "pixels", "near", "features")}
+
+
+def _tell(record: dict[str, Any]) -> None:
+    limit = record["limits"]
+    if limit["by"] == "pictures":
+        say(
+            f"compared: pairs with a cosine of at least {limit['cosine']:.3f}; the same: thumbnails that correlate by "
+            f"{limit['correlation']:.3f} or more ({limit['planted_found']:.1%} of {limit['planted']:,} planted copies)"
+        )
+    else:
+        say(f"the same: a cosine of at least {limit['cosine']:.4f}")
+    counts = record["pairs"]
+    kinds = [counts["file"], counts["pixels"], counts["near"], counts["features"]]
+    head = ["", "same file", "same pixels", "near", "by features"]
+    if record["other"] is None:
+        title = f"{record['emb']}: {len(record['groups']):,} groups, {record['superfluous']:,} of {record['images']:,}"
+        table(f"{title} images could go", head, [["pairs", *kinds]])
+        rows = [[one["id"], f"{one['distance']:.3f}"] for one in record["outliers"][:5]]
+        if rows:
+            table("farthest from their neighbours", ["id", "1 - mean cosine"], rows)
+    else:
+        title = f"{record['leaked']:,} of {record['images']:,} images of {record['emb']} are in {record['other']}"
+        table(title, head, [["pairs", *kinds]])
+
+
+def _write_csv(path: Path, record: dict[str, Any]) -> None:
+    """One line per image of a group and per outlier, or per leak."""
+    if record["other"] is not None:
+        columns = ("id", "other", "cosine", "kind")
+        write_csv(path, columns, ([one[name] for name in columns] for one in record["leaks"]))
+        return
+    members = [
+        (number, one["id"], one["cosine"], one["kind"], "yes" if place == 0 else "no")
+        for number, group in enumerate(record["groups"])
+        for place, one in enumerate(group)
+    ]
+    far = [("", one["id"], round(1 - one["distance"], 4), "outlier", "") for one in record["outliers"]]
+    write_csv(path, ("group", "id", "cosine", "kind", "keep"), [*members, *far])
+
+
+def _draw(path: Path, a: Embeddings, b: Embeddings, record: dict[str, Any]) -> None:
+    """A strip per group or leak, then one of the outliers."""
+    from ssl_kit.report.pictures import strip_html
+
+    show = lambda part, name: picture(part.info, name, _channels(part), _PIXELS)
+    asked, shown = [], []
+    for first, rest in _strips(record):
+        asked.append((first, show(a, first)))
+        shown.append([(name, score, show(b, name)) for name, score in rest])
+    far = record.get("outliers", [])
+    if far:
+        asked.append(("farthest from their neighbours", show(a, far[0]["id"])))
+        shown.append([(one["id"], 1 - one["distance"], show(a, one["id"])) for one in far])
+    what = "Leaks" if record["other"] is not None else "Duplicates"
+    strip_html(path, f"{what} in {Path(record['emb']).name}", asked, shown, note="Scores are cosine similarities.")
+
+
+def _strips(record: dict[str, Any]) -> Iterator[tuple[str, Sequence[tuple[str, float]]]]:
+    if record["other"] is not None:
+        for one in record["leaks"][:_SHOWN]:
+            yield one["id"], [(one["other"], one["cosine"])]
+    else:
+        for members in record["groups"][:_SHOWN]:
+            yield members[0]["id"], [(one["id"], one["cosine"]) for one in members[1:]]
+
+
+def _run_of(a: Embeddings) -> Path | None:
+    """The run whose encoder made the embeddings, where it is still there and its encoder is still the same."""
+    named = a.info.get("encoder")
+    if not isinstance(named, str):
+        return None
+    encoder = Path(os.fsdecode(unescape(named)))
+    run = encoder if (encoder / "run.json").is_file() else encoder.parent
+    try:
+        info = read_json(run / "run.json")
+    except DamagedError:
+        return None
+    same = isinstance(info, dict) and info.get("encoder_sha256") == a.info["encoder_sha256"]
+    return run if same else None
+
+
+def _draw_for_report(run: Path, a: Embeddings, record: dict[str, Any]) -> None:
+    """The largest groups and the farthest outliers, as RUN/pictures/duplicates.json."""
+    from ssl_kit.report.pictures import draw_duplicates
+
+    groups = sorted(record["groups"], key=len, reverse=True)[:_IN_REPORT]
+    draw_duplicates(
+        run / "pictures",
+        [[one["id"] for one in members[:_OF_GROUP]] for members in groups],
+        [(one["id"], one["distance"]) for one in record["outliers"][:_IN_REPORT]],
+        lambda name: picture(a.info, name, _channels(a), _PIXELS),
+        num_images=record["images"],
+        num_groups=len(record["groups"]),
+        superfluous=record["superfluous"],
+    )

@@ -1,0 +1,183 @@
+"""`ssl-kit export`: an encoder for programs without ssl_kit, checked on real images before it is handed over."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import timm
+import torch
+
+from ssl_kit.core.console import next_command, say, table
+from ssl_kit.core.errors import UserError
+from ssl_kit.core.files import MANIFEST, DamagedError, atomic_folder, read_json, read_manifest
+from ssl_kit.data.decode import BadImageError, decode
+from ssl_kit.data.listing import escape_path
+from ssl_kit.data.sources import Source, open_source
+from ssl_kit.encoders.encoder import Encoder, find_encoder
+from ssl_kit.encoders.exporting import IMAGES, PIXELS, run_onnx, write_onnx
+from ssl_kit.verbs.model_card import card_text
+from ssl_kit.views.host import apply_host
+from ssl_kit.views.recipe import plain
+from ssl_kit.views.sample import sample
+
+FORMAT = "ssl_kit export 1"
+ONNX = "model.onnx"
+CARD = "README.md"
+_CHECKED = 32  # images
+_MOST = 1e-3  # largest difference of a feature, as a share of the largest feature
+_WITHOUT_DATA = "digits"  # built in, where the training images are gone
+
+
+def export(
+    run: str,
+    *,
+    out: str,
+    format: Literal["timm", "onnx"] = "timm",
+    preprocess: bool = False,
+    images: str | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write an encoder as a timm folder or an ONNX file with a model card, checked against the original.
+
+    Args:
+        run: run folder or encoder folder.
+        out: folder to write.
+        format: timm is config.json and model.safetensors, read by one line of timm; onnx is one file that any runtime
+            reads, with any number of images per call.
+        preprocess: the ONNX file takes pixels, uint8 (images, height, width, channels) of any size, and resizes them.
+        images: to check with, given like DATA; default: those it was trained on, built-in digits where they are gone.
+        overwrite: replace an earlier export.
+
+    Returns:
+        `{"out", "format", "difference", "largest_feature", "images", "dim", "input", "files"}`.
+
+    Raises:
+        UserError: the features differ by more than a thousandth of the largest one; nothing is written then.
+    """
+    if preprocess and format != "onnx":
+        raise UserError("--preprocess is for --format onnx: a timm folder states its preprocessing in config.json")
+    folder, path = Path(out), find_encoder(run)
+    _may_write(folder, overwrite)
+    encoder = Encoder.load(path)
+    record = read_json(Path(run) / "run.json") if (Path(run) / "run.json").is_file() else {}
+    pixels, checked_on = _images(images, record, encoder)
+    entries: dict[str, Any] = {
+        "format": FORMAT,
+        "kind": format,
+        "input": PIXELS if preprocess else IMAGES,
+        "dim": encoder.dim,
+        "encoder_sha256": encoder.sha256,
+        "preprocessing": encoder.preprocessing(),
+    }
+    with atomic_folder(folder, entries) as temporary:
+        if format == "timm":
+            encoder.save(temporary / "files", read_json(path / "encoder.json").get("provenance"))
+            for file in (temporary / "files").iterdir():
+                file.rename(temporary / file.name)
+            (temporary / "files").rmdir()
+            features = _by_timm(temporary, encoder, pixels)
+        else:
+            write_onnx(encoder, temporary / ONNX, from_pixels=preprocess)
+            features = _by_onnx(temporary / ONNX, encoder, pixels, preprocess)
+        entries["check"] = check = _compared(features, _expected(encoder, pixels), checked_on, format)
+        card = card_text(encoder, entries, Path(run) if record else None, folder.name)
+        (temporary / CARD).write_text(card, encoding="utf-8")
+    files = sorted(file.name for file in folder.iterdir())
+    table(
+        f"{folder}: {', '.join(files)}",
+        ["checked on", "images", "largest difference", "largest feature"],
+        [[checked_on, len(pixels), f"{check['difference']:.2e}", f"{check['largest_feature']:.3g}"]],
+    )
+    next_command(_example(folder, format))
+    return {"out": escape_path(folder), "format": format, "dim": encoder.dim, "input": entries["input"], **check} | {
+        "files": files
+    }
+
+
+def _images(asked: str | None, record: dict[str, Any], encoder: Encoder) -> tuple[list[np.ndarray], str]:
+    """A few images (H_i, W_i, C) uint8 to check with, and where they are from."""
+    trained = record.get("data")
+    root = trained.get("root") if isinstance(trained, dict) else None
+    chosen = asked if asked is not None else root if isinstance(root, str) and Path(root).exists() else _WITHOUT_DATA
+    if asked is None and chosen == _WITHOUT_DATA:
+        say("the training images are not there: checked on the built-in digits; --images FOLDER names others")
+    source = open_source(chosen, limit=_CHECKED, channels=encoder.channels, in_memory=False, max_bad=1.0)
+    images = [image for row in range(len(source)) if (image := _decoded(source, row)) is not None]
+    if not images:
+        raise UserError(f"none of the images of {chosen} could be decoded: give others with --images FOLDER")
+    return images, chosen
+
+
+def _decoded(source: Source, row: int) -> np.ndarray | None:
+    try:
+        return decode(source.read(row), source.channels).image
+    except BadImageError:
+        return None
+
+
+def _views(encoder: Encoder, images: list[np.ndarray]) -> torch.Tensor:
+    """(B, C, h, w) float in [0, 1], as `ssl-kit embed` prepares images."""
+    view = plain(encoder.image_size)
+    heights, widths = np.array([image.shape[:2] for image in images]).T
+    return torch.from_numpy(
+        apply_host(images, sample(view, 0, 0, np.arange(len(images)), 0, heights, widths), view.size)
+    )
+
+
+def _expected(encoder: Encoder, images: list[np.ndarray]) -> np.ndarray:
+    with torch.inference_mode():
+        return encoder(_views(encoder, images)).numpy()
+
+
+def _by_timm(folder: Path, encoder: Encoder, images: list[np.ndarray]) -> np.ndarray:
+    """(B, D): what timm makes of the folder, normalising as its config says."""
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    config = timm.data.resolve_data_config(model.pretrained_cfg)
+    mean, std = (torch.tensor(config[name]).reshape(1, -1, 1, 1) for name in ("mean", "std"))
+    with torch.inference_mode():
+        return model((_views(encoder, images) - mean) / std).numpy()
+
+
+def _by_onnx(path: Path, encoder: Encoder, images: list[np.ndarray], preprocess: bool) -> np.ndarray:
+    """(B, D): what ONNX Runtime makes of the file; images of several sizes one by one."""
+    if not preprocess:
+        return run_onnx(path, _views(encoder, images).numpy())
+    return run_onnx(path, *(image[None] for image in images))
+
+
+def _compared(got: np.ndarray, wanted: np.ndarray, checked_on: str, format: str) -> dict[str, Any]:
+    """The largest difference; a `UserError` when it is more than rounding."""
+    difference, largest = float(np.abs(got - wanted).max()), float(np.abs(wanted).max())
+    if not difference <= _MOST * largest:
+        raise UserError(
+            f"the {format} export gives other features: they differ by up to {difference:.3g} (largest feature "
+            f"{largest:.3g}) on {len(wanted)} images of {checked_on}; nothing was written"
+        )
+    return {"images": len(wanted), "difference": difference, "largest_feature": largest}
+
+
+def _may_write(folder: Path, overwrite: bool) -> None:
+    """Refuses to replace anything but an earlier export, and that only when told to."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not overwrite:
+        raise UserError(f"{folder} exists: choose another --out, or replace it with --overwrite")
+    try:
+        ours = read_manifest(folder, verify=False).get("format") == FORMAT
+    except (DamagedError, NotADirectoryError):
+        ours = False
+    if not ours:
+        raise UserError(f"{folder} is not an earlier export ({MANIFEST} says so otherwise); it is not overwritten")
+
+
+def _example(folder: Path, format: str) -> str:
+    """A line of Python that reads the export."""
+    if format == "timm":
+        code = f"import timm; print(timm.create_model({json.dumps(f'local-dir:{folder}')}, pretrained=True))"
+    else:
+        code = f"import onnxruntime; print(onnxruntime.InferenceSession({json.dumps(str(folder / ONNX))}).get_inputs())"
+    return f"python -c {shlex.quote(code)}"

@@ -1,0 +1,302 @@
+"""`ssl-kit finetune`: the encoder trained further on labels, beside the same network trained from scratch."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import shutil
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+
+from ssl_kit.core.console import if_interrupted, next_command, result, say, table
+from ssl_kit.core.errors import UserError
+from ssl_kit.core.files import append_line, lock, read_json, write_json
+from ssl_kit.core.machine import (
+    Precision,
+    available_cores,
+    choose_device,
+    choose_precision,
+    keep_memory,
+    lightning_precision,
+)
+from ssl_kit.core.random import permutation
+from ssl_kit.core.signals import Signals
+from ssl_kit.data.module import ImageData
+from ssl_kit.data.sources import Source, open_labelled
+from ssl_kit.encoders.encoder import Encoder, find_encoder
+from ssl_kit.evaluation.finetune import BestEpoch, FineTune, check_lora, merge_lora, probabilities
+from ssl_kit.evaluation.result import Result, classification_metrics, holdout, paired_difference, versions
+from ssl_kit.evaluation.scores import probability_metrics
+from ssl_kit.report.report import write_report
+from ssl_kit.training.checkpoint import Checkpoints, SafeCheckpointIO, newest
+from ssl_kit.training.optim import Optim
+from ssl_kit.training.watchdog import Watchdog
+from ssl_kit.verbs.building import quiet_lightning
+from ssl_kit.verbs.evaluate import results_folder
+from ssl_kit.views.recipe import ViewRecipe
+
+_HELD_OUT = 0.1  # of the labelled training images: the epoch is chosen on them
+_LOOKS = 30  # at the held-out images, at most
+_STREAM = 100_011  # of core/random.py
+_FEWEST_STEPS = 500  # with few labels an epoch is a handful of steps: there are more epochs then
+_BEGUN = "settings.json"  # beside the checkpoints
+_FREE = ("resume", "threads", "checkpoint_minutes", "scratch")  # settings that do not decide what is learnt
+
+
+def finetune(
+    encoder: str,
+    labelled: str,
+    *,
+    out: str | None = None,
+    fraction: float = 1.0,
+    epochs: int = 30,
+    batch_size: int = 256,
+    lr: float = 1e-3,
+    weight_decay: float = 0.05,
+    layer_decay: float | None = 0.75,
+    warmup_epochs: float = 2.0,
+    mixup: float = 0.0,
+    cutmix: float = 0.0,
+    smoothing: float = 0.1,
+    lora: int = 0,
+    patience: int | None = None,
+    views: ViewRecipe = ViewRecipe(preset="mae", scale=(0.35, 1.0)),  # noqa: B008 (frozen)
+    scratch: bool = True,
+    limit: int | None = None,
+    seed: int = 0,
+    precision: Precision = "auto",
+    threads: int | None = None,
+    checkpoint_minutes: float = 10.0,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Train an encoder end to end on labels; scores it beside the same network from scratch.
+
+    The epoch is chosen on a tenth of the training images, which are not trained on; test is read once.
+
+    Args:
+        encoder: run folder or encoder folder.
+        labelled: folder with train/ and test/ or train.csv and test.csv, class folders, a manifest with `label`, or a
+            built-in set.
+        out: folder for results; the run's own by default. The classifier goes to OUT/finetuned, a timm folder.
+        fraction: of the labelled training images of each class to use, such as 0.01.
+        epochs: passes over the images; more where that is under 500 steps.
+        batch_size: images per step, at most.
+        lr: peak learning rate of AdamW for 256 images a step.
+        weight_decay: of matrices and filters.
+        layer_decay: factor on the rate from one layer to the one below it; from scratch all layers learn alike.
+        warmup_epochs: of linear warm-up.
+        mixup: alpha of MixUp, 0 for none.
+        cutmix: alpha of CutMix, 0 for none.
+        smoothing: of the labels.
+        lora: rank of low-rank adapters of a ViT's attention (extra `lora`), 0 for none. Only they and the classifier
+            are trained, and they are merged into the saved weights; from scratch everything is trained all the same.
+        patience: stop after so many looks at the held-out images without a better score; there are at most 30 looks.
+        views: what may happen to a training image.
+        scratch: train the same network from random weights too.
+        limit: use only so many images, train and test together, for a first try.
+        seed: of everything random.
+        precision: auto, float32, bfloat16 or float16.
+        threads: for decoding and views.
+        checkpoint_minutes: minutes between checkpoints.
+        resume: go on with a training that was stopped, with the same settings; without it, training starts anew.
+
+    Returns:
+        `{"encoder", "out", "finetuned", "results": [a record per network], "seconds"}`.
+    """
+    started = time.perf_counter()
+    settings = {key: value for key, value in locals().items() if key not in ("encoder", "labelled", "out", "started")}
+    _check(fraction, epochs, batch_size, lora)
+    path = find_encoder(encoder)
+    folder, loaded = results_folder(path, out), Encoder.load(path)
+    if lora:
+        check_lora(loaded)
+    train, test = open_labelled(labelled, limit=limit, channels=loaded.channels)
+    train = _share(train, fraction, seed)
+    fitted, held = holdout(train.labels, _HELD_OUT, seed)
+    parts = train.subset(fitted), train.subset(held)
+    say(f"fine-tuning on {len(fitted):,} images, the epoch chosen on {len(held):,} others, tested on {len(test):,}")
+    keep_memory()
+    results = []
+    made = {"encoder_sha256": loaded.sha256, "train": train.name, "test": test.name}
+    kept = f"the states saved in {folder / 'finetuning'} are kept; go on with --resume"
+    with lock(folder), if_interrupted(lambda: kept), Signals() as signals:
+        _begin(folder / "finetuning", {**settings, "views": asdict(views), **made, "images": len(train)}, resume)
+        for name in ("encoder", "random_init") if scratch else ("encoder",):
+            network = Encoder.load(path)
+            network = network if name == "encoder" else network.fresh(seed)
+            began = time.perf_counter()
+            place = folder / "finetuning" / name
+            scores = _train(network, parts, len(train.classes), place, name, settings, signals)
+            found, labels = probabilities(network, test, "test")
+            predicted = found.argmax(axis=1)
+            metrics = classification_metrics(labels, predicted, len(train.classes), seed=seed)
+            metrics |= probability_metrics(labels, found, seed=seed)
+            used = {key: value for key, value in settings.items() if key not in ("views", "resume", "threads")}
+            used |= {
+                "held_out_top1": scores,
+                "num_train": len(fitted),
+                "num_held_out": len(held),
+                "num_test": len(test),
+            }
+            seconds = time.perf_counter() - began
+            made_by = {**made, "versions": versions()}
+            results.append(Result("finetune", name, metrics, used, made_by, seconds, predicted, found.max(axis=1)))
+            if name == "encoder":
+                network.save(folder / "finetuned", {"encoder": str(path), "classes": list(train.classes), **made})
+        results = _compared(results, labels, seed)
+        for one in results:
+            append_line(folder / "results.jsonl", one.to_json())
+        write_report([folder], folder / "report.html")
+    _print(results)
+    next_command(f"ssl-kit report {shlex.quote(str(folder))}")
+    return {
+        "encoder": str(path),
+        "out": str(folder),
+        "finetuned": str(folder / "finetuned"),
+        "results": [one.to_json() for one in results],
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+
+
+def _check(fraction: float, epochs: int, batch_size: int, lora: int) -> None:
+    if not 0 < fraction <= 1:
+        raise UserError(f"--fraction {fraction}: wanted a share of the labels in (0, 1], such as 0.01")
+    if epochs < 1 or batch_size < 1:
+        raise UserError(f"--epochs {epochs} --batch_size {batch_size}: wanted at least 1 of each")
+    if lora < 0:
+        raise UserError(f"--lora {lora}: wanted the rank of the adapters, such as 8, or 0 for none")
+
+
+def _begin(folder: Path, settings: dict[str, Any], resume: bool) -> None:
+    """Keeps beside the checkpoints what they were made with: a resumed training must agree, another one starts anew.
+
+    Raises:
+        UserError: what is to be resumed was begun otherwise.
+    """
+    now = json.loads(json.dumps({key: value for key, value in settings.items() if key not in _FREE}))
+    if resume and (folder / _BEGUN).exists():
+        begun = read_json(folder / _BEGUN)
+        differs = [f"{key} was {begun.get(key)} and is {now[key]} now" for key in now if begun.get(key) != now[key]]
+        if differs:
+            raise UserError(f"--resume: {'; '.join(differs)}: give the same again, or start anew without --resume")
+        return
+    shutil.rmtree(folder, ignore_errors=True)  # the newest checkpoint there would be another training's
+    write_json(folder / _BEGUN, now)
+
+
+def _share(train: Source, fraction: float, seed: int) -> Source:
+    """A seeded `fraction` of each class, at least two images of each that has them."""
+    if fraction == 1:
+        return train
+    order, kept = permutation(seed, 0, len(train), _STREAM), []
+    for label in np.unique(train.labels):
+        rows = order[train.labels[order] == label]
+        kept.append(rows[: max(2, round(fraction * len(rows)))])
+    return train.subset(np.sort(np.concatenate(kept)))
+
+
+def _train(
+    network: Encoder,
+    parts: tuple[Source, Source],
+    num_classes: int,
+    folder: Path,
+    name: str,
+    settings: dict[str, Any],
+    signals: Signals,
+) -> list[float]:
+    """Trains the network in place, to its best epoch; the scores of the held-out images at every look."""
+    training, held_out = parts
+    pl.seed_everything(settings["seed"], verbose=False)
+    device = choose_device()
+    batch_size = min(settings["batch_size"], len(training))
+    steps_per_epoch = -(-len(training) // batch_size)
+    epochs = max(settings["epochs"], math.ceil(_FEWEST_STEPS / steps_per_epoch))
+    optim = Optim(
+        name="adamw",
+        lr=settings["lr"],
+        weight_decay=settings["weight_decay"],
+        betas=(0.9, 0.999),
+        warmup_epochs=settings["warmup_epochs"] * epochs / settings["epochs"],
+        layer_decay=settings["layer_decay"] if name == "encoder" else None,
+        clip=1.0,
+    )
+    mixing = {key: settings[key] for key in ("mixup", "cutmix", "smoothing")}
+    lora = settings["lora"] if name == "encoder" else 0  # adapters of random weights would be no network from scratch
+    learner = FineTune(network, num_classes, optim, **mixing, lora=lora).train()
+    channels_last = network.is_convolutional
+    if channels_last:
+        learner.to(memory_format=torch.channels_last)
+    view = settings["views"].build(network.image_size, network.channels, 1)
+    threads = settings["threads"] or max(1, available_cores() // (2 if device.value == "cpu" else 1))
+    data = ImageData(
+        training, {0: view}, batch_size=batch_size, seed=settings["seed"], threads=threads, channels_last=channels_last
+    )
+    best = BestEpoch(held_out, max(1, epochs // _LOOKS), settings["patience"])
+    watchdog = Watchdog(optim.clip, folder)
+    checkpoints = Checkpoints(folder, settings["checkpoint_minutes"], watchdog.healthy, signals)
+    precision = lightning_precision(choose_precision(settings["precision"], device.value).value)
+    quiet_lightning()
+    trainer = pl.Trainer(
+        accelerator=device.value,
+        devices=1,
+        precision=precision,  # type: ignore[arg-type]
+        max_epochs=-1,
+        max_steps=epochs * steps_per_epoch,
+        logger=False,
+        plugins=[SafeCheckpointIO(learner.state_dict)],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        callbacks=[watchdog, best, checkpoints],
+        default_root_dir=str(folder),
+    )
+    found = newest(folder) if settings["resume"] else None
+    trainer.fit(learner, datamodule=data, ckpt_path=str(found) if found is not None else None)
+    if checkpoints.stopped is not None:
+        result(f"stopped at step {trainer.global_step:,} of {name}; go on with --resume")
+        raise SystemExit(128 + checkpoints.stopped)
+    watchdog.look(trainer.global_step)
+    best.restore(network)
+    if lora:
+        merge_lora(network)
+    network.eval()
+    say(f"{name}: best of {len(best.scores)} looks at held-out images {max(best.scores):.3f}")
+    return best.scores
+
+
+def _compared(results: list[Result], labels: np.ndarray, seed: int) -> list[Result]:
+    """The encoder's top-1 gets its distance to the network from scratch, with a paired 95 % interval."""
+    if len(results) < 2:
+        return results
+    ours, other = results
+    assert ours.predictions is not None and other.predictions is not None
+    gap = paired_difference(labels, ours.predictions, other.predictions, seed=seed)
+    metrics = {**ours.metrics, **dict(zip(_GAP, gap, strict=True))}
+    return [replace(ours, metrics=metrics, settings={**ours.settings, "best_baseline": "random_init"}), other]
+
+
+def _print(results: list[Result]) -> None:
+    rows = []
+    for one in results:
+        name = {"encoder": "pretrained", "random_init": "from scratch"}[one.features]
+        metrics = one.metrics
+        cells = [
+            f"{metrics[key]:.3f} [{metrics[key + '_low']:.3f}, {metrics[key + '_high']:.3f}]" if key in metrics else ""
+            for key in _SHOWN  # no AUROC where all test images are of one class
+        ]
+        gap = [f"{metrics[key]:+.3f}" for key in _GAP if key in metrics]
+        rows.append((name, *cells, f"{gap[0]} [{gap[1]}, {gap[2]}]" if gap else ""))
+    columns = ("fine-tuned on labels", *(key.replace("_", " ") for key in _SHOWN), "above from scratch")
+    table("fine-tuning, on test, 95 % intervals", columns, rows)
+
+
+_SHOWN = ("top1", "balanced_accuracy", "macro_f1", "auroc")
+_GAP = ("above_best_baseline", "above_best_baseline_low", "above_best_baseline_high")

@@ -1,0 +1,82 @@
+"""What several processes must have alike before they train together: a folder, the images, the size of a step."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ssl_kit.core.console import say
+from ssl_kit.core.errors import UserError
+from ssl_kit.core.files import lock, read_json
+from ssl_kit.core.processes import on_this_machine, started
+from ssl_kit.data.sources import Source
+from ssl_kit.training.distributed import rank, world_size
+from ssl_kit.training.together import FIND_UNUSED, from_all, from_first
+from ssl_kit.verbs.launching import processes_asked
+
+
+def check_processes(options: dict[str, Any]) -> None:
+    """Raises `UserError` for options of the trainer that ask for processes which are not there, or for others' ways.
+
+    Args:
+        options: of the trainer; `devices` becomes the number of processes of this machine where it names no GPUs.
+    """
+    if started() == 1:
+        count = processes_asked(options.get("devices", 1))
+        if count > 1:
+            raise UserError(
+                f"--trainer.devices {options['devices']} from a program of one process: start the program by "
+                f"torchrun --nproc-per-node {count}, or use the command ssl-kit pretrain, which starts them itself"
+            )
+        return
+    if options.get("strategy", "auto") not in ("auto", "ddp", FIND_UNUSED):
+        raise UserError(f"--trainer.strategy {options['strategy']}: several processes train by ddp or {FIND_UNUSED}")
+    if not isinstance(options.get("devices"), list):
+        options["devices"] = on_this_machine()
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Holds the run's folder, by the first process for all."""
+    if rank() > 0:
+        yield
+        return
+    with lock(folder):
+        yield
+
+
+def all_fit(fits: bool) -> bool:
+    """Whether the images fit into the memory of every process: decoded when needed, they are not quite the same."""
+    return all(from_all(fits))
+
+
+def check_images(source: Source) -> None:
+    """Raises `UserError` unless all processes see the same images."""
+    names = hashlib.sha256("\n".join(source.ids).encode()).hexdigest()
+    count, wanted = from_first(lambda: [len(source), names])
+    if [len(source), names] != [count, wanted]:
+        raise UserError(
+            f"{source.name} has {len(source):,} images here and {count:,} for process 0, or others: the processes need "
+            "the same files, and nobody who changes them meanwhile"
+        )
+
+
+def images_per_step(settings: dict[str, Any], folder: Path, resume: bool) -> int:
+    """Images of a step over all processes. A resumed run keeps them, however many processes there are now.
+
+    Args:
+        settings: of the run; the size of a process's batch becomes its share.
+        folder: of the run.
+        resume: whether it goes on.
+    """
+    option = "batch_size" if settings["contrastive_batch"] is None else "contrastive_batch"
+    planned = settings[option] * world_size()
+    begun = lambda: read_json(folder / "run.json").get("images_per_step", planned)
+    kept = int(from_first(begun)) if resume else planned
+    if kept != planned:
+        settings[option] = -(-kept // world_size())
+        say(f"{option}: {settings[option]} on each of {world_size()} processes ({kept} images a step, as before)")
+    return kept
