@@ -26,9 +26,14 @@ def test_a_recipe_says_where_its_numbers_come_from(name):
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_trains_for_two_steps(name, labelled_folder, tmp_path, capsys):
     run = tmp_path / "run"
-    options = ["--run", str(run), "--batch-size", "16", "--trainer.max_steps", "2", "--json"]
-    if "minutes" in read_recipe(name):
+    options = ["--run", str(run), "--limit", "48", "--batch-size", "8", "--trainer.max_steps", "2", "--json"]
+    recipe = read_recipe(name)
+    if "minutes" in recipe:
         options += ["--minutes", "null", "--epochs", "1"]
+    if recipe.get("image_size", 0) > 96:  # large networks at the size that they are made for take minutes here
+        options += ["--image-size", "64"]
+    if "contrastive_batch" in recipe:
+        options += ["--contrastive-batch", "16"]
     assert cli.main(["pretrain", str(labelled_folder), "-c", name, *options]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["steps"] == 2 and record["status"] == "finished"
