@@ -42,10 +42,14 @@ def machine() -> str:
     return f"{len(os.sched_getaffinity(0))} cores of {processor}, {memory:.0f} GiB, shared"
 
 
-def keep(name: str, command: str, rows: list[dict[str, Any]]) -> None:
-    """Writes docs/numbers/NAME.json."""
+def commit_now() -> str:
+    """The commit of the checkout, marked when files differ from it."""
     asked = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def keep(name: str, command: str, commit: str, rows: list[dict[str, Any]]) -> None:
+    """Writes docs/numbers/NAME.json."""
     made = {"command": command, "commit": commit, "date": time.strftime("%Y-%m-%d"), "machine": machine()}
     RECORDS.mkdir(parents=True, exist_ok=True)
     (RECORDS / f"{name}.json").write_text(json.dumps({**made, "rows": rows}, indent=1) + "\n")
@@ -78,11 +82,14 @@ def main() -> None:
     if len(sys.argv) > 1:
         name, _, benchmark = sys.argv[1].partition("=")
         benchmark, options = benchmark or name, sys.argv[2:]
+        commit = commit_now()  # of the code that runs, before anybody goes on working
         with tempfile.TemporaryDirectory() as folder:
             rows = Path(folder) / "rows.json"
             command = [sys.executable, f"benchmarks/{benchmark}.py", *options, "--json", str(rows)]
             subprocess.run(command, cwd=ROOT, check=True)
-            keep(name, " ".join(["python", f"benchmarks/{benchmark}.py", *options]), json.loads(rows.read_text()))
+            keep(
+                name, " ".join(["python", f"benchmarks/{benchmark}.py", *options]), commit, json.loads(rows.read_text())
+            )
     PAGE.write_text(page())
 
 

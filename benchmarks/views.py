@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,7 +32,7 @@ from PIL import Image
 
 from ssl_kit.core.console import table
 from ssl_kit.data.batches import ViewLoader
-from ssl_kit.data.sources import open_source
+from ssl_kit.data.sources import Source, open_source
 from ssl_kit.views.device import apply_device
 from ssl_kit.views.host import apply_host
 from ssl_kit.views.recipe import ViewRecipe
@@ -56,9 +57,9 @@ def pictures(count: int, side: int) -> np.ndarray:
     return made
 
 
-def ours_host(images: np.ndarray, size: int, blur: float, threads: int = 1) -> Make:
+def ours_host(images: np.ndarray, size: int, blur: float) -> Make:
     view = ViewRecipe(blur=blur).build((size, size), 3, 1)[0]
-    batch, stored = BATCH[size] * max(1, threads), images.shape[1]
+    batch, stored = BATCH[size], images.shape[1]
     sides = np.full(batch, stored)
     out = np.empty((batch, 3, size, size), np.float32)
 
@@ -66,7 +67,7 @@ def ours_host(images: np.ndarray, size: int, blur: float, threads: int = 1) -> M
         for start in range(0, count, batch):
             rows = np.arange(start, start + batch)
             params = sample(view, 0, 0, rows, 0, sides, sides)
-            apply_host((images, rows % len(images)), params, view.size, out=out, threads=threads)
+            apply_host((images, rows % len(images)), params, view.size, out=out)
 
     return make
 
@@ -212,18 +213,46 @@ def in_memory(size: int, blur: float, runs: int, seconds: float, peers: list[str
     return rows
 
 
-def scaling(size: int, runs: int, seconds: float) -> Row:
-    """Two threads against one, in wall time."""
+def loader_of(images: np.ndarray, size: int, threads: int) -> Make:
+    """What training draws its batches from: the loader over images in memory, one view per image."""
+    view = ViewRecipe(blur=0.5).build((size, size), 3, 1)
+    source = open_source(images)
+
+    def make(count: int) -> None:
+        plan = np.array_split(np.arange(count) % len(images), count // BATCH[size])
+        for _batch in ViewLoader(source, plan, view, threads=threads):
+            pass
+
+    return make
+
+
+def two_at_once(images: np.ndarray, size: int) -> Make:
+    """Two threads that share nothing, half of the views each: as far as this machine scales at this moment."""
+    halves = [ours_host(images, size, 0.5) for _ in range(2)]
+
+    def make(count: int) -> None:
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda half: half(count // 2), halves))
+
+    return make
+
+
+def scaling(size: int, runs: int, seconds: float) -> list[Row]:
+    """Two threads against one, in wall time: the loader, and the machine's own limit beside it."""
     images = pictures(64, STORED[size])
-    one, two = ours_host(images, size, 0.5), ours_host(images, size, 0.5, threads=2)
-    count = calibrated(one, 2 * BATCH[size], seconds)
-    what = f"host, {size} px, two threads over one"
-    return compare(f"views/host/{size}/cores", what, (two, 2 * count), (one, count), "one thread", runs, wall=True)
+    one, two = loader_of(images, size, 1), loader_of(images, size, 2)
+    two(4 * BATCH[size])
+    count = calibrated(one, 8 * BATCH[size], seconds)
+    name, pair = f"views/host/{size}/cores", ((two, count), (one, count))
+    row = compare(name, f"loader, {size} px, two threads over one", *pair, "one thread", runs, wall=True)
+    free = (two_at_once(images, size), count), (ours_host(images, size, 0.5), count)
+    free[0][0](4 * BATCH[size])
+    what = f"limit: two separate executors over one, {size} px"
+    return [row, compare(f"{name}-limit", what, *free, "one executor", runs, wall=True)]
 
 
-def photographs(folder: Path, runs: int, limit: int) -> Row:
+def photographs(source: Source, runs: int) -> Row:
     """From JPEG files to two 224-px views each, one thread: our loader against Pillow and torchvision v1."""
-    source = open_source(folder, limit=limit, in_memory=False)
     transform = torchvision_v1(224, 0.5)
     views = ViewRecipe().build((224, 224), 3, 2)
     loader = ViewLoader(source, [rows for rows in np.array_split(np.arange(len(source)), 4)], views, threads=1)
@@ -289,7 +318,9 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, help="folder of JPEG photographs; without it that row is left out")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    quick = arguments.quick
+    quick, photos = arguments.quick, None
+    if arguments.photos is not None:
+        photos = open_source(arguments.photos, limit=50 if quick else 150, in_memory=False)
     runs, seconds = 7, 0.1 if quick else 0.4
     peers = ["lightly", "kornia"] if quick else list(PEERS)
     rows = [*compilation(), sampling(3 if quick else 7)]
@@ -297,9 +328,9 @@ def main() -> None:
         for blur in (0.5,) if quick else (0.5, 0.0):
             rows += in_memory(size, blur, runs, seconds, peers)
         if (os.cpu_count() or 1) > 1:
-            rows.append(scaling(size, runs, seconds))
-    if arguments.photos is not None:
-        rows.append(photographs(arguments.photos, runs, 50 if quick else 150))
+            rows += scaling(size, 2 * runs + 1, 2 * seconds)
+    if photos is not None:
+        rows.append(photographs(photos, runs))
     cells = [
         (row["id"], f"{row['ours']:,}", f"{row['peer']:,}", row["unit"], row["ratio"], f"{row['low']} .. {row['high']}")
         for row in rows

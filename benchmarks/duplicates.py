@@ -1,0 +1,118 @@
+"""Planted copies among real images: how many `ssl-kit duplicates` finds, and what else it calls a copy.
+
+    python benchmarks/duplicates.py ENCODER data/cifar10/train [--quick] [--json FILE]
+
+500 exact copies of files, and 500 near-copies of other images (JPEG at quality 50, 90 % of each side, 5 % brighter or
+darker, in turn) are put beside `--count` images. What is found among the images that were not touched is counted as
+false, though CIFAR-10 has duplicates of its own. --test FOLDER counts leaks: images of FOLDER that are in DATA too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ssl_kit.core.random import permutation
+from ssl_kit.data.decode import decode
+from ssl_kit.data.listing import folder_of_images, unescape
+from ssl_kit.evaluation.duplicates import EDITS, edits
+from ssl_kit.verbs.duplicates import duplicates
+from ssl_kit.verbs.embed import embed
+
+
+def plant(data: Path, folder: Path, count: int, planted: int) -> dict[str, tuple[str, str]]:
+    """Copies `count` images and plants copies; id of the copy -> (id of the original, kind)."""
+    ids = folder_of_images(data).ids
+    chosen = [ids[row] for row in permutation(7, 0, len(ids))[:count]]
+    for name in chosen:
+        target = folder / "own" / os.fsdecode(unescape(name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(data / os.fsdecode(unescape(name)), target)
+    (folder / "planted").mkdir()
+    made = {}
+    for number, name in enumerate(chosen[: 2 * planted]):
+        original = folder / "own" / os.fsdecode(unescape(name))
+        kind = "exact" if number < planted else EDITS[number % len(EDITS)]
+        suffix = {"exact": original.suffix, "jpeg": ".jpg"}.get(kind, ".png")
+        copy = folder / "planted" / f"{number:05d}{suffix}"
+        if kind == "exact":
+            shutil.copyfile(original, copy)
+        elif kind == "jpeg":
+            Image.open(original).convert("RGB").save(copy, quality=50)
+        else:
+            Image.fromarray(edits(decode(original.read_bytes()).image, number, seed=8)[kind]).save(copy)
+        made[f"planted/{copy.name}"] = (f"own/{name}", kind)
+    return made
+
+
+def planted_rows(encoder: str, data: Path, count: int, planted: int) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as place:
+        folder, emb = Path(place) / "images", Path(place) / "emb"
+        made = plant(data, folder, count, planted)
+        embed(encoder, str(folder), out=str(emb))
+        began = time.perf_counter()
+        said = duplicates(str(emb), csv=None)
+        seconds = time.perf_counter() - began
+    group = {one["id"]: number for number, members in enumerate(said["groups"]) for one in members}
+    found = {copy: group.get(copy, -1) == group.get(original, -2) for copy, (original, _) in made.items()}
+    originals = {original for original, _ in made.values()}
+    false = [name for name in group if name not in made and name not in originals]
+    untouched = count - len(originals)
+    rows = []
+    for kind in ("exact", *EDITS):
+        hits = [found[copy] for copy, (_, own) in made.items() if own == kind]
+        rows.append(row(f"duplicates/{kind}", f"planted copies found: {kind}", float(np.mean(hits)), len(hits)))
+    near = [found[copy] for copy, (_, own) in made.items() if own != "exact"]
+    rows.append(row("duplicates/near", "planted copies found: all near ones", float(np.mean(near)), len(near)))
+    rows.append(row("duplicates/false", "untouched images called copies", len(false) / max(1, untouched), untouched))
+    limits = f"cosine {said['limits']['cosine']:.3f}, correlation {said['limits']['correlation']:.3f}"
+    rows.append(row("duplicates/seconds", f"seconds for the verb ({limits})", seconds, count + 2 * planted))
+    return rows
+
+
+def leak_rows(encoder: str, data: Path, test: Path) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as place:
+        parts = [str(Path(place) / name) for name in ("test", "train")]
+        for part, images in zip(parts, (test, data), strict=True):
+            embed(encoder, str(images), out=part)
+        said = duplicates(parts[0], parts[1])
+    return [
+        row("duplicates/leaks", "test images that are in train too", said["leaked"] / said["images"], said["images"])
+    ]
+
+
+def row(name: str, what: str, value: float, images: int) -> dict[str, Any]:
+    return {"id": name, "what": what, "value": round(value, 4), "images": images}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("encoder", help="run folder or encoder folder")
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--test", type=Path)
+    parser.add_argument("--count", type=int, default=50_000)
+    parser.add_argument("--planted", type=int, default=500)
+    parser.add_argument("--quick", action="store_true", help="3,000 images, 150 copies of each kind")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    count, planted = (3_000, 150) if arguments.quick else (arguments.count, arguments.planted)
+    rows = planted_rows(arguments.encoder, arguments.data, count, planted)
+    if arguments.test is not None:
+        rows += leak_rows(arguments.encoder, arguments.data, arguments.test)
+    for line in rows:
+        print(f"{line['id']:<24}{line['value']:>10}  {line['what']}, {line['images']:,} images")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,294 @@
+"""Thousands of damaged files through every reader of ssl_kit; `hostile.py` runs this and writes the rows.
+
+Each trial is a pure function of its number. Two questions are asked of a damaged file: is it found when the manifest
+still says what the file was (it must be: no silent load), and what happens when a stranger rewrote the manifest too, so
+that all hashes are right (then the reader itself must end in an answer or in a declared error: never a crash of the
+process, another exception, a hang, or a file written anywhere).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from isolated import told
+from mutate import damaged, damaged_text
+
+from ssl_kit.core.files import MANIFEST, json_text, sha256
+from ssl_kit.core.sealed import SEAL, fingerprint, read_json, read_sealed, sealed
+from ssl_kit.data.sources import open_source
+from ssl_kit.embeddings import Embeddings
+from ssl_kit.encoders.encoder import CONFIG, RECORD, WEIGHTS, Encoder
+from ssl_kit.evaluation.index import build_index
+from ssl_kit.evaluation.index_file import write_index
+from ssl_kit.evaluation.searching import FILE, Index, vectors_fingerprint
+from ssl_kit.parts import find_ids, read_rows, read_vectors
+from ssl_kit.training.checkpoint import SafeCheckpointIO, newest
+from ssl_kit.verbs.recipes import check_class_paths, read_recipe
+
+ROWS, DIM = 600, 16
+KEYS = (
+    *("Flat", "HNSW16", "HNSW8_SQ8", "IVF8,Flat", "IVF8,SQ8", "IVF8,PQ4x4", "IVF8_HNSW8,SQ8", "PQ8x4", "SQ8"),
+    *("IVF8,PQ8x4fs,Refine(SQfp16)", "PQ8x4fs,Refine(Flat)", "OPQ4,IVF8,PQ4x4", "PCA8,IVF8,SQ4", "L2norm,Flat"),
+    *("IVF8,PQ4x4fs", "RR8,SQ6", "SQbf16", "IVF8_HNSW8,Flat", "HNSW8_PQ4x4"),
+)
+MAPPED = ("Flat", "IVF8,Flat", "IVF8,SQ8", "IVF8,PQ4x4")
+_OURS = ("indexed", "emb", "emb16", "encoder", "step-00000003", "recipe", "table")
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+
+
+def prepare(place: Path) -> None:
+    """Writes the honest files that are damaged: embeddings, an index of each key, an encoder, a checkpoint, lists."""
+    faiss.omp_set_num_threads(1)
+    draw = np.random.default_rng(0)
+    centres = draw.standard_normal((12, DIM))
+    vectors = (centres[draw.integers(0, 12, ROWS)] + 0.4 * draw.standard_normal((ROWS, DIM))).astype(np.float32)
+    ids = [f"{row % 7}/{row:04d} é%FF.png" for row in range(ROWS)]
+    info = {"layers": 1, "encoder_sha256": "0" * 64, "encoder": "/nowhere", "source_root": "/nowhere"}
+    info |= {"precision": "float32", "preprocessing": {"image_size": [16, 16]}}
+    embeddings = Embeddings(vectors, np.arange(ROWS) % 3 - 1, ("cat", "dog"), ids, info)
+    embeddings.save(place / "emb")
+    embeddings.save(place / "emb16", "float16")
+    (place / "indexes").mkdir(exist_ok=True)
+    for key in KEYS:
+        write_index(build_index(vectors, key).index, index_file(place, key))
+    torch.manual_seed(0)
+    encoder = Encoder("resnet18_small", {"channels": [4, 4, 8, 8]}, (16, 16))
+    encoder.save(place / "encoder", {"data": "photos"})
+    state = {"global_step": 3, "state_dict": dict(encoder.state_dict()), "numbers": {0: {"lr": 0.1}, 1: (1, None)}}
+    paths = pa.array([f"{row}.png" for row in range(20)])
+    pq.write_table(pa.table({"path": paths, "label": [row % 3 for row in range(20)]}), place / "list.parquet")
+    SafeCheckpointIO().save_checkpoint(state | {"generator": np.arange(9, dtype=np.uint32)}, place / "step-00000003")
+
+
+def index_file(place: Path, key: str) -> Path:
+    """Where the honest index of a key lies."""
+    return place / "indexes" / key.replace(",", "_")
+
+
+class Trials:
+    """The trials of one child, in a scratch folder of its own.
+
+    Every method takes a number and says in one line what happened: "refused", "answered" or "unchanged" are right;
+    everything else is a fault.
+    """
+
+    def __init__(self, place: Path):
+        self.place = place
+        self.indexes = {key: index_file(place, key).read_bytes() for key in KEYS}
+        self.vectors = Embeddings.load(place / "emb").vectors
+        self.scratch = place / f"scratch-{os.getpid()}"
+        self.away = place / f"away-{os.getpid()}"
+        for folder in (self.scratch, self.away):
+            folder.mkdir()
+        os.chdir(self.away)
+        self.recipes = [path.read_bytes() for path in sorted(RECIPES.glob("*.yaml"))]
+
+    def copy(self, name: str) -> Path:
+        """A fresh copy of an honest folder."""
+        target = self.scratch / name
+        shutil.rmtree(target, ignore_errors=True)
+        return shutil.copytree(self.place / name, target)
+
+    def elsewhere(self) -> str | None:
+        """What was written outside the folders of the trials: into the working directory, or beside them."""
+        found = [*self.away.iterdir(), *(path for path in self.scratch.iterdir() if path.name not in _OURS)]
+        return f"wrote {found[0]}" if found else None
+
+    # --- X1: index files
+
+    def index(self, number: int) -> str:
+        """A damaged index file, first under the old manifest, then under one that was rewritten for it."""
+        key = KEYS[number % len(KEYS)]
+        mapped = key in MAPPED and (number // len(KEYS)) % 2 == 1
+        draw = random.Random(f"index/{number}")
+        folder = self.scratch / "indexed"
+        if not folder.exists():
+            self.copy("emb").rename(folder)
+        others = [data for other, data in self.indexes.items() if other != key]
+        self._manifest(folder, key, mapped, self.indexes[key])
+        data = damaged(self.indexes[key], draw, others)
+        (folder / FILE).write_bytes(data)
+        kind, text = told(lambda: Index.load(folder))
+        if kind != "refused":
+            return f"silent load of {key}: {kind} {text}"
+        self._manifest(folder, key, mapped, data)
+        return self._result(*told(lambda: self._searched(folder, number)), key)
+
+    def _manifest(self, folder: Path, key: str, mapped: bool, data: bytes) -> None:
+        (folder / FILE).write_bytes(data)
+        manifest = read_sealed(folder / MANIFEST)
+        manifest["files"][FILE] = sha256(folder / FILE)
+        manifest["index"] = {"key": key, "metric": "cosine", "rows": ROWS, "mapped": mapped}
+        manifest["index"]["vectors_sha256"] = vectors_fingerprint(manifest)
+        write_quickly(folder / MANIFEST, manifest)
+
+    def _searched(self, folder: Path, number: int) -> str:
+        index = Index.load(folder)
+        queries = self.vectors[[number % ROWS, (7 * number) % ROWS]]
+        found = index.search_vectors(queries, 10)
+        index.search_vectors(queries[:1], ROWS)
+        return str(len(found))
+
+    # --- encoder and embeddings folders, all hashes left as they were, or set right
+
+    def folder(self, number: int) -> str:
+        """One damaged file of an encoder or embeddings folder; every second time with all hashes set right."""
+        draw = random.Random(f"folder/{number}")
+        name = ("encoder", "emb", "encoder", "emb16")[number % 4]
+        folder = self.copy(name)
+        file = draw.choice(sorted(path for path in folder.iterdir() if path.is_file()))
+        self._damage(file, draw)
+        rewritten = (number // 4) % 2 == 1
+        if rewritten:
+            self.mend(folder)
+        load = (lambda: self._encoder(folder)) if name == "encoder" else (lambda: self._embeddings(folder))
+        wanted = None if rewritten else load_honest(self.place / name)
+        kind, text = told(load)
+        if kind == "returned" and wanted is not None:
+            return "unchanged" if text == wanted else f"silent load: {name}/{file.name}"
+        return self._result(kind, text, f"{name}/{file.name}")
+
+    def _result(self, kind: str, text: str, what: str) -> str:
+        if wrote := self.elsewhere():
+            return f"{what}: {wrote}"
+        return f"crashed: {what}: {text}" if kind == "crashed" else {"returned": "answered"}.get(kind, kind)
+
+    def _damage(self, file: Path, draw: random.Random) -> None:
+        data = file.read_bytes()
+        change = damaged_text if file.suffix in (".json", ".csv", ".yaml") else damaged
+        file.write_bytes(change(data, draw))
+
+    def mend(self, folder: Path) -> None:
+        """Sets hashes and seals right where the JSON can still be read: what a stranger would do."""
+        for name in (RECORD, MANIFEST):
+            path = folder / name
+            if not path.exists() or told(lambda path=path: read_json(path))[0] != "returned":
+                continue
+            entries = read_json(path)
+            if not isinstance(entries, dict):
+                continue
+            entries.pop(SEAL, None)
+            if name == RECORD:
+                entries |= {"sha256": sha256(folder / WEIGHTS), "config_sha256": sha256(folder / CONFIG)}
+            elif isinstance(entries.get("files"), dict):
+                there = {file: sha256(folder / file) for file in entries["files"] if (folder / file).is_file()}
+                entries["files"] |= there
+            write_quickly(path, entries)
+
+    def _encoder(self, folder: Path) -> str:
+        return digest_of(folder, Encoder.load(folder))
+
+    def _embeddings(self, folder: Path) -> str:
+        loaded = Embeddings.load(folder)
+        for _ in read_vectors(folder, loaded.info):
+            pass
+        read_rows(folder, loaded.info, np.array([0, len(loaded) - 1, -1]), "id")
+        find_ids(folder, loaded.info, ["0/0000 é%FF.png", "nothing"])
+        return digest_of(folder, loaded)
+
+    # --- S4: every reader in turn
+
+    def any(self, number: int) -> str:
+        """One of the readers, by the number; hashes are set right."""
+        readers = (
+            self.checkpoint,
+            self.folder_mended,
+            self.parquet,
+            self.recipe,
+            self.table,
+            self.index,
+            self.manifest,
+        )
+        return readers[number % len(readers)](number)
+
+    def folder_mended(self, number: int) -> str:
+        """An encoder or embeddings folder."""
+        return self.folder(8 * number + 4 + number % 4)
+
+    def checkpoint(self, number: int) -> str:
+        """A checkpoint: tensors, JSON or manifest."""
+        draw = random.Random(f"checkpoint/{number}")
+        folder = self.copy("step-00000003")
+        file = draw.choice(sorted(folder.iterdir()))
+        self._damage(file, draw)
+        self.mend(folder)
+
+        def load() -> int:
+            newest(self.scratch)
+            return len(SafeCheckpointIO().load_checkpoint(folder))
+
+        result = self._result(*told(load), f"checkpoint/{file.name}")
+        shutil.rmtree(folder)
+        return result
+
+    def parquet(self, number: int) -> str:
+        """A part of an embeddings folder."""
+        draw = random.Random(f"parquet/{number}")
+        folder = self.copy(("emb", "emb16")[number % 2])
+        part = folder / "part-00000.parquet"
+        part.write_bytes(damaged(part.read_bytes(), draw))
+        self.mend(folder)
+        return self._result(*told(lambda: self._embeddings(folder)), "parquet")
+
+    def manifest(self, number: int) -> str:
+        """The manifest of an embeddings folder, its seal set right."""
+        draw = random.Random(f"manifest/{number}")
+        folder = self.copy("emb")
+        self._damage(folder / MANIFEST, draw)
+        self.mend(folder)
+        return self._result(*told(lambda: self._embeddings(folder)), "manifest")
+
+    def recipe(self, number: int) -> str:
+        """A recipe, as far as everything that is done before anything is imported."""
+        draw = random.Random(f"recipe/{number}")
+        folder = self.scratch / "recipe"
+        folder.mkdir(exist_ok=True)
+        (folder / "recipe.yaml").write_bytes(damaged_text(draw.choice(self.recipes), draw, self.recipes))
+        kind, text = told(lambda: check_class_paths(read_recipe(str(folder / "recipe.yaml"))))
+        return self._result(kind, text, "recipe")
+
+    def table(self, number: int) -> str:
+        """A .csv or .parquet list of images."""
+        draw = random.Random(f"table/{number}")
+        folder = self.scratch / "table"
+        folder.mkdir(exist_ok=True)
+        if number % 2:
+            file, change = folder / "list.csv", damaged_text
+            data = b"path,label\n" + b"".join(b"%d.png,%d\n" % (row, row % 3) for row in range(20))
+        else:
+            file, change = folder / "list.parquet", damaged
+            data = (self.place / "list.parquet").read_bytes()
+        file.write_bytes(change(data, draw))
+        kind, text = told(lambda: len(open_source(str(file), in_memory=False)))
+        result = self._result(kind, text, file.name)
+        file.unlink()
+        return result
+
+
+def digest_of(folder: Path, loaded: Encoder | Embeddings) -> str:
+    """What was loaded, as one hash: equal means that nothing of it was lost or altered."""
+    if isinstance(loaded, Encoder):
+        tensors = {name: tensor.double().sum().item() for name, tensor in loaded.state_dict().items()}
+        record = read_sealed(folder / RECORD)
+        return fingerprint([tensors, loaded.preprocessing(), loaded.args, loaded.sha256, record])
+    sums = loaded.vectors.astype(np.float64).sum(axis=0).tolist()
+    return fingerprint([sums, loaded.ids, loaded.labels.tolist(), loaded.classes, loaded.info])
+
+
+def load_honest(folder: Path) -> str:
+    """The hash of what an honest folder holds."""
+    loaded = Encoder.load(folder) if (folder / RECORD).exists() else Embeddings.load(folder)
+    return digest_of(folder, loaded)
+
+
+def write_quickly(path: Path, entries: dict) -> None:
+    """`write_sealed` without waiting for the disk."""
+    path.write_text(json_text(sealed(entries)))

@@ -1,0 +1,223 @@
+"""Does the verdict tell broken trainings from healthy ones? Short runs of every method, most of them spoilt on purpose.
+
+    python benchmarks/verdict.py data/cifar10/train --json verdict.json            # goes on where it was stopped
+    python benchmarks/verdict.py data/cifar10/train --only simclr/healthy --seeds 2
+
+Each run has 200 steps of 128 views of 16 pixels: 4,000 images, a ResNet-18 of a quarter of the usual width (MAE: a ViT
+of 4 blocks), 15 to 30 s on two cores. A broken run is found when the verdict is `stuck` or `collapsed`, or the watchdog
+ends it. A healthy run that is not `learning` is a false alarm. The last two rows are the counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+import ssl_kit
+from ssl_kit.core.errors import UserError
+from ssl_kit.core.random import Key
+from ssl_kit.methods.mae import MAE
+from ssl_kit.methods.method import Method, flatten_views
+from ssl_kit.methods.simclr import SimCLR
+from ssl_kit.methods.vae import VAE
+from ssl_kit.training.monitor import read_curves
+
+STEPS, BATCH, SIDE, LIMIT = 200, 128, 16, 4_000
+NARROW = {"name": "resnet18_small", "args": {"channels": [16, 32, 64, 128]}}
+VIT = {
+    "name": "vit_tiny_patch16_224",
+    "args": {
+        **{"patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 3},
+        **{"class_token": False, "global_pool": "avg", "fc_norm": False},
+    },
+}
+FAMILIES: dict[str, tuple[type[Method], dict[str, Any], dict[str, Any]]] = {  # class, arguments, optimiser
+    "simclr": (SimCLR, {"encoder": NARROW, "projection": [256, 64]}, {"name": "sgd", "lr": 0.5, "weight_decay": 5e-4}),
+    "simclr-adamw": (SimCLR, {"encoder": NARROW, "projection": [256, 64]}, {"name": "adamw", "lr": 2e-3}),
+    "mae": (MAE, {"encoder": VIT}, {"name": "adamw", "lr": 2e-3, "weight_decay": 0.05}),
+    "vae": (VAE, {"encoder": NARROW, "decoder_width": 16}, {"name": "adamw", "lr": 2e-3, "weight_decay": 1e-4}),
+    "aavae": (
+        VAE,
+        {"encoder": NARROW, "decoder_width": 16, "augmented": True},
+        {"name": "adamw", "lr": 2e-3, "weight_decay": 1e-4},
+    ),
+}
+EVERYWHERE = ("lr0", "lr100", "constant", "detached", "x255", "div255")
+FAULTS = {
+    "simclr": (*EVERYWHERE, "no-negatives"),
+    "simclr-adamw": (),
+    "mae": EVERYWHERE,
+    "vae": (*EVERYWHERE, "beta1000"),
+    "aavae": (),
+}
+
+
+class Detached:
+    """No gradient reaches the encoder: only what stands on it learns."""
+
+    def configure_optimizers(self: Any) -> Any:
+        self.encoder.requires_grad_(False)
+        return super().configure_optimizers()  # type: ignore[misc]
+
+
+class Bytes:
+    """Views in [0, 255]."""
+
+    factor = 255.0
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        batch["views"] = [view * self.factor for view in batch["views"]]
+        super().on_train_batch_start(batch, batch_idx)  # type: ignore[misc]
+
+
+class Dark(Bytes):
+    """Views in [0, 1/255]: divided once too often."""
+
+    factor = 1 / 255
+
+
+class DetachedSimCLR(Detached, SimCLR): ...
+
+
+class DetachedMAE(Detached, MAE): ...
+
+
+class DetachedVAE(Detached, VAE): ...
+
+
+class BytesSimCLR(Bytes, SimCLR): ...
+
+
+class BytesMAE(Bytes, MAE): ...
+
+
+class BytesVAE(Bytes, VAE): ...
+
+
+class DarkSimCLR(Dark, SimCLR): ...
+
+
+class DarkMAE(Dark, MAE): ...
+
+
+class DarkVAE(Dark, VAE): ...
+
+
+class NoNegatives(SimCLR):
+    """Asks for equal views and nothing else."""
+
+    def loss(self, views: list[Tensor], key: Key) -> dict[str, Tensor]:
+        first, second = F.normalize(self.head(self.encoder(flatten_views(views))), dim=1).chunk(2)
+        return {"loss": (first - second).square().sum(dim=1).mean()}
+
+    def chance_loss(self, batch_size: int) -> float:
+        return None  # type: ignore[return-value]
+
+
+SPOILT = {"detached": "Detached", "x255": "Bytes", "div255": "Dark"}
+
+
+def train(data: Path, family: str, fault: str, seed: int, run: Path) -> dict[str, Any]:
+    """One row."""
+    kind, arguments, optim = FAMILIES[family]
+    arguments, optim, path = dict(arguments), {**optim, "warmup_epochs": 1}, f"{kind.__module__}.{kind.__name__}"
+    if fault in SPOILT:
+        path = f"__main__.{SPOILT[fault]}{kind.__name__}"
+    elif fault == "no-negatives":
+        path = "__main__.NoNegatives"
+    elif fault == "lr0":
+        optim["lr"] = 1e-12
+    elif fault == "lr100":
+        optim["lr"] *= 100
+    elif fault == "beta1000":
+        arguments["beta"] = 1_000.0
+    if fault == "constant":
+        data = run / "grey"
+        grey_images(data)
+    spec = {"class_path": path, "init_args": {**arguments, "optim": optim}}
+    began = time.perf_counter()
+    row: dict[str, Any] = {"id": f"{family}/{fault}/{seed}", "fault": fault}
+    try:
+        steps_per_epoch = -(-(LIMIT * 95 // 100) // BATCH)
+        record = ssl_kit.pretrain(
+            str(data), method=spec, run=str(run / "run"), overwrite=True, limit=LIMIT, image_size=SIDE,
+            batch_size=BATCH, epochs=STEPS / steps_per_epoch, seed=seed, evaluate_every=1_000,
+        )  # fmt: skip
+        row |= {"state": record["verdict"]["state"], "reason": record["verdict"]["reason"]}
+    except UserError as error:
+        row |= {"state": "ended", "reason": str(error)[:80]}
+    broken = fault != "healthy"
+    row["right"] = (row["state"] in ("stuck", "collapsed", "ended")) == broken and row["state"] != "unknown"
+    return row | {"seconds": round(time.perf_counter() - began, 1)} | _signs(run / "run" / "metrics.csv")
+
+
+def _signs(metrics: Path) -> dict[str, float]:
+    """First and last value of what the verdict looks at."""
+    rows = read_curves(metrics)
+    signs = {}
+    for name in ("loss", "effective_rank", "embedding_std", "uniformity", "alignment", "turned", "grown", "knn_top1"):
+        found = [row[name] for row in rows if name in row]
+        if found:
+            signs |= {f"{name}_first": found[0], f"{name}_last": found[-1]}
+    return signs
+
+
+def grey_images(folder: Path) -> None:
+    """4,000 images of one grey in two classes."""
+    for label in "ab":
+        (folder / label).mkdir(parents=True)
+        for number in range(LIMIT // 2):
+            Image.fromarray(np.full((SIDE, SIDE, 3), 128, np.uint8)).save(folder / label / f"{number:04d}.png")
+
+
+def counts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How many of the broken were found, and how many of the healthy were not accused."""
+    made = []
+    for name, wanted in (("broken-found", True), ("healthy-not-accused", False)):
+        these = [row for row in rows if (row["fault"] != "healthy") == wanted]
+        right = sum(row["right"] for row in these)
+        share = right / len(these) if these else None
+        made.append({"id": f"verdict/{name}", "tried": len(these), "survived": right, "share": share})
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--json", type=Path, default=Path("verdict.json"))
+    parser.add_argument("--seeds", type=int, default=2, help="of each broken run; healthy ones get twice as many")
+    parser.add_argument("--only", default="", help="beginning of the ids to run")
+    arguments = parser.parse_args()
+    rows = json.loads(arguments.json.read_text()) if arguments.json.is_file() else []
+    rows = [row for row in rows if "fault" in row]
+    plan = [
+        (family, fault, seed)
+        for seed in range(2 * arguments.seeds)
+        for family in FAMILIES
+        for fault in ("healthy", *FAULTS[family])
+        if fault == "healthy" or seed < arguments.seeds
+    ]
+    for family, fault, seed in plan:
+        name = f"{family}/{fault}/{seed}"
+        if name.startswith(arguments.only) and name not in [row["id"] for row in rows]:
+            folder = Path(tempfile.mkdtemp(prefix="verdict-"))
+            rows.append(train(arguments.data, family, fault, seed, folder))
+            shutil.rmtree(folder)
+            print(json.dumps(rows[-1]), flush=True)
+            arguments.json.write_text(json.dumps(rows + counts(rows), indent=1) + "\n")
+    for row in counts(rows):
+        print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()
