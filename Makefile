@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN := demo/run
 EMB := demo/embeddings
 
-.PHONY: demo test check clean
+.PHONY: demo test check docs clean
 
 .venv/demo: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -35,5 +35,14 @@ check: .venv/dev
 	$(BIN)/ruff check ssl_kit tests benchmarks
 	$(BIN)/mypy ssl_kit
 
+.venv/docs: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
+# Warnings are errors, and so are links to pages and names that do not exist.
+docs: .venv/docs
+	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs docs/_build/html
+
 clean:
-	rm -rf .venv demo build dist
+	rm -rf .venv demo build dist docs/_build
