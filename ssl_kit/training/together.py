@@ -72,7 +72,8 @@ def joined() -> Iterator[None]:
     except BaseException as error:
         told = _told(error, words) if isinstance(error, Exception) else error
         for group in groups:
-            group.abort()  # or it would wait for what is still on its way, and others for this process
+            if group is not None:
+                group.abort()  # or it would wait for what is still on its way, and others for this process
         if told is error:
             raise
         raise told from error
