@@ -4,7 +4,11 @@
   for (const fold of document.querySelectorAll("details")) fold.open = true;
   const page = document.documentElement; // innerWidth would grow with the page on a phone
   if (page.scrollWidth > page.clientWidth) {
-    faults.push(`scrolls sideways: ${page.scrollWidth} of ${page.clientWidth} pixels`);
+    const clipped = (node) => node && (getComputedStyle(node).overflowX !== "visible" || clipped(node.parentElement));
+    const wide = [...document.body.querySelectorAll("*")].filter((node) =>
+      node.getBoundingClientRect().right > page.clientWidth && !clipped(node.parentElement));
+    const names = wide.map((node) => `${node.tagName}.${node.className}`);
+    faults.push(`scrolls sideways: ${page.scrollWidth} of ${page.clientWidth} pixels, ${names.slice(0, 9)}`);
   }
   for (const image of document.images) {
     if (!image.alt.trim()) faults.push(`no alt: ${image.outerHTML.slice(0, 80)}`);
