@@ -17,6 +17,7 @@ Switch = Literal["auto", "on", "off"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _COMPILE_STEPS = 3_000  # that make up for a minute of compiling: at 10 steps a second, 20 % faster
+_ONEDNN_BLOCK = 16  # channels of oneDNN's AVX-512 kernels
 _LIGHTNING = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
 
 
@@ -48,6 +49,22 @@ def choose_precision(wanted: Precision, device: str) -> Choice:
     if device == "cpu" and fast_bfloat16():
         return Choice("bfloat16", "the CPU multiplies it in hardware, about twice as fast as float32")
     return Choice("float32", f"no fast bfloat16 on this {device}")
+
+
+def choose_channels_last(network: nn.Module, device: str) -> Choice:
+    """Whether weights and views are laid out channels last, which doubles the speed of convolutions.
+
+    Not where the gradient of a weight would be wrong: in that layout oneDNN writes past its buffer in the backward pass
+    of a strided 1x1 convolution of fewer channels than a block (https://github.com/uxlfoundation/oneDNN/issues/6035),
+    and a process dies or learns from noise.
+    """
+    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    if len(convolutions) < 2:  # a patch embedding is one
+        return Choice(False, "it does not convolve")
+    strided = [one for one in convolutions if max(one.kernel_size) == 1 < max(one.stride)]
+    if device == "cpu" and any(one.in_channels // one.groups < _ONEDNN_BLOCK for one in strided):
+        return Choice(False, f"strided 1x1 convolutions of under {_ONEDNN_BLOCK} channels: oneDNN issue 6035")
+    return Choice(True, "it convolves")
 
 
 def lightning_precision(precision: str) -> str:

@@ -21,6 +21,7 @@ from ssl_kit.core.files import append_line, lock, read_json, write_json
 from ssl_kit.core.machine import (
     Precision,
     available_cores,
+    choose_channels_last,
     choose_device,
     choose_precision,
     keep_memory,
@@ -230,7 +231,7 @@ def _train(
     mixing = {key: settings[key] for key in ("mixup", "cutmix", "smoothing")}
     lora = settings["lora"] if name == "encoder" else 0  # adapters of random weights would be no network from scratch
     learner = FineTune(network, num_classes, optim, **mixing, lora=lora).train()
-    channels_last = network.is_convolutional
+    channels_last = choose_channels_last(network.model, device.value).value
     if channels_last:
         learner.to(memory_format=torch.channels_last)
     view = settings["views"].build(network.image_size, network.channels, 1)

@@ -12,6 +12,7 @@ from ssl_kit.core.console import say
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.machine import (
     Choice,
+    choose_channels_last,
     choose_compile,
     choose_device,
     choose_precision,
@@ -138,12 +139,12 @@ def fit_to_machine(
         reason = "an accelerator and images of one size" if suits else "no accelerator, or images not in memory as one"
     elif views_on == "device" and not isinstance(training.images, np.ndarray):
         raise UserError("--views_on device needs images of one size that fit into memory; use --views_on host")
-    channels_last = learner.encoder.is_convolutional
-    if channels_last:
+    channels_last = choose_channels_last(learner.encoder.model, device.value)
+    if channels_last.value:
         learner.to(memory_format=torch.channels_last)
     say(f"device: {device.value} ({device.reason})")
     say(f"precision: {precision.value} ({precision.reason})")
-    say(f"memory format: {'channels_last (it convolves)' if channels_last else 'contiguous (it does not convolve)'}")
+    say(f"memory format: {'channels_last' if channels_last.value else 'contiguous'} ({channels_last.reason})")
     if device.value == "cpu" and precision.value == "bfloat16" and unfuse_attention(learner):
         say("attention: plain products (torch's fused kernel is slow backwards in bfloat16 on a CPU)")
     say(f"views on: {views_on} ({reason})")
@@ -156,7 +157,7 @@ def fit_to_machine(
         seed=settings["seed"],
         threads=threads,
         views_on=views_on,
-        channels_last=channels_last,
+        channels_last=channels_last.value,
         world_size=world_size(),
         images_per_step=images_per_step,
     )

@@ -6,6 +6,7 @@ import torch
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.machine import (
     available_cores,
+    choose_channels_last,
     choose_compile,
     choose_device,
     choose_precision,
@@ -26,6 +27,26 @@ def test_precision_is_as_asked_or_what_is_fast():
     assert choose_precision("auto", "mps").value == "float32"
     with pytest.raises(UserError, match="bf16"):
         choose_precision("bf16", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("width", "size", "stride", "device", "value"),
+    [
+        (8, 1, 2, "cpu", False),
+        (16, 1, 2, "cpu", True),
+        (8, 1, 1, "cpu", True),
+        (8, 3, 2, "cpu", True),
+        (8, 1, 2, "cuda", True),
+    ],
+)
+def test_narrow_strided_convolutions_stay_contiguous_on_a_cpu(width, size, stride, device, value):
+    # as channels_last, 31 images, 8 channels and two threads end the process with a segmentation fault (torch 2.14)
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, width, 3), torch.nn.Conv2d(width, width, size, stride))
+    assert choose_channels_last(network, device).value is value
+
+
+def test_a_network_of_one_convolution_does_not_convolve():
+    assert choose_channels_last(torch.nn.Sequential(torch.nn.Conv2d(3, 64, 4, 4)), "cpu").value is False
 
 
 def test_device_and_cores():
