@@ -32,7 +32,7 @@ CLASSES, EACH, SIDE = 4, 40, 16
 STEPS, STEPS_PER_EPOCH = 40, 10  # 152 images are trained on, 8 held out for the kNN
 TIMES = ("seconds", "images_per_second", "waiting_share")  # columns and entries that no two runs share
 
-SMALL = {"name": "resnet18_small", "args": {"channels": [8, 8, 8, 8]}}
+SMALL = {"name": "resnet18_small", "args": {"channels": [16, 16, 16, 16]}}
 VIT = {"name": "vit_tiny_patch16_224", "args": {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}}
 SGD = {"name": "sgd", "lr": 0.5, "warmup_epochs": 1.0}
 

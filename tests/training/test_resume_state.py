@@ -22,7 +22,7 @@ SETTINGS = {
     "method": {
         "class_path": "ssl_kit.methods.simclr.SimCLR",
         "init_args": {
-            "encoder": {"name": "resnet18_small", "args": {"channels": [8, 8, 8, 8], "drop_rate": 0.1}},
+            "encoder": {"name": "resnet18_small", "args": {"channels": [16, 16, 16, 16], "drop_rate": 0.1}},
             "projection": [16, 8],
             "optim": {"name": "sgd", "lr": 0.5, "warmup_epochs": 1.0},
         },
