@@ -90,7 +90,7 @@ def test_a_library_that_prints_does_not_spoil_the_document(capsys, monkeypatch):
 INTERRUPTED = {
     "pretrain": ("ssl_kit.verbs.pretrain.channel_statistics", "nothing was trained yet"),
     "evaluate": ("ssl_kit.verbs.evaluate.compared", "features made so far are kept in "),
-    "finetune": ("ssl_kit.verbs.finetune.predict", " are kept; go on with --resume"),
+    "finetune": ("ssl_kit.verbs.finetune.probabilities", " are kept; go on with --resume"),
     "embed": ("ssl_kit.streaming._complete", "1 finished parts are kept; the same command goes on"),
     "index": ("ssl_kit.verbs.index.build_index", " are kept, without an index; the same command makes it"),
     "search": ("ssl_kit.verbs.search._answers", "nothing was written"),
