@@ -1,5 +1,7 @@
 """Runs a benchmark, keeps its rows with where they came from, and rewrites docs/numbers.md from all that is kept.
 
+The figures of the tables in docs/reliability.md are rewritten too: `survived of tried` of the records faults_*.json.
+
     python benchmarks/record.py views --quick      # runs benchmarks/views.py --quick --json ..., then rewrites the page
     python benchmarks/record.py cifar10=scores runs/c10    # keeps the rows of scores.py under another name
     python benchmarks/record.py                    # rewrites the page only
@@ -23,6 +25,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "docs" / "numbers"
 PAGE = ROOT / "docs" / "numbers.md"
+RELIABILITY = ROOT / "docs" / "reliability.md"
 HEAD = """# Numbers
 
 Made by `python benchmarks/record.py` from `docs/numbers/*.json`; do not edit. Ratios are better-is-larger,
@@ -78,6 +81,25 @@ def page() -> str:
     return "".join(parts)
 
 
+def reliability(text: str) -> str:
+    """docs/reliability.md with the figure of each id in the last column of its tables."""
+    rows = [row for path in sorted(RECORDS.glob("faults_*.json")) for row in json.loads(path.read_text())["rows"]]
+
+    ids = {line.split(" | ")[0].removeprefix("| ") for line in text.split("\n")}
+
+    def filled(line: str) -> str:
+        cells = line.split(" | ")
+        name = {"E": "embed"}.get(cells[0].removeprefix("| "), cells[0].removeprefix("| "))
+        others = ids - {name}  # A2/run has a line of its own
+        same = [row for row in rows if f"{row['id']}/".startswith(f"{name}/") and row["id"] not in others]
+        if len(cells) != 4 or not (same or "`tests/" not in cells[2]) or cells[0] in ("| id", "| N3", "| R7"):
+            return line
+        tried, survived = (sum(row[key] for row in same) for key in ("tried", "survived"))
+        return " | ".join([*cells[:3], f"{survived:,} of {tried:,} |" if same else "not run in full yet |"])
+
+    return "\n".join(filled(line) if line.startswith("| ") else line for line in text.split("\n"))
+
+
 def main() -> None:
     if len(sys.argv) > 1:
         name, _, benchmark = sys.argv[1].partition("=")
@@ -91,6 +113,7 @@ def main() -> None:
                 name, " ".join(["python", f"benchmarks/{benchmark}.py", *options]), commit, json.loads(rows.read_text())
             )
     PAGE.write_text(page())
+    RELIABILITY.write_text(reliability(RELIABILITY.read_text()))
 
 
 if __name__ == "__main__":
