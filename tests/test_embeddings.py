@@ -294,7 +294,7 @@ def test_the_verb_writes_a_folder_and_says_what_is_next(tmp_path, encoder_folder
     )
     json.dumps(said)
     text = capsys.readouterr().out
-    assert text.rstrip().endswith(f"next: ssl-kit index '{out}'") and "images/s" in text
+    assert text.rstrip().endswith(f"next: ssl-kit search '{out}' IMAGE.jpg -k 12") and "images/s" in text
     saved = Embeddings.load(out)
     assert said["rows"] == len(saved) == 13 and said["skipped"] == 1 and said["dims"] == 16
     assert np.allclose(np.linalg.norm(saved.vectors, axis=1), 1, atol=1e-3)

@@ -83,7 +83,7 @@ class Index:
         if not folder.is_dir():
             raise UserError(f"{folder} is no folder: give embeddings, as `ssl-kit embed ... --out EMB` writes them")
         info = read_manifest(folder, verify=False, limit=LARGE_JSON)
-        if FILE not in info["files"]:
+        if FILE not in info["files"]:  # as `has_index` tells
             raise UserError(f"{folder} has no index yet: run `ssl-kit index {shlex.quote(str(folder))}`")
         rows, dims, _, _ = checked(info, folder)
         verify_file(folder, FILE, info["files"][FILE])
@@ -188,6 +188,11 @@ class Encoding:
         with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=reduced):
             made = self.encoder.layers(seen.contiguous(memory_format=torch.channels_last), last=self.info["layers"])
         return made.float().cpu().numpy()
+
+
+def has_index(folder: Path) -> bool:
+    """Whether a whole embeddings folder was indexed, for the vectors that it holds now or for others."""
+    return FILE in read_manifest(folder, verify=False, limit=LARGE_JSON)["files"]
 
 
 def vectors_fingerprint(info: dict[str, Any]) -> str:

@@ -105,7 +105,7 @@ def _completed(folder: Path, out: str, done: Embedded, record: dict[str, Any]) -
         )
     if manifest["skipped"]:
         result(f"{folder / 'skipped.csv'}: {manifest['skipped']:,} images could not be decoded")
-    next_command(f"ssl-kit index {shlex.quote(out)}")
+    next_command(f"ssl-kit search {shlex.quote(out)} IMAGE.jpg -k 12")
     return {name: manifest[name] for name in ("rows", "dims", "skipped")} | {"bytes": size}
 
 

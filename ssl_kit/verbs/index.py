@@ -27,6 +27,13 @@ def index(emb: str, *, key: str = "auto", recall: float = 0.95, mapped: bool = F
         recall: wanted recall@10 in (0, 1]; lists are added to each search until held-out queries reach it.
         mapped: search it from disk, mapped into memory; auto is then lists of 8-bit codes, which can be mapped.
     """
+    made = make_index(emb, key, recall, mapped)
+    next_command(f"ssl-kit search {shlex.quote(emb)} IMAGE.jpg -k 12")
+    return made
+
+
+def make_index(emb: str, key: str = "auto", recall: float = 0.95, mapped: bool = False) -> dict[str, Any]:
+    """What `index` does, but for naming the next command."""
     folder = Path(emb)
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: give an embeddings folder, as `ssl-kit embed ... --out EMB` writes it")
@@ -69,7 +76,6 @@ def index(emb: str, *, key: str = "auto", recall: float = 0.95, mapped: bool = F
     )
     if built.recall < recall:
         warn(f"recall {built.recall:.3f} is below the {recall} asked for and the most of {built.key}: try --key Flat")
-    next_command(f"ssl-kit search {shlex.quote(emb)} IMAGE.jpg -k 12")
     return {"emb": emb, "index": str(folder / FILE), "seconds": round(seconds, 3), **entry}
 
 

@@ -13,7 +13,8 @@ import numpy as np
 from ssl_kit.core.console import next_command, progress, say, table, warn
 from ssl_kit.core.errors import UserError
 from ssl_kit.data.listing import escape_path, folder_of_images, unescape
-from ssl_kit.evaluation.searching import BATCH, Index, Neighbour, picture
+from ssl_kit.evaluation.searching import BATCH, Index, Neighbour, has_index, picture
+from ssl_kit.verbs.index import make_index
 
 _THUMBNAIL = (160, 160)  # pixels
 _SHOWN = 20  # queries printed as tables
@@ -34,10 +35,10 @@ Answer: TypeAlias = tuple[Query, np.ndarray | None, list[Neighbour]]  # pixels a
 def search(
     emb: str, images: list[str], *, k: int = 12, html: str | None = None, encoder: str | None = None
 ) -> dict[str, Any]:
-    """Find the images most like the given ones in an indexed embeddings folder.
+    """Find the images most like the given ones in an embeddings folder.
 
     Args:
-        emb: embeddings folder with an index, see `ssl-kit index`.
+        emb: embeddings folder; where it has no index yet, one is made first, as `ssl-kit index` does.
         images: image files, folders of them, or ids of the embeddings folder itself (as a search prints them).
         k: images to find for each; at most as many as there are. An image named by its id does not find itself.
         html: file to write the answer to as pictures.
@@ -51,6 +52,9 @@ def search(
         raise UserError(f"-k {k}: wanted at least 1")
     if not names:
         raise UserError("no image was given: name one or more image files after the embeddings folder")
+    if Path(emb).is_dir() and not has_index(Path(emb)):
+        say(f"{emb} has no index yet: making one (`ssl-kit index` has a choice of kinds)")
+        make_index(emb)
     index = Index.load(emb, encoder=encoder)
     asked = _queries(names)
     queries: list[dict[str, Any]] = []

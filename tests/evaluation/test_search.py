@@ -18,6 +18,7 @@ from ssl_kit.evaluation.index import (
 )
 from ssl_kit.evaluation.index_file import read_index, write_index
 from ssl_kit.evaluation.neighbours import normalised
+from ssl_kit.evaluation.searching import Index
 from ssl_kit.verbs.embed import embed
 from ssl_kit.verbs.index import index
 from ssl_kit.verbs.search import search
@@ -142,7 +143,7 @@ def test_damaged_index_is_never_read(indexed, images, tmp_path):
     data[len(data) // 2] ^= 1
     (folder / "index.faiss").write_bytes(data)
     with pytest.raises(DamagedError, match=r"index.faiss is damaged"):
-        search(str(folder), [str(images / "test" / "red" / "00.png")])
+        Index.load(folder)
 
 
 def test_other_encoder_is_refused_with_both_hashes(indexed, images, make_encoder):
@@ -190,4 +191,4 @@ def test_search_before_index_names_the_command(indexed, images, tmp_path):
     del manifest["files"]["index.faiss"]
     write_sealed(folder / "manifest.json", manifest)
     with pytest.raises(UserError, match="ssl-kit index"):
-        search(str(folder), [str(images / "test" / "red" / "00.png")])
+        Index.load(folder)

@@ -44,6 +44,18 @@ def test_a_folder_is_all_its_images_and_broken_ones_are_named(indexed, labelled_
     assert "1 images could not be decoded" in captured.err and "20 more of 40 queries" in captured.out
 
 
+def test_a_folder_without_an_index_gets_one_first(indexed, labelled_folder, tmp_path, capsys):
+    folder = tmp_path / "emb"
+    embed(str(indexed.parent / "encoder"), str(labelled_folder), out=str(folder), precision="float32", layers=4)
+    image = [str(labelled_folder / "a" / "003.png")]
+    answer = search(str(folder), image, k=3)
+    assert answer["queries"] == search(str(indexed), image, k=3)["queries"] and (folder / "index.faiss").exists()
+    assert "has no index yet: making one" in capsys.readouterr().out
+    made = (folder / "index.faiss").stat().st_mtime_ns
+    search(str(folder), image, k=3)
+    assert (folder / "index.faiss").stat().st_mtime_ns == made
+
+
 def test_ids_and_files_together_on_one_page(indexed, labelled_folder, tmp_path):
     page = tmp_path / "page.html"
     answer = search(str(indexed), ["b/005.png", str(labelled_folder / "b" / "005.png")], k=3, html=str(page))
