@@ -174,7 +174,7 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, default=Path("runs/methods"))
     parser.add_argument("--scores", type=Path, default=RECORDS / "methods")
     parser.add_argument("--first-seed", type=int, default=0, help="begin with this seed")
-    parser.add_argument("--finetune", type=int, default=0, help="fine-tune the encoders of this seed")
+    parser.add_argument("--finetune", type=int, default=0, help="fine-tune the encoders of this seed; -1: none")
     parser.add_argument("--quick", action="store_true", help="one seed, one epoch of 2,000 images: shows no quality")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     arguments = parser.parse_args()
@@ -189,10 +189,10 @@ def main() -> None:
             per_seed.append(kept(folder / f"{recipe}-{seed}.json", lambda: scores(make(), data, seed, limit)))  # noqa: B023
             runs[recipe, seed] = keep / f"{recipe}-{seed}"
     for (recipe, seed), run in runs.items():
-        if seed == arguments.finetune:
-            path = folder / f"{recipe}-{seed}-finetune.json"
+        path = folder / f"{recipe}-{seed}-finetune.json"
+        if seed == arguments.finetune or (seed == 0 and path.is_file()):
             tuned = {row["features"]: row for row in kept(path, partial(finetune_scores, run, data, seed, limit))}
-            for row in found[recipe][0]:
+            for row in found[recipe][seed - arguments.first_seed]:
                 if row["reduced"] == "full":
                     row.update({name: value for name, value in tuned[row["features"]].items() if name not in row})
     if runs:

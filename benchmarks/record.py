@@ -34,6 +34,9 @@ bootstrap intervals.
 """
 
 
+_NAMES = {"E": "embed", "N3": "verdict"}  # ids of docs/reliability.md whose rows are called otherwise
+
+
 def machine() -> str:
     """Processor, cores and memory of this machine, in words."""
     processor = platform.processor() or platform.machine()
@@ -83,16 +86,17 @@ def page() -> str:
 
 def reliability(text: str) -> str:
     """docs/reliability.md with the figure of each id in the last column of its tables."""
-    rows = [row for path in sorted(RECORDS.glob("faults_*.json")) for row in json.loads(path.read_text())["rows"]]
+    records = [*sorted(RECORDS.glob("faults_*.json")), *RECORDS.glob("verdict.json")]
+    rows = [row for path in records for row in json.loads(path.read_text())["rows"] if "tried" in row]
 
     ids = {line.split(" | ")[0].removeprefix("| ") for line in text.split("\n")}
 
     def filled(line: str) -> str:
         cells = line.split(" | ")
-        name = {"E": "embed"}.get(cells[0].removeprefix("| "), cells[0].removeprefix("| "))
+        name = _NAMES.get(cells[0].removeprefix("| "), cells[0].removeprefix("| "))
         others = ids - {name}  # A2/run has a line of its own
         same = [row for row in rows if f"{row['id']}/".startswith(f"{name}/") and row["id"] not in others]
-        if len(cells) != 4 or not (same or "`tests/" not in cells[2]) or cells[0] in ("| id", "| N3", "| R7"):
+        if len(cells) != 4 or not (same or "`tests/" not in cells[2]) or cells[0] in ("| id", "| R7"):
             return line
         tried, survived = (sum(row[key] for row in same) for key in ("tried", "survived"))
         return " | ".join([*cells[:3], f"{survived:,} of {tried:,} |" if same else "not run in full yet |"])
