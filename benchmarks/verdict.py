@@ -27,7 +27,7 @@ import ssl_kit
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.random import Key
 from ssl_kit.methods.mae import MAE
-from ssl_kit.methods.method import Method, flatten_views
+from ssl_kit.methods.method import Method
 from ssl_kit.methods.simclr import SimCLR
 from ssl_kit.methods.vae import VAE
 from ssl_kit.training.monitor import read_curves
@@ -117,7 +117,7 @@ class NoNegatives(SimCLR):
     """Asks for equal views and nothing else."""
 
     def loss(self, views: list[Tensor], key: Key) -> dict[str, Tensor]:
-        first, second = F.normalize(self.head(self.encoder(flatten_views(views))), dim=1).chunk(2)
+        first, second = F.normalize(self.project(views, key), dim=1).chunk(2)
         return {"loss": (first - second).square().sum(dim=1).mean()}
 
     def chance_loss(self, batch_size: int) -> float:
