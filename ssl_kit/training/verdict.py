@@ -136,9 +136,15 @@ def _worse_than_random(now: Row, start: Row, dim: int) -> Verdict | None:
     if rank < _FEWER * before:
         reason = f"the features span {rank:.1f} of {dim} dimensions, fewer than the {before:.1f} at the start"
         return Verdict("collapsed", reason)
-    if now.get("knn_top1", 1.0) < start.get("knn_top1", 0.0) - _KNN_NOISE:
-        reason = f"kNN, {now['knn_top1']:.3f}, is below that at the start ({start['knn_top1']:.3f})"
-        return Verdict("stuck", reason)
+    neighbours, untrained = now.get("knn_top1", 1.0), start.get("knn_top1", 0.0)
+    if neighbours < untrained - _KNN_NOISE:
+        return Verdict("stuck", f"kNN, {neighbours:.3f}, is below that at the start ({untrained:.3f})")
+    if rank < before and neighbours < untrained + _KNN_NOISE:
+        return Verdict(
+            "stuck",
+            f"neither directions ({rank:.1f}, {before:.1f} at the start) nor kNN ({neighbours:.3f}, {untrained:.3f} at "
+            "the start) have gained",
+        )
     return None
 
 

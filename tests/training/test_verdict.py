@@ -37,6 +37,11 @@ def test_a_healthy_run_is_learning():
         ({"now": {"grown": 60.0}}, "stuck", "have grown 60-fold"),
         ({"now": {"effective_rank": 9.0}}, "collapsed", "9.0 of 128 dimensions, fewer than the 12.0 at the start"),
         ({"now": {"knn_top1": 0.15}}, "stuck", "kNN, 0.150, is below that at the start (0.200)"),
+        (
+            {"now": {"effective_rank": 11.0, "knn_top1": 0.21}},
+            "stuck",
+            "neither directions (11.0, 12.0 at the start) nor kNN",
+        ),
         ({"logged": {"views_high": 255.0}}, "stuck", "the views hold values from 0 to 255; wanted [0, 1]"),
         ({"logged": {"views_low": -2.1}}, "stuck", "the views hold values from -2.1 to 1"),
         ({"logged": {"views_std": 0.001}}, "stuck", "contrast is 0.001, that of the images 0.25"),
@@ -47,6 +52,13 @@ def test_a_healthy_run_is_learning():
 def test_what_is_wrong_is_named(change, state, words):
     told = judged(**change)
     assert told.state == state and words in told.reason
+
+
+@pytest.mark.parametrize(
+    "now", [{"effective_rank": 11.0}, {"knn_top1": 0.21}, {"effective_rank": 13.0, "knn_top1": 0.19}]
+)
+def test_one_gain_of_the_two_is_enough(now):
+    assert judged(now=now).state == "learning"
 
 
 def test_the_first_steps_tell_only_what_is_certain():
