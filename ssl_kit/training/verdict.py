@@ -31,7 +31,8 @@ _EXPLAINED = 0.02  # fraction of the target's variance
 _TURNED = 2e-3  # radians; 200 healthy steps turn a fresh encoder by 0.1 or more
 _GROWN = 10.0  # times; 200 healthy steps, also of Adam, stay below 4
 _FEWER = 0.8  # of the directions at the start
-_KNN_NOISE = 0.02  # one standard error for 500 images held out
+_LOST = 0.25  # of the directions at the start; 200 healthy steps of MAE leave more than half
+_NOISE = 2.0  # standard errors of kNN
 _OUTSIDE = 0.01  # views may leave [0, 1] by rounding
 _CONTRAST = 0.1  # of the images' own; the strongest views keep more
 _EARLY = 50  # steps: before, warm-up and chance decide
@@ -49,7 +50,12 @@ class Verdict(NamedTuple):
 
 
 def verdict(
-    history: Sequence[Row], *, dim: int, chance_loss: float | None = None, contrastive: bool = False
+    history: Sequence[Row],
+    *,
+    dim: int,
+    chance_loss: float | None = None,
+    contrastive: bool = False,
+    held_out: int = 2_000,
 ) -> Verdict:
     """Judges the rows of `metrics.csv`.
 
@@ -59,6 +65,7 @@ def verdict(
         chance_loss: where a collapsed model's loss sits; None if unknown.
         contrastive: whether the method holds images apart and their views together, so that rank and kNN must beat
             those of random weights.
+        held_out: labelled images that `knn_top1` is measured on, where it is: how much of its change is chance.
     """
     measured = [row for row in history if "effective_rank" in row and row["step"] > 0]
     logged = [row for row in history if "loss" in row]
@@ -73,7 +80,8 @@ def verdict(
         _not_moving(now)
         or _unused_code(logged[-1])
         or _at_chance(losses, chance_loss)
-        or (_worse_than_random(now, start, dim) if contrastive else None)
+        or _lost(now, start, dim)
+        or (_worse_than_random(now, start, dim, held_out) if contrastive else None)
     )
     if certain is None and suspected is not None and now["step"] < _EARLY:
         return Verdict("unknown", f"{now['step']:.0f} steps are too few to tell; so far {suspected.reason}")
@@ -130,16 +138,24 @@ def _at_chance(losses: Sequence[float], chance_loss: float | None) -> Verdict | 
     return None
 
 
-def _worse_than_random(now: Row, start: Row, dim: int) -> Verdict | None:
+def _lost(now: Row, start: Row, dim: int) -> Verdict | None:
+    rank, before = now["effective_rank"], start.get("effective_rank", 0.0)
+    if rank < _LOST * before:
+        return Verdict("collapsed", f"the features span {rank:.1f} of {dim} dimensions, {before:.1f} at the start")
+    return None
+
+
+def _worse_than_random(now: Row, start: Row, dim: int, held_out: int) -> Verdict | None:
     """What contrastive codes gain first: directions (three times as many in 200 steps) and neighbours."""
     rank, before = now["effective_rank"], start.get("effective_rank", 0.0)
     if rank < _FEWER * before:
         reason = f"the features span {rank:.1f} of {dim} dimensions, fewer than the {before:.1f} at the start"
         return Verdict("collapsed", reason)
     neighbours, untrained = now.get("knn_top1", 1.0), start.get("knn_top1", 0.0)
-    if neighbours < untrained - _KNN_NOISE:
+    noise = _NOISE * (untrained * (1 - untrained) / max(1, held_out)) ** 0.5
+    if neighbours < untrained - noise:
         return Verdict("stuck", f"kNN, {neighbours:.3f}, is below that at the start ({untrained:.3f})")
-    if rank < before and neighbours < untrained + _KNN_NOISE:
+    if rank < before and neighbours < untrained + noise:
         return Verdict(
             "stuck",
             f"neither directions ({rank:.1f}, {before:.1f} at the start) nor kNN ({neighbours:.3f}, {untrained:.3f} at "

@@ -95,6 +95,7 @@ class Measure:
         images = training.subset(np.linspace(0, len(training) - 1, min(_MEASURED, len(training))).astype(np.int64))
         self.images, self.view, self.encoder = Share(images), view, encoder
         self.voters = None if gallery is None or queries is None else (Share(gallery), Share(queries))
+        self.held_out = 0 if queries is None else len(queries)
         few = images.subset(np.arange(min(_PAIRS, len(images))))
         rows = [np.arange(len(few))]
         self._contrast = float(next(iter(ViewLoader(few, rows, (view,))))["views"][0].std())

@@ -204,11 +204,7 @@ def _train(
     folder, options = record.folder, dict(settings["trainer"] or {})
     watchdog = Watchdog(learner.optim.clip, folder / "checkpoints")
     checkpoints = Checkpoints(
-        folder / "checkpoints",
-        settings["checkpoint_minutes"],
-        watchdog.healthy,
-        signals,
-        settings["when_full"],
+        folder / "checkpoints", settings["checkpoint_minutes"], watchdog.healthy, signals, settings["when_full"]
     )
     stopped = lambda: checkpoints.stopped is not None
     averages = []
@@ -220,6 +216,7 @@ def _train(
         dim=learner.encoder.dim,
         chance_loss=record.entries.get("chance_loss"),
         contrastive=isinstance(learner, Chunkable),  # its loss compares images
+        held_out=measure.held_out,
     )
     curves = Curves(
         folder / "metrics.csv",

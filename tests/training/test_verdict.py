@@ -35,6 +35,7 @@ def test_a_healthy_run_is_learning():
         ({"now": {"embedding_std": 1e-4}}, "collapsed", "nearly the same features"),
         ({"now": {"turned": 1e-9}}, "stuck", "weights are where they were"),
         ({"now": {"grown": 60.0}}, "stuck", "have grown 60-fold"),
+        ({"now": {"effective_rank": 2.9}}, "collapsed", "the features span 2.9 of 128 dimensions, 12.0 at the start"),
         ({"now": {"effective_rank": 9.0}}, "collapsed", "9.0 of 128 dimensions, fewer than the 12.0 at the start"),
         ({"now": {"knn_top1": 0.15}}, "stuck", "kNN, 0.150, is below that at the start (0.200)"),
         (
@@ -59,6 +60,19 @@ def test_what_is_wrong_is_named(change, state, words):
 )
 def test_one_gain_of_the_two_is_enough(now):
     assert judged(now=now).state == "learning"
+
+
+def test_how_much_of_knn_is_chance_depends_on_the_images_held_out():
+    # two standard errors at 0.2 are 0.018 of 2,000 images and 0.056 of 200
+    assert judged(now={"knn_top1": 0.175}, held_out=2_000).state == "stuck"
+    assert judged(now={"knn_top1": 0.175}, held_out=200).state == "learning"
+    assert judged(now={"knn_top1": 0.14}, held_out=200).state == "stuck"
+
+
+def test_a_method_that_compares_nothing_may_lose_directions_but_not_nearly_all():
+    assert judged(now={"effective_rank": 5.0, "knn_top1": 0.15}, contrastive=False).state == "learning"
+    assert judged(now={"effective_rank": 2.9}, contrastive=False).state == "collapsed"
+    assert judged(now={"effective_rank": 2.9, "step": 20}, contrastive=False).state == "unknown"
 
 
 def test_the_first_steps_tell_only_what_is_certain():
