@@ -35,7 +35,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(?:<!-- not run: ([^>]+) -->\n+)?^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INSTALLS = ("git clone", "python3 -m venv")  # what `make test` did to get here
 ELSEWHERE = {"interchange": "test_interchange.py", "reliability": "test_slurm.py"}  # pages that other tests run
-FOREIGN = {"--x", "--y", "--quick"}  # of embedding-atlas and of the benchmarks
+FOREIGN = {"--x", "--y", "--quick", "--f12"}  # of embedding-atlas and of the benchmarks
 GIVEN = ("runs/DATA", "runs/A", "runs/B", "EMB")  # what a page may take for granted; otherwise it makes them
 QUICK = {
     "pretrain": ["--trainer.max_steps=2", "--batch_size=16"],
