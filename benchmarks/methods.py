@@ -27,7 +27,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import yaml
-from record import RECORDS, commit_now, machine
+from record import RECORDS, commit_now, machine, tell
 
 from ssl_kit.data.sources import open_labelled
 from ssl_kit.embeddings import embed
@@ -198,11 +198,7 @@ def main() -> None:
     if runs:
         some = next(iter(runs.values()))
         found["pixels"] = [kept(folder / "pixels.json", lambda: pixel_scores(some, data, limit))]
-    rows = table_of(found)
-    for row in rows:
-        print(" · ".join(f"{key} {value}" for key, value in row.items()))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    tell(table_of(found), arguments.json)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,14 @@ def commit_now() -> str:
     return subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
+def tell(rows: list[dict[str, Any]], path: Path | None) -> None:
+    """Prints a benchmark's rows, and writes them to its --json file."""
+    for row in rows:
+        print(" · ".join(f"{key} {value}" for key, value in row.items()))
+    if path is not None:
+        path.write_text(json.dumps(rows, indent=1) + "\n")
+
+
 def keep(name: str, command: str, commit: str, rows: list[dict[str, Any]]) -> None:
     """Writes docs/numbers/NAME.json."""
     made = {"command": command, "commit": commit, "date": time.strftime("%Y-%m-%d"), "machine": machine()}

@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from record import tell
+
 
 def rows_of(run: Path) -> list[dict[str, Any]]:
     """One row per top-1 score in RUN/results.jsonl, the latest of each kind; first the run itself."""
@@ -52,10 +54,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     rows = [row for run in arguments.runs for row in rows_of(run)]
-    for row in rows:
-        print(" · ".join(f"{key} {value}" for key, value in row.items()))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    tell(rows, arguments.json)
 
 
 if __name__ == "__main__":

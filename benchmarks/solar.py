@@ -33,6 +33,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from record import tell
 
 from ssl_kit.core.errors import UserError
 from ssl_kit.data.labels import stratified
@@ -236,11 +237,7 @@ def main() -> None:
         found.append(json.loads(kept.read_text()))
         if seed == 0:
             draw_nearest(keep / "nearest.png", run, cells)
-    rows = table_of(found)
-    for row in rows:
-        print(" · ".join(f"{key} {value}" for key, value in row.items()))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    tell(table_of(found), arguments.json)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ registers the small-image ResNets.
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from record import tell
 
 from ssl_kit.data.batches import ViewLoader
 from ssl_kit.data.sources import open_source
@@ -64,9 +64,7 @@ def main() -> None:
         "images": len(source),
         "largest_feature": float(np.abs(ours).max()),
     }
-    print(" · ".join(f"{key} {value}" for key, value in row.items()))
-    if arguments.json:
-        arguments.json.write_text(json.dumps([row], indent=1) + "\n")
+    tell([row], arguments.json)
 
 
 if __name__ == "__main__":

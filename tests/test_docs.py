@@ -209,3 +209,13 @@ def test_options_named_in_a_sentence_exist(page):
             assert own, f"{page.name}: `{span}` names {option}, which no command takes"
         if span.startswith("ssl-kit ") and not span.startswith(("ssl-kit --", "ssl-kit VERB")):
             assert span.split()[1] in cli._verbs(), f"{page.name}: `{span}`"
+
+
+def test_the_pages_of_figures_are_what_the_records_say(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    record = import_module("record")
+    assert record.PAGE.read_text(encoding="utf-8") == record.page()  # else: python benchmarks/record.py
+    pledges = record.RELIABILITY.read_text(encoding="utf-8")
+    assert pledges == record.reliability(pledges)
+    forged = re.sub(r"[\d,]+ of [\d,]+ \|", "1 of 2 |", pledges)
+    assert forged != pledges == record.reliability(forged)

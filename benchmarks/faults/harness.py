@@ -98,6 +98,18 @@ def tail(log: Path, lines: int = 8) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
 
 
+def timed(function: Callable[..., Any], note: Callable[[float], None]) -> Callable[..., Any]:
+    """`function`, whose every call tells `note` the seconds that it took."""
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        began = time.perf_counter()
+        result = function(*arguments, **options)
+        note(time.perf_counter() - began)
+        return result
+
+    return call
+
+
 class Rows:
     """Rows `{"id", "what", "tried", "survived"}`, written after every trial; `failed` tells of the trials that failed.
 

@@ -22,6 +22,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -30,7 +31,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from harness import Rows, fork_warmed, run_warmed, tail
+from harness import Rows, fork_warmed, run_warmed, tail, timed
 from PIL import Image
 from torch import Tensor, nn
 from trainings import SETTINGS, SUBJECTS, write_images
@@ -256,7 +257,7 @@ def cost(place: Path, steps: int) -> dict[str, Any]:
     images = np.random.default_rng(0).integers(0, 256, (512, 32, 32, 3), np.uint8)
 
     def child() -> None:
-        spent: dict[str, float] = {}
+        spent: Counter[str] = Counter()
         ends: list[float] = []
         for kind in (Watchdog, Average, Curves):
             for name in (
@@ -266,7 +267,8 @@ def cost(place: Path, steps: int) -> dict[str, Any]:
                 "on_train_batch_end",
             ):
                 if name in vars(kind):
-                    setattr(kind, name, _timed(getattr(kind, name), spent, kind.__name__))
+                    note = lambda seconds, kind=kind: spent.update({kind.__name__: seconds})
+                    setattr(kind, name, timed(getattr(kind, name), note))
         (place / "larger").mkdir()
         for number, pixels in enumerate(images):
             Image.fromarray(pixels).save(place / "larger" / f"{number}.png")
@@ -293,16 +295,6 @@ def cost(place: Path, steps: int) -> dict[str, Any]:
         "share": round(share, 5),
         **{f"{name}_ms".lower(): round(1e3 * value, 3) for name, value in seconds.items()},
     }
-
-
-def _timed(function: Callable[..., Any], spent: dict[str, float], name: str) -> Callable[..., Any]:
-    def timed(*arguments: Any, **options: Any) -> Any:
-        began = time.perf_counter()
-        result = function(*arguments, **options)
-        spent[name] = spent.get(name, 0.0) + time.perf_counter() - began
-        return result
-
-    return timed
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
-from harness import Rows, fork_warmed, kill_at, run_warmed
+from harness import Rows, fork_warmed, kill_at, run_warmed, timed
 from PIL import Image
 from trainings import SETTINGS, STEPS, STEPS_PER_EPOCH, SUBJECTS, Work, look_often, progress, simclr, wrap
 
@@ -234,8 +234,8 @@ def cost(work: Work, steps: int) -> dict[str, Any]:
     times: dict[str, list[float]] = {"hook": [], "save": [], "step": []}
 
     def before() -> None:
-        Checkpoints.on_train_batch_end = _timed(Checkpoints.on_train_batch_end, times["hook"])  # type: ignore[method-assign]
-        SafeCheckpointIO.save_checkpoint = _timed(SafeCheckpointIO.save_checkpoint, times["save"])  # type: ignore[method-assign]
+        Checkpoints.on_train_batch_end = timed(Checkpoints.on_train_batch_end, times["hook"].append)  # type: ignore[method-assign]
+        SafeCheckpointIO.save_checkpoint = timed(SafeCheckpointIO.save_checkpoint, times["save"].append)  # type: ignore[method-assign]
         wrap(Curves, "on_train_batch_start", lambda *_: times["step"].append(time.perf_counter()))
 
     method = simclr({"name": "resnet18_small", "args": {"channels": [16, 32, 64, 128]}})
@@ -275,16 +275,6 @@ def cost(work: Work, steps: int) -> dict[str, Any]:
         "extra_bytes": written - needed,
         "bytes": written,
     }
-
-
-def _timed(function: Callable[..., Any], times: list[float]) -> Callable[..., Any]:
-    def timed(*arguments: Any, **options: Any) -> Any:
-        began = time.perf_counter()
-        result = function(*arguments, **options)
-        times.append(time.perf_counter() - began)
-        return result
-
-    return timed
 
 
 def main() -> None:

@@ -58,13 +58,21 @@ def choose_channels_last(network: nn.Module, device: str) -> Choice:
     of a strided 1x1 convolution of fewer channels than a block (https://github.com/uxlfoundation/oneDNN/issues/6035),
     and a process dies or learns from noise.
     """
-    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
-    if len(convolutions) < 2:  # a patch embedding is one
+    if not convolves(network):
         return Choice(False, "it does not convolve")
-    strided = [one for one in convolutions if max(one.kernel_size) == 1 < max(one.stride)]
+    strided = [one for one in _convolutions(network) if max(one.kernel_size) == 1 < max(one.stride)]
     if device == "cpu" and any(one.in_channels // one.groups < _ONEDNN_BLOCK for one in strided):
         return Choice(False, f"strided 1x1 convolutions of under {_ONEDNN_BLOCK} channels: oneDNN issue 6035")
     return Choice(True, "it convolves")
+
+
+def convolves(network: nn.Module) -> bool:
+    """Whether it holds 2-D convolutions other than a patch embedding."""
+    return len(_convolutions(network)) > 1
+
+
+def _convolutions(network: nn.Module) -> list[nn.Conv2d]:
+    return [module for module in network.modules() if isinstance(module, nn.Conv2d)]
 
 
 def lightning_precision(precision: str) -> str:

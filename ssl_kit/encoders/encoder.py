@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ssl_kit.core.errors import DamagedError, UserError
 from ssl_kit.core.files import atomic_folder, settle, sha256, verify_file, write_json, write_sealed
+from ssl_kit.core.machine import convolves
 from ssl_kit.core.sealed import read_sealed
 from ssl_kit.core.tensors import check_finite, read_tensors
 from ssl_kit.encoders.stored import CONFIG, RECORD, WEIGHTS, check_arguments, check_fits, read_stored
@@ -122,7 +123,7 @@ class Encoder(nn.Module):
     @property
     def is_convolutional(self) -> bool:
         """Whether channels_last memory makes it faster: it holds 2-D convolutions other than a patch embedding."""
-        return sum(isinstance(module, nn.Conv2d) for module in self.model.modules()) > 1
+        return convolves(self.model)
 
     def save(self, folder: Path | str, provenance: dict[str, Any] | None = None) -> Path:
         """Writes the encoder folder atomically, so that timm alone can load it, and sets `sha256`.
