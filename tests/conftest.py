@@ -6,6 +6,15 @@ import pytest
 from PIL import Image
 from stripes import pattern
 
+from ssl_kit.core.console import configure, live
+
+
+@pytest.fixture(autouse=True)
+def usual_console():
+    """What one test's `--quiet` or `--json` chose is not what the next one starts with."""
+    configure()
+    live(False)
+
 
 @pytest.fixture
 def free_port() -> int:

@@ -7,14 +7,7 @@ import sys
 import pytest
 
 from ssl_kit import cli
-from ssl_kit.core.console import configure
 from ssl_kit.verbs.pretrain import pretrain
-
-
-@pytest.fixture(autouse=True)
-def usual_console():
-    yield
-    configure()
 
 
 def mistake(capsys, *arguments):

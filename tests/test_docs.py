@@ -22,7 +22,6 @@ from PIL import Image
 from stripes import pattern
 
 from ssl_kit import cli
-from ssl_kit.core.console import configure
 from ssl_kit.methods.mae import MAE
 from ssl_kit.methods.method import Method
 from ssl_kit.methods.simclr import SimCLR
@@ -99,7 +98,6 @@ def world(template, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "world")
     smaller(monkeypatch)
     yield tmp_path / "world"
-    configure()
     for name in ("barlow", "test_barlow"):
         sys.modules.pop(name, None)
 

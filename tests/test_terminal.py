@@ -9,7 +9,6 @@ import time
 import pytest
 
 from ssl_kit import cli
-from ssl_kit.core.console import configure
 from ssl_kit.verbs.following import kept
 
 SMALL = ["--method.encoder.args={channels: [8, 8, 8, 8]}", "--batch_size=16", "--trainer.max_steps=2"]
@@ -18,8 +17,6 @@ SMALL = ["--method.encoder.args={channels: [8, 8, 8, 8]}", "--batch_size=16", "-
 @pytest.fixture(autouse=True)
 def usual(monkeypatch):
     monkeypatch.setattr("ssl_kit.verbs.finetune._FEWEST_STEPS", 2)
-    yield
-    configure()
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +26,6 @@ def place(tmp_path_factory, labelled_folder):
     assert cli.main(["pretrain", str(labelled_folder), "--run", str(folder / "run"), *SMALL]) == 0
     assert cli.main(["embed", str(folder / "run"), str(labelled_folder), "--out", str(folder / "emb")]) == 0
     assert cli.main(["index", str(folder / "emb")]) == 0
-    configure()
     return folder
 
 

@@ -26,12 +26,6 @@ from ssl_kit.core.console import (
 ROWS = [["mean of all", 0.5, "[x]"], ["a", 12.25, ""], ["a row with fewer cells"]]
 
 
-@pytest.fixture(autouse=True)
-def usual_console():
-    yield
-    configure()
-
-
 def everything():
     say("a choice")
     result("a result")

@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from ssl_kit import cli
-from ssl_kit.core.console import configure
 from ssl_kit.core.errors import UserError
 from ssl_kit.embeddings import embed
 from ssl_kit.encoders import Encoder
@@ -270,4 +269,3 @@ def test_the_command_line_takes_one_run_or_several(images, make_encoder, tmp_pat
     assert "results" in json.loads(capsys.readouterr().out)
     assert cli.main(["evaluate", first, second, *options]) == 0
     assert len(json.loads(capsys.readouterr().out)["runs"]) == 2
-    configure()

@@ -9,7 +9,6 @@ import timm
 import torch
 
 from ssl_kit import cli
-from ssl_kit.core.console import configure
 from ssl_kit.core.errors import UserError
 from ssl_kit.embeddings import embed
 from ssl_kit.encoders.encoder import Encoder
@@ -119,7 +118,6 @@ def test_the_command_line_takes_it_repeated_or_with_commas(images, encoder, thei
     for given in (["--baseline", str(theirs), "--baseline", str(other)], ["--baseline", f"{theirs},{other}"]):
         assert cli.main(["evaluate", str(encoder), str(images), *options, *given]) == 0
         assert [one["features"] for one in json.loads(capsys.readouterr().out)["results"]] == names
-    configure()
 
 
 def test_a_run_is_named_by_its_folder_and_needs_the_same_channels(images, encoder, tmp_path):

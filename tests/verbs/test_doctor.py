@@ -8,7 +8,6 @@ import pytest
 
 import ssl_kit
 from ssl_kit import cli
-from ssl_kit.core.console import configure
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.machine import choose_device, choose_precision, choose_threads
 from ssl_kit.verbs import doctor as module
@@ -24,8 +23,6 @@ SMALL = (
 @pytest.fixture(autouse=True)
 def small_subjects(monkeypatch):
     monkeypatch.setattr(module, "SUBJECTS", SMALL)
-    yield
-    configure()
 
 
 def test_the_record_and_the_text_say_the_same(capsys):

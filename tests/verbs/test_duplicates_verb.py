@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from ssl_kit import cli
-from ssl_kit.core.console import configure
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import write_sealed
 from ssl_kit.core.sealed import read_sealed
@@ -127,11 +126,8 @@ def test_other_encoders_are_refused(world, tmp_path):
 
 
 def test_the_command_line_takes_one_folder_or_two(world, capsys):
-    try:
-        assert cli.main(["duplicates", str(world / "images.emb"), "--json", "--threshold", "0.999"]) == 0
-        assert cli.main(["duplicates", str(world / "test.emb"), str(world / "images.emb"), "--json"]) == 0
-    finally:
-        configure()
+    assert cli.main(["duplicates", str(world / "images.emb"), "--json", "--threshold", "0.999"]) == 0
+    assert cli.main(["duplicates", str(world / "test.emb"), str(world / "images.emb"), "--json"]) == 0
     one, two = map(json.loads, capsys.readouterr().out.splitlines())
     assert one["superfluous"] >= 6 and one["limits"]["cosine"] == 0.999 and two["leaked"] == 3
     assert cli._verb_help("duplicates").startswith("usage: ssl-kit duplicates EMB [OTHER] [options]")

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from ssl_kit import cli
-from ssl_kit.core.console import configure
 from ssl_kit.core.errors import UserError
 from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.verbs import search as module
@@ -78,9 +77,6 @@ def test_mistakes(indexed, tmp_path):
 
 
 def test_the_command_line_prints_one_document(indexed, capsys):
-    try:
-        assert cli.main(["search", str(indexed), "a/000.png", "a/001.png", "-k", "2", "--json"]) == 0
-    finally:
-        configure()
+    assert cli.main(["search", str(indexed), "a/000.png", "a/001.png", "-k", "2", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert [len(query["results"]) for query in answer["queries"]] == [2, 2]
