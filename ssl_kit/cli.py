@@ -10,16 +10,18 @@ interrupted command says what it has kept.
 from __future__ import annotations
 
 import ast
+import atexit
 import difflib
 import importlib
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.processes import is_first
@@ -40,6 +42,34 @@ _ORDER = (
     *("pretrain", "evaluate", "finetune", "embed", "index", "search", "duplicates", "report", "export", "views"),
     "doctor",
 )
+
+
+def run() -> NoReturn:
+    """What the command runs: `main`, then the end of the process with its exit code."""
+    code: list[int] = []
+    atexit.register(_end_at_once, code)  # the first to be registered is the last to be called
+    try:
+        code.append(main())
+    except SystemExit as stop:
+        code.append(stop.code if isinstance(stop.code, int) else 1)
+        raise
+    except BaseException:
+        code.append(1)
+        raise
+    sys.exit(code[0])
+
+
+def _end_at_once(code: list[int]) -> None:
+    """Ends a process whose group of processes is still there: a run has failed.
+
+    gloo's threads still hold tensors of it, and letting go of one while the interpreter ends would abort the process:
+    SIGABRT instead of its exit code (pytorch/pytorch#179291).
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code[0])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

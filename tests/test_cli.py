@@ -130,3 +130,32 @@ def test_a_method_brings_its_own_defaults(options):
     method = cli._parse("pretrain", pretrain, arguments, everything=False)["method"]
     assert method["class_path"] == "ssl_kit.methods.mae.MAE" and method["init_args"]["mask_ratio"] == 0.5
     assert method["init_args"]["optim"]["name"] == "adamw" and "temperature" not in method["init_args"]
+
+
+ENDING = """
+import atexit, sys, torch
+from ssl_kit import cli
+class Late:
+    def __del__(self):
+        print("the interpreter ended")
+late = Late()
+late.itself = late  # seen only by the last collection
+def main():
+    atexit.register(print, "hooks were called")
+    if joined:
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    if leave:
+        sys.exit(75)
+    return 2
+joined, leave = "joined" in sys.argv, "leave" in sys.argv
+cli.main = main
+cli.run()
+"""
+
+
+@pytest.mark.parametrize(("joined", "words"), [("joined", 1), ("alone", 2)])
+@pytest.mark.parametrize(("leave", "code"), [("leave", 75), ("return", 2)])
+def test_a_failed_run_of_several_processes_ends_before_the_interpreter_does(joined, words, leave, code):
+    done = subprocess.run([sys.executable, "-c", ENDING, joined, leave], capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert done.stdout.splitlines() == ["hooks were called", "the interpreter ended"][:words]

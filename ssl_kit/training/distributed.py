@@ -26,6 +26,17 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def leave() -> None:
+    """Ends the exchange between the processes, and the threads that carried it.
+
+    Nothing may hold a group beyond this. gloo's threads let go of the last tensors when they get to it; when that is
+    while the interpreter ends, the process is aborted after all went well (SIGABRT, pytorch/pytorch#179291).
+    """
+    patient_group.cache_clear()
+    _host_group.cache_clear()
+    dist.destroy_process_group()
+
+
 def counts(count: int, group: Any = None) -> list[int]:
     """How many rows each process has, in rank order; `count` is this one's. Every process must call it."""
     if world_size() == 1:

@@ -40,7 +40,7 @@ from ssl_kit.core.console import configure
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.processes import LAUNCHER, LOST, TIMEOUT_SECONDS, on_this_machine, started
 from ssl_kit.training.checkpoint import generators, set_generators
-from ssl_kit.training.distributed import PATIENCE, parts, patient_group, rank, world_size
+from ssl_kit.training.distributed import PATIENCE, leave, parts, patient_group, rank, world_size
 
 TIMEOUT = timedelta(seconds=TIMEOUT_SECONDS)
 _WORD_SECONDS = 3.0  # for a word with the process that holds the store
@@ -77,7 +77,8 @@ def joined() -> Iterator[None]:
         if told is error:
             raise
         raise told from error
-    dist.destroy_process_group()
+    del groups  # or they would live on in this frame
+    leave()
 
 
 def _end_with_launcher() -> None:

@@ -12,6 +12,7 @@ import ssl_kit.methods
 from ssl_kit.core.random import Key
 from ssl_kit.encoders import Encoder
 from ssl_kit.methods.method import Method
+from ssl_kit.training.distributed import leave
 
 SIZE, BATCH = (16, 16), 8
 SLICES = (slice(0, 5), slice(5, 8))  # of two processes
@@ -106,7 +107,7 @@ def one_rank(rank, world, port, queue):
     if rank == 0:
         queue.put(errors)
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 def test_two_processes_with_unequal_slices_equal_one_on_the_joined_batch(free_port):

@@ -14,6 +14,7 @@ from ssl_kit.encoders import Encoder
 from ssl_kit.methods import simclr
 from ssl_kit.methods.simclr import SimCLR, nt_xent
 from ssl_kit.training import distributed
+from ssl_kit.training.distributed import leave
 
 
 def naive(z, temperature, decoupled=False):
@@ -272,7 +273,7 @@ def one_rank(rank, world, port, queue):
     if rank == 0:
         queue.put(results)
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 def against_one_process(world, port):

@@ -22,7 +22,7 @@ from ssl_kit.methods.vae import (
     normal,
     with_free_bits,
 )
-from ssl_kit.training.distributed import share_weight
+from ssl_kit.training.distributed import leave, share_weight
 
 SIZE = (8, 8)
 
@@ -90,7 +90,7 @@ def _free_bits_of_a_rank(rank, world, port, queue):
     if rank == 0:
         queue.put((total.item(), gradient.tolist()))
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 def test_free_bits_of_two_processes_equal_one(free_port):

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from ssl_kit.training.distributed import counts, gather, others, rank, share_weight, world_size
+from ssl_kit.training.distributed import counts, gather, leave, others, rank, share_weight, world_size
 
 COUNTS = (5, 2, 4, 1)  # rows of the ranks
 
@@ -49,7 +49,7 @@ def one_rank(number, world, port, queue):
     if number == 0:
         queue.put(results)
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 @pytest.mark.parametrize("world", [2, 3])

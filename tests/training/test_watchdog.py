@@ -18,6 +18,7 @@ from ssl_kit.encoders import Encoder
 from ssl_kit.methods.method import Method
 from ssl_kit.training.average import Average
 from ssl_kit.training.checkpoint import Checkpoints, SafeCheckpointIO, newest
+from ssl_kit.training.distributed import leave
 from ssl_kit.training.monitor import Curves, read_curves
 from ssl_kit.training.optim import Optim
 from ssl_kit.training.watchdog import Watchdog
@@ -287,7 +288,7 @@ def _one_rank(rank, world, port, queue):
     optimiser.step()
     queue.put((rank, watchdog.look(1)["held_steps"], torch.equal(before, module.head.weight)))
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 def test_a_loss_that_is_bad_on_one_process_holds_back_all(free_port):

@@ -19,6 +19,7 @@ import ranks
 import torch
 from safetensors.torch import load_file
 
+from ssl_kit import cli
 from ssl_kit.core.console import result, say, warn
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.processes import LOST
@@ -224,6 +225,23 @@ def speaking():
 def test_only_the_first_process_speaks(tmp_path):
     assert ranks.ended(ranks.start(2, tmp_path, speaking)) == [0, 0]
     assert said(tmp_path).count("hello") == 3 and said(tmp_path, 1) == ""
+
+
+def leaving(threads, *arguments):
+    """A run, and then the names of the threads that this process still has."""
+    code = cli.main(arguments)
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    (threads / f"{rank()}-{os.getpid()}.json").write_text(json.dumps([code, names]))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads have no names there")
+def test_no_thread_of_the_group_is_left_to_abort_the_end(labelled_folder, tmp_path):
+    threads = tmp_path / "threads"
+    threads.mkdir()
+    options = ("pretrain", str(labelled_folder), "--run", str(tmp_path / "run"), *MAE, "--batch-size", "12")
+    assert ranks.ended(ranks.start(2, tmp_path, leaving, threads, *options)) == [0, 0], said(tmp_path)
+    found = [json.loads(path.read_text()) for path in threads.iterdir()]
+    assert len(found) == 2 and all(code == 0 and not any("gloo" in name for name in names) for code, names in found)
 
 
 def mistaken():
