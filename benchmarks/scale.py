@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ssl_kit.evaluation.index import build_index, lists_key, search_index
+from ssl_kit.evaluation.index import build_index, fast_key, search_index
 from ssl_kit.evaluation.index_file import read_index, write_index
 from ssl_kit.evaluation.neighbours import normalised, search
 
@@ -128,18 +128,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--encoder", help="run folder or encoder folder")
     parser.add_argument("--data", help="images to make views of")
+    parser.add_argument("--vectors", type=Path, help="of an earlier run, normalised: (count + 1,000, D) in a .npy file")
     parser.add_argument("--count", type=int, default=1_000_000)
     parser.add_argument("--quick", action="store_true", help="50,000 vectors, in lists although exact search is quick")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     count = 50_000 if arguments.quick else arguments.count
-    if arguments.encoder:
+    if arguments.vectors is not None:
+        vectors = np.load(arguments.vectors)[: count + QUERIES]
+    elif arguments.encoder:
         vectors = normalised(augmented(arguments.encoder, arguments.data, count + QUERIES))
     else:
         vectors = normalised(mixture(count + QUERIES))
     order = np.random.default_rng(1).permutation(len(vectors))
     queries, gallery = vectors[order[:QUERIES]], np.ascontiguousarray(vectors[np.sort(order[QUERIES:])])
-    auto = lists_key(count, f"PQ{vectors.shape[1] // 4}x4fs,Refine(SQfp16)") if arguments.quick else "auto"
+    auto = fast_key(count, vectors.shape[1]) if arguments.quick else "auto"
     rows = measure("scale/auto", gallery, queries, auto, mapped=False)
     rows += measure("scale/mapped", gallery, queries, "auto", mapped=True)
     for line in rows:

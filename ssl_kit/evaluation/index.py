@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch  # noqa: F401  before faiss, always: two OpenMP runtimes, and this order is the one that works
@@ -25,7 +26,7 @@ _QUERIES = 1_000  # half of them tune nprobe, half measure the recall
 _PER_LIST = 64  # training vectors for each list; FAISS asks for at least 39
 _TRAINING = 65_536  # training vectors, at least
 _MARGIN = 0.2  # of what is missing to 1, aimed at above the wanted recall: 500 tuning queries may flatter by 0.01
-_K_FACTOR = 16  # candidates per result that the codes pass on to the exact refinement
+_K_FACTORS = (64, 32, 16, 8, 4)  # candidates per result that the codes may pass on to the exact refinement
 _STREAM_QUERIES = 100_006  # of core/random.py
 
 
@@ -66,9 +67,11 @@ class Built:
 def default_key(count: int, dim: int, memory: float = float("inf"), mapped: bool = False) -> str:
     """The FAISS key for `count` vectors of `dim`: exact while one query takes under 50 ms, lists beyond.
 
-    Lists hold 4-bit product codes scanned by fast-scan, refined by float16 vectors, where `dim` divides by 4 and half
-    of the memory holds them; otherwise 8-bit scalar codes, which can be mapped into memory; byte product codes of two
-    dimensions each where those do not fit either.
+    Lists hold 4-bit product codes of two dimensions each, scanned by fast-scan and refined by float16 vectors, where
+    `dim` is even and half of the memory holds them; otherwise 8-bit scalar codes, which can be mapped into memory; byte
+    product codes of two dimensions each where those do not fit either. What 4-bit codes hold is the rotated difference
+    to the centre of the list: features vary along few directions around a large mean, and codes of the features
+    themselves find one neighbour of eight (docs/decisions.md).
 
     Args:
         count: N.
@@ -79,9 +82,14 @@ def default_key(count: int, dim: int, memory: float = float("inf"), mapped: bool
     if 4 * count * dim <= _EXACT_BYTES and not mapped:
         return "Flat"
     fits = lambda bytes_per_vector: count * (bytes_per_vector + 8) <= _SHARE * memory  # 8: of the id
-    if dim % 4 == 0 and not mapped and fits(2.125 * dim):
-        return lists_key(count, f"PQ{dim // 4}x4fs,Refine(SQfp16)")
+    if dim % 2 == 0 and not mapped and fits(2.25 * dim):
+        return fast_key(count, dim)
     return lists_key(count, f"PQ{dim // 2}" if dim % 2 == 0 and not fits(dim) else "SQ8")
+
+
+def fast_key(count: int, dim: int) -> str:
+    """Fast-scan lists with a refinement; see `default_key`."""
+    return f"RR{dim},{lists_key(count, f'PQ{dim // 2}x4fsr,Refine(SQfp16)')}"
 
 
 def lists_key(count: int, codes: str) -> str:
@@ -103,7 +111,7 @@ def build_index(
     Args:
         vectors: (N, D) or a gallery; the cosine is what is searched by.
         key: of FAISS's index factory, or "auto" for `default_key`.
-        recall: wanted recall@10 in [0, 1]; `nprobe` is doubled until held-out queries reach it.
+        recall: wanted recall@10 in [0, 1]; more lists are visited until held-out queries reach it.
         seed: which rows are queries.
         memory: bytes that the index may count on; for "auto".
         mapped: the index will be used from disk; for "auto".
@@ -122,18 +130,40 @@ def build_index(
         line = str(error).strip().splitlines()[-1]
         what = f"{gallery.count:,} vectors of {gallery.dim}"
         raise UserError(f"--key {key} does not work for {what}: {line}; try --key auto") from error
-    if isinstance(index, faiss.IndexRefine):
-        index.k_factor = _K_FACTOR
     tuning, measuring = np.array_split(np.arange(len(queries)), 2)
     measured = lambda part: _recall(index, query_vectors[part], queries[part], exact[part])
     lists = faiss.try_extract_index_ivf(index)
-    if lists is not None:
-        lists.nprobe = 1
-        aim = recall + _MARGIN * (1 - recall)
-        while measured(tuning) < aim and lists.nprobe < lists.nlist:
-            lists.nprobe = min(2 * lists.nprobe, lists.nlist)
+    _tune(index, lists, lambda: measured(tuning), recall + _MARGIN * (1 - recall))
     milliseconds = _milliseconds(index, query_vectors[measuring])
     return Built(index, key, measured(measuring), lists.nprobe if lists is not None else None, milliseconds, zero)
+
+
+def _tune(index: Any, lists: Any, measured: Callable[[], float], aim: float) -> None:
+    """Sets the fewest lists to visit, then the fewest candidates to refine, that reach a recall.
+
+    Where nothing reaches it: what comes nearest. More lists may do harm then, when the codes cannot tell more
+    candidates apart.
+    """
+    refined = isinstance(index, faiss.IndexRefine)
+    if refined:
+        index.k_factor = _K_FACTORS[0]
+    found: dict[int, float] = {}
+    for count in _growing(lists.nlist) if lists is not None else ():
+        lists.nprobe = count
+        found[count] = measured()
+        if found[count] >= aim:
+            break
+        lists.nprobe = max(found, key=lambda count: found[count])
+    for factor in _K_FACTORS[1:] if refined and measured() >= aim else ():
+        index.k_factor, kept = factor, index.k_factor
+        if measured() < aim:
+            index.k_factor = kept
+            break
+
+
+def _growing(most: int) -> list[int]:
+    """1, 2, 3, 4, 6, 8, 12, ... and `most`."""
+    return sorted({1, *(min(most, step << power) for power in range(most.bit_length()) for step in (2, 3))})
 
 
 def _finite(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:

@@ -23,7 +23,7 @@ import faiss  # isort: skip
 from ssl_kit.core.errors import DamagedError
 
 _LEAST_LOOPS = 65_536  # that a file may ask of FAISS: more than an honest one needs beside a loop per vector
-_MOST_CANDIDATES = 1_000  # per result, of a refinement; `build_index` sets 16
+_MOST_CANDIDATES = 1_000  # per result, of a refinement; `build_index` sets 4 to 64
 _MOST_SEARCHED = 2**16  # candidates of a graph search; FAISS sets 16
 _ST_PQ = 0  # faiss.IndexPQ.ST_PQ
 _KINDS = (

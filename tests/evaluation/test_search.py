@@ -72,8 +72,8 @@ def test_a_query_is_not_its_own_neighbour():
 
 def test_key_follows_the_size():
     assert default_key(10_000, 512) == "Flat"
-    assert default_key(1_000_000, 256) == "IVF4096,PQ64x4fs,Refine(SQfp16)"
-    assert default_key(10_000_000, 30) == "IVF16384,SQ8"
+    assert default_key(1_000_000, 256) == "RR256,IVF4096,PQ128x4fsr,Refine(SQfp16)"
+    assert default_key(10_000_000, 31) == "IVF16384,SQ8"
 
 
 def test_index_file_must_be_what_its_manifest_says(tmp_path):
