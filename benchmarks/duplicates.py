@@ -4,7 +4,8 @@
 
 500 exact copies of files, and 500 near-copies of other images (JPEG at quality 50, 90 % of each side, 5 % brighter or
 darker, in turn) are put beside `--count` images. What is found among the images that were not touched is counted as
-false, though CIFAR-10 has duplicates of its own. --test FOLDER counts leaks: images of FOLDER that are in DATA too.
+false, though CIFAR-10 has duplicates of its own: --sheet FILE draws 200 of them, each beside the image of its group
+that is most like it, for people to judge. --test FOLDER counts leaks: images of FOLDER that are in DATA too.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import shutil
 import tempfile
 import time
@@ -24,7 +26,7 @@ from PIL import Image
 from ssl_kit.core.random import permutation
 from ssl_kit.data.decode import decode
 from ssl_kit.data.listing import folder_of_images, unescape
-from ssl_kit.evaluation.duplicates import EDITS, edits
+from ssl_kit.evaluation.duplicates import EDITS, correlations, edits, thumbnail
 from ssl_kit.verbs.duplicates import duplicates
 from ssl_kit.verbs.embed import embed
 
@@ -54,7 +56,24 @@ def plant(data: Path, folder: Path, count: int, planted: int) -> dict[str, tuple
     return made
 
 
-def planted_rows(encoder: str, data: Path, count: int, planted: int) -> list[dict[str, Any]]:
+def draw_sheet(path: Path, folder: Path, sets: list[list[str]], count: int = 200, side: int = 64) -> None:
+    """`count` images of the groups `sets`, drawn at random, each beside the most alike of its group; 10 in a row."""
+    flagged = [(name, members) for members in sets for name in members]
+    drawn = random.Random(1).sample(flagged, min(count, len(flagged)))
+    small = lambda name: decode((folder / os.fsdecode(unescape(name))).read_bytes()).image
+    page = Image.new("RGB", (10 * (2 * side + 10), -(-len(drawn) // 10) * (side + 4)), "white")
+    for place, (name, members) in enumerate(drawn):
+        others = [other for other in members if other != name]
+        seen = np.stack([thumbnail(small(other)) for other in others])
+        nearest = others[int(correlations(np.repeat(thumbnail(small(name))[None], len(others), 0), seen).argmax())]
+        y, x = divmod(place, 10)
+        for number, shown in enumerate((name, nearest)):
+            picture = Image.fromarray(small(shown)).resize((side, side))
+            page.paste(picture, (x * (2 * side + 10) + number * (side + 2), y * (side + 4)))
+    page.save(path)
+
+
+def planted_rows(encoder: str, data: Path, count: int, planted: int, sheet: Path | None) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as place:
         folder, emb = Path(place) / "images", Path(place) / "emb"
         made = plant(data, folder, count, planted)
@@ -62,6 +81,9 @@ def planted_rows(encoder: str, data: Path, count: int, planted: int) -> list[dic
         began = time.perf_counter()
         said = duplicates(str(emb), csv=None)
         seconds = time.perf_counter() - began
+        if sheet is not None:
+            own = [[one["id"] for one in members if one["id"] not in made] for members in said["groups"]]
+            draw_sheet(sheet, folder, [members for members in own if len(members) > 1])
     group = {one["id"]: number for number, members in enumerate(said["groups"]) for one in members}
     found = {copy: group.get(copy, -1) == group.get(original, -2) for copy, (original, _) in made.items()}
     originals = {original for original, _ in made.values()}
@@ -101,11 +123,12 @@ def main() -> None:
     parser.add_argument("--test", type=Path)
     parser.add_argument("--count", type=int, default=50_000)
     parser.add_argument("--planted", type=int, default=500)
+    parser.add_argument("--sheet", type=Path, help="picture of images that were called copies")
     parser.add_argument("--quick", action="store_true", help="3,000 images, 150 copies of each kind")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     count, planted = (3_000, 150) if arguments.quick else (arguments.count, arguments.planted)
-    rows = planted_rows(arguments.encoder, arguments.data, count, planted)
+    rows = planted_rows(arguments.encoder, arguments.data, count, planted, arguments.sheet)
     if arguments.test is not None:
         rows += leak_rows(arguments.encoder, arguments.data, arguments.test)
     for line in rows:

@@ -132,6 +132,20 @@ def test_a_method_brings_its_own_defaults(options):
     assert method["init_args"]["optim"]["name"] == "adamw" and "temperature" not in method["init_args"]
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("temperature", "0", "temperature 0.0: wanted more than 0"),
+        ("optim.lr", "0", "got lr 0.0"),
+        ("projection", "[8, 0]", "projection [8, 0]: wanted"),
+    ],
+)
+def test_what_a_constructor_says_of_a_value_is_told(capsys, tmp_path, labelled_folder, option, value, words):
+    run = ["--run", str(tmp_path / "run")]
+    said = mistake(capsys, "pretrain", str(labelled_folder), *run, f"--method.{option}", value)
+    assert words in said and "Namespace" not in said and len(said) < 200
+
+
 ENDING = """
 import atexit, sys, torch
 from ssl_kit import cli

@@ -67,6 +67,8 @@ class SimCLR(Method):
         super().__init__(encoder, optim)
         if not temperature > 0:
             raise UserError(f"temperature {temperature}: wanted more than 0")
+        if not projection or min(projection) < 1:
+            raise UserError(f"projection {list(projection)}: wanted the widths of its layers, at least 1 each")
         if dims is not None:
             if not dims or min(dims) < 1 or len(set(dims)) < len(dims):
                 raise UserError(f"dims {list(dims)}: wanted different lengths of at least 1, such as [16, 64, 256]")

@@ -128,7 +128,15 @@ def restrict_imports(allow: Sequence[str] = ()) -> None:
 
 
 def brief(error: Exception) -> str:
-    """The telling part of an argument parser's message, which repeats itself over many lines: which key, what, got."""
+    """The telling part of an argument parser's message, which repeats itself over many lines: which key, what, got.
+
+    What a constructor of ours said of a value is told as it is.
+    """
+    said: BaseException | None = error
+    while said is not None:
+        if isinstance(said, UserError):
+            return str(said)
+        said = said.__cause__ or said.__context__
     text = str(error)
     keys = ".".join(dict.fromkeys(re.findall(r'Parser key "([^"]+)"', text)))
     lines = [line.strip(" -") for line in text.splitlines() if line.strip(" -")]
