@@ -127,7 +127,7 @@ class Spoil(pl.Callback):
         """Everything that a step changes, copied."""
         state = {f"module/{name}": value for name, value in module.state_dict().items()}
         for number, weight in enumerate(module.parameters()):
-            for name, value in trainer.optimizers[0].state[weight].items():
+            for name, value in trainer.optimizers[0].state.get(weight, {}).items():  # `[]` would add a frozen weight
                 state[f"optimiser/{number}/{name}"] = value
         averaged = self.average.encoder(module).state_dict()
         state |= {f"average/{name}": value for name, value in averaged.items()}
