@@ -4,7 +4,8 @@
 
 With an encoder, vectors are features of randomly cropped and jittered copies of the images; without one, a mixture of
 1,000 Gaussians in a space of decaying variances. Queries are held out of the gallery. Times are of 1,000 queries
-together, exact and approximate in turn, the latter after as many other queries; memory is bytes of the index file over bytes of the float32 vectors.
+together, exact and approximate in turn, the latter after as many other queries; memory is bytes of the index file over
+bytes of the float32 vectors.
 """
 
 from __future__ import annotations
