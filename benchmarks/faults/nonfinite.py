@@ -101,7 +101,7 @@ class Spoil(pl.Callback):
         if not self.spoiling or self.place != "activation" or not torch.is_grad_enabled():
             return None
         spoilt = output.clone()
-        _set(spoilt, self.value)
+        spoilt[0, 0] = self.value  # everywhere: one patch of an MAE may be hidden, and would reach nothing
         return spoilt
 
     def _loss(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
