@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ssl_kit.core.errors import DamagedError, UserError
 from ssl_kit.core.files import atomic_folder, settle, sha256, verify_file, write_json, write_sealed
-from ssl_kit.core.machine import convolves
+from ssl_kit.core.machine import choose_device, convolves
 from ssl_kit.core.sealed import read_sealed
 from ssl_kit.core.tensors import check_finite, read_tensors
 from ssl_kit.encoders.stored import CONFIG, RECORD, WEIGHTS, check_arguments, check_fits, read_stored
@@ -60,8 +60,8 @@ class Encoder(nn.Module):
         std: tuple[float, ...] = (0.25,),
     ):
         super().__init__()
-        self.name = choose_name(image_size) if name == "auto" else name
-        self.args = {"num_classes": 0, **(args or {})}
+        self.name, usual = choose_architecture(image_size) if name == "auto" else (name, {})
+        self.args = {"num_classes": 0, **usual, **(args or {})}
         self.image_size = (int(image_size[0]), int(image_size[1]))
         self.channels = channels
         model = _create_timm(self.name, self.args, self.image_size, channels)
@@ -261,9 +261,15 @@ def find_encoder(path: Path | str) -> Path:
     raise UserError(f"{path} holds no {RECORD}; give a run folder or an encoder folder that ssl_kit wrote")
 
 
-def choose_name(image_size: Sequence[int]) -> str:
-    """The default architecture for images of this size, (height, width) in pixels."""
-    return "resnet18_small" if min(image_size) < _SMALL_IMAGE else "resnet50"
+def choose_architecture(image_size: Sequence[int]) -> tuple[str, dict[str, Any]]:
+    """The default timm name and arguments for images of this size, (height, width) in pixels, on this machine.
+
+    Without an accelerator networks are a quarter of the arithmetic: what learns nothing in an evening helps nobody.
+    """
+    alone = choose_device().value == "cpu"
+    if min(image_size) < _SMALL_IMAGE:
+        return "resnet18_small", {"channels": [32, 64, 128, 256]} if alone else {}
+    return "resnet18" if alone else "resnet50", {}
 
 
 def _create_timm(name: str, args: dict[str, Any], image_size: tuple[int, int], channels: int) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.random import Key
-from ssl_kit.encoders.encoder import Encoder, choose_name
+from ssl_kit.encoders.encoder import Encoder, choose_architecture
 from ssl_kit.training.chunked import Chunkable, chunked, no_chunks
 from ssl_kit.training.distributed import share_weight
 from ssl_kit.training.optim import Optim
@@ -54,7 +54,7 @@ class Method(pl.LightningModule):
     @classmethod
     def default_encoder(cls, image_size: tuple[int, int]) -> tuple[str, dict[str, Any]]:
         """The timm name and arguments where a recipe leaves the encoder open, for images of (height, width) pixels."""
-        return choose_name(image_size), {}
+        return choose_architecture(image_size)
 
     @abstractmethod
     def loss(self, views: list[Tensor], key: Key) -> dict[str, Tensor]:

@@ -32,15 +32,16 @@ from ssl_kit.training.horizon import Horizon
 from ssl_kit.views.recipe import View, ViewRecipe, plain
 
 _MEASURED = 2_048  # images whose statistics stand for all
-_LARGEST_DEFAULT = 224  # pixels: the default view of larger images
+_LARGEST_DEFAULT, _LARGEST_ON_CPU = 224, 128  # pixels: the default view of larger images
 _BATCH, _FEWEST_STEPS = 256, 8  # default images a step, and fewest steps of an epoch
 _EPOCHS, _STEPS = 100, 2_000  # default length: so many epochs, at least so many steps
 
 
 def view_size(image_size: int | tuple[int, int] | None, source: Source) -> tuple[int, int]:
-    """(height, width) of a view: as asked, else the median shorter side of the images, at most 224, a multiple of 8.
+    """(height, width) of a view: as asked, else the median shorter side of the images, a multiple of 8.
 
-    Above 128 a multiple of 32, so that patches of 16 and the strides of large networks divide it.
+    At most 224, or 128 without an accelerator, where a step of 224 takes three times as long. Above 128 a multiple of
+    32, so that patches of 16 and the strides of large networks divide it.
     """
     if isinstance(image_size, int):
         return image_size, image_size
@@ -52,8 +53,11 @@ def view_size(image_size: int | tuple[int, int] | None, source: Source) -> tuple
         raise UserError(f"{source.name}: none of {len(rows)} sampled images can be read; see --max-bad")
     side = int(np.median(sides))
     multiple = 8 if side <= 128 else 32
-    side = min(_LARGEST_DEFAULT, max(8, round(side / multiple) * multiple))
-    say(f"image size: {side} px (from the images; --image_size changes it)")
+    most = _LARGEST_ON_CPU if choose_device().value == "cpu" else _LARGEST_DEFAULT
+    fitting = max(8, round(side / multiple) * multiple)
+    why = f"from the images, which have {side}" if fitting <= most else f"of the images' {side}, for this machine"
+    side = min(most, fitting)
+    say(f"image size: {side} px ({why}; --image_size changes it)")
     return side, side
 
 

@@ -18,9 +18,12 @@ from safetensors.torch import load_file
 import ssl_kit
 from ssl_kit import cli
 from ssl_kit.core.errors import UserError
+from ssl_kit.core.machine import Choice
 from ssl_kit.data.sources import open_source
-from ssl_kit.encoders import Encoder
+from ssl_kit.encoders import Encoder, encoder
+from ssl_kit.encoders.encoder import choose_architecture
 from ssl_kit.training import horizon
+from ssl_kit.verbs import fitting
 from ssl_kit.verbs.fitting import fit_to_data, view_size
 
 TINY = [
@@ -251,9 +254,18 @@ def test_batch_and_length_follow_from_the_number_of_images(count, batch_size, ep
 
 
 @pytest.mark.parametrize(("side", "wanted"), [(28, 32), (100, 96), (140, 128), (200, 192), (900, 224), (5, 8)])
-def test_the_view_is_what_patches_and_strides_divide(side, wanted):
+def test_the_view_is_what_patches_and_strides_divide(side, wanted, monkeypatch):
     images = np.zeros((3, side, side + 7, 3), np.uint8)
-    assert view_size(None, open_source(images)) == (wanted, wanted)
+    for device, most in (("cuda", 224), ("cpu", 128)):
+        monkeypatch.setattr(fitting, "choose_device", lambda device=device: Choice(device, ""))
+        assert view_size(None, open_source(images)) == (min(wanted, most),) * 2
+
+
+def test_the_network_is_smaller_without_an_accelerator(monkeypatch):
+    for device, small, large in (("cuda", 512, "resnet50"), ("cpu", 256, "resnet18")):
+        monkeypatch.setattr(encoder, "choose_device", lambda device=device: Choice(device, ""))
+        assert Encoder(image_size=(32, 32)).dim == small
+        assert choose_architecture((128, 128)) == (large, {})
 
 
 class Counted(Callback):
