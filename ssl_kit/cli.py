@@ -51,7 +51,7 @@ def run() -> NoReturn:
     try:
         code.append(main())
     except SystemExit as stop:
-        code.append(stop.code if isinstance(stop.code, int) else 1)
+        code.append(stop.code if isinstance(stop.code, int) else int(stop.code is not None))
         raise
     except BaseException:
         code.append(1)
