@@ -68,6 +68,7 @@ def joined() -> Iterator[None]:
     if number > 0:
         configure(to_stderr=True, quiet=True)
     try:
+        wait()  # torch does not: one that is done at once would hang up on others that are still connecting
         yield
     except BaseException as error:
         told = _told(error, words) if isinstance(error, Exception) else error

@@ -227,6 +227,26 @@ def test_only_the_first_process_speaks(tmp_path):
     assert said(tmp_path).count("hello") == 3 and said(tmp_path, 1) == ""
 
 
+def connecting(late):
+    """The first process takes its time to make the second group; `late` is there when it has."""
+    make = together.patient_group
+
+    def slowly(everyone):
+        group = make(everyone)
+        if rank() == 0 and not late.exists():
+            time.sleep(0.5)
+            late.touch()
+        return group
+
+    together.patient_group = slowly
+    with joined():
+        assert late.exists()
+
+
+def test_none_goes_on_before_all_are_connected(tmp_path):
+    assert ranks.ended(ranks.start(2, tmp_path, connecting, tmp_path / "late")) == [0, 0], said(tmp_path, 1)
+
+
 def leaving(threads, *arguments):
     """A run, and then the names of the threads that this process still has."""
     code = cli.main(arguments)
