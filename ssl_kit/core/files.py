@@ -303,9 +303,13 @@ def write_sealed(path: Path | str, entries: dict[str, Any]) -> None:
 
 
 def append_line(path: Path | str, value: Any) -> None:
-    """Appends one JSON line and syncs it."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(value, allow_nan=False, ensure_ascii=False) + "\n")
+    """Appends one JSON line and syncs it. A line that was cut off there before stays a line of its own."""
+    line = json.dumps(value, allow_nan=False, ensure_ascii=False).encode() + b"\n"
+    with open(path, "ab+") as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read() == b"\n" else b"\n" + line
+        file.write(line)
         file.flush()
         os.fsync(file.fileno())
 

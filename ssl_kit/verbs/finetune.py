@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import secrets
 import shlex
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,7 @@ _LOOKS = 30  # at the held-out images, at most
 _STREAM = 100_011  # of core/random.py
 _FEWEST_STEPS = 500  # with few labels an epoch is a handful of steps: there are more epochs then
 _BEGUN = "settings.json"  # beside the checkpoints
+_TRAINING = "training"  # there and in the results: what tells one training from another
 _FREE = ("resume", "threads", "checkpoint_minutes", "scratch")  # settings that do not decide what is learnt
 
 
@@ -128,7 +131,8 @@ def finetune(
     made = {"encoder_sha256": loaded.sha256, "train": train.name, "test": test.name}
     kept = f"the states saved in {folder / 'finetuning'} are kept; go on with --resume"
     with lock(folder), if_interrupted(lambda: kept), Signals() as signals:
-        _begin(folder / "finetuning", {**settings, "views": asdict(views), **made, "images": len(train)}, resume)
+        begun = {**settings, "views": asdict(views), **made, "images": len(train)}
+        training = _begin(folder / "finetuning", begun, resume)
         for name in ("encoder", "random_init") if scratch else ("encoder",):
             network = Encoder.load(path)
             network = network if name == "encoder" else network.fresh(seed)
@@ -147,13 +151,12 @@ def finetune(
                 "num_test": len(test),
             }
             seconds = time.perf_counter() - began
-            made_by = {**made, "versions": versions()}
+            made_by = {**made, "versions": versions(), _TRAINING: training}
             results.append(Result("finetune", name, metrics, used, made_by, seconds, predicted, found.max(axis=1)))
             if name == "encoder":
                 network.save(folder / "finetuned", {"encoder": str(path), "classes": list(train.classes), **made})
         results = _compared(results, labels, seed)
-        for one in results:
-            append_line(folder / "results.jsonl", one.to_json())
+        _record(folder / "results.jsonl", results, training)
         write_report([folder], folder / "report.html")
     _print(results)
     next_command(f"ssl-kit report {shlex.quote(str(folder))}")
@@ -175,8 +178,11 @@ def _check(fraction: float, epochs: int, batch_size: int, lora: int) -> None:
         raise UserError(f"--lora {lora}: wanted the rank of the adapters, such as 8, or 0 for none")
 
 
-def _begin(folder: Path, settings: dict[str, Any], resume: bool) -> None:
+def _begin(folder: Path, settings: dict[str, Any], resume: bool) -> str:
     """Keeps beside the checkpoints what they were made with: a resumed training must agree, another one starts anew.
+
+    Returns:
+        What tells this training from others; a resumed one has that of its beginning.
 
     Raises:
         UserError: what is to be resumed was begun otherwise.
@@ -187,9 +193,24 @@ def _begin(folder: Path, settings: dict[str, Any], resume: bool) -> None:
         differs = [f"{key} was {begun.get(key)} and is {now[key]} now" for key in now if begun.get(key) != now[key]]
         if differs:
             raise UserError(f"--resume: {'; '.join(differs)}: give the same again, or start anew without --resume")
-        return
+        return str(begun.get(_TRAINING, ""))
     shutil.rmtree(folder, ignore_errors=True)  # the newest checkpoint there would be another training's
-    write_json(folder / _BEGUN, now)
+    training = secrets.token_hex(8)
+    write_json(folder / _BEGUN, {**now, _TRAINING: training})
+    return training
+
+
+def _record(path: Path, results: list[Result], training: str) -> None:
+    """Appends the results that are not there: this training may have been killed after it wrote them."""
+    told = set()
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with suppress(ValueError, KeyError, TypeError):  # a line that was cut off
+            record = json.loads(line)
+            if record["made_by"][_TRAINING] == training:
+                told.add(record["features"])
+    for one in results:
+        if one.features not in told:
+            append_line(path, one.to_json())
 
 
 def _share(train: Source, fraction: float, seed: int) -> Source:

@@ -267,6 +267,22 @@ def test_resuming_asks_for_the_same_settings_and_starting_anew_forgets(vit, colo
     assert newest(tmp_path / "finetuning" / "encoder") is None  # the other training's is gone
 
 
+def test_a_training_killed_while_it_records_its_results_has_each_of_them_once(vit, coloured, tmp_path):
+    options = QUICK | {"epochs": 1, "out": str(tmp_path)}
+    path = tmp_path / "results.jsonl"
+    finetune(str(vit), str(coloured), **options)
+    first = path.read_text()
+    finetune(str(vit), str(coloured), **options, resume=True)
+    assert path.read_text() == first
+    path.write_text(first[:-20])  # in the middle of the second line
+    finetune(str(vit), str(coloured), **options, resume=True)
+    whole, _, again = path.read_text().splitlines()
+    assert whole == first.splitlines()[0]
+    assert json.loads(again)["metrics"] == json.loads(first.splitlines()[1])["metrics"]
+    finetune(str(vit), str(coloured), **options)  # another training
+    assert len(path.read_text().splitlines()) == 5
+
+
 def test_layers_learn_at_decaying_rates_unless_from_scratch(vit, coloured, tmp_path, capsys):
     finetune(str(vit), str(coloured), out=str(tmp_path), layer_decay=0.5, **QUICK | {"epochs": 1})
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("optimiser:")]
