@@ -48,10 +48,10 @@ def _read_csv(path: Path) -> dict[str, list[str | None]]:
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         try:
             reader = csv.DictReader(file)
-            rows = list(reader)
+            rows, names = list(reader), reader.fieldnames or ()  # of an empty file they are read here
         except csv.Error as error:
             raise UserError(f"{path} is not a CSV file: {error}") from error
-    return {name: [row[name] for row in rows] for name in reader.fieldnames or ()}
+    return {name: [row[name] for row in rows] for name in names}
 
 
 def _read_parquet(path: Path) -> dict[str, list[str | None]]:

@@ -167,6 +167,7 @@ def test_parquet_manifest(tmp_path):
         ([["path"], ["a.png"], ["b.png"], ["a.png"]], r"3 rows, 2 paths \('a.png' 2 times\)"),
         ([["path"], ["a.png"], ['""'], [""]], "empty 'path'|2 are needed|could not be decoded"),
         ([["path"]], "0 image"),
+        ([], r"the columns \[\]; wanted a column 'path'"),
         ([["path", "label"], ["a.png", "x"], ["gone.png", "y"]], "1 of 2 images could not be decoded.*No such file"),
     ],
 )
