@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,10 @@ from ssl_kit.core.errors import DamagedError
 _LEAST_LOOPS = 65_536  # that a file may ask of FAISS: more than an honest one needs beside a loop per vector
 _MOST_CANDIDATES = 1_000  # per result, of a refinement; `build_index` sets 4 to 64
 _MOST_SEARCHED = 2**16  # candidates of a graph search; FAISS sets 16
+_EXACT = struct.Struct(
+    "<4siqqqBiQ"
+)  # what comes before the vectors: kind, d, n, two of `_FILLING`, trained, metric, n * d
+_FILLING = 2**20
 _ST_PQ = 0  # faiss.IndexPQ.ST_PQ
 _KINDS = (
     *("IndexFlat", "IndexFlatIP", "IndexScalarQuantizer", "IndexPQ", "IndexPQFastScan"),
@@ -59,7 +64,7 @@ def read_index(path: Path, count: int, dim: int, mapped: bool = False) -> faiss.
     faiss.set_deserialization_vector_byte_limit(path.stat().st_size)
     faiss.set_deserialization_loop_limit(max(count, dim, _LEAST_LOOPS))
     try:
-        index = _mapped(path) if mapped else faiss.read_index(str(path))
+        index = _mapped(path, count, dim) if mapped else faiss.read_index(str(path))
     except (RuntimeError, MemoryError) as error:
         raise DamagedError(f"{path} cannot be read: {str(error).strip().splitlines()[-1]}") from error
     if (index.ntotal, index.d) != (count, dim) or index.metric_type != faiss.METRIC_INNER_PRODUCT:
@@ -69,11 +74,21 @@ def read_index(path: Path, count: int, dim: int, mapped: bool = False) -> faiss.
     return index
 
 
-def _mapped(path: Path) -> faiss.Index:
-    """FAISS maps lists by one flag and exact vectors by another, which does not know lists."""
+def _mapped(path: Path, count: int, dim: int) -> faiss.Index:
+    """FAISS maps lists by one flag and exact vectors by another, which does not know lists.
+
+    By the second one FAISS 1.15.1 reads past the end of a file that is too short: every byte before the vectors is
+    known, and is compared before.
+    """
     with open(path, "rb") as file:
-        exact = file.read(4) in (b"IxFI", b"IxF2")
-    return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if exact else faiss.IO_FLAG_MMAP)
+        head = file.read(_EXACT.size)
+    if head[:4] not in (b"IxFI", b"IxF2"):
+        return faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+    metric = faiss.METRIC_INNER_PRODUCT
+    wanted = _EXACT.pack(b"IxFI", dim, count, _FILLING, _FILLING, True, metric, count * dim)
+    if head != wanted or path.stat().st_size != _EXACT.size + 4 * count * dim:
+        raise DamagedError(f"{path} is no exact index to be mapped; its manifest says {count:,} vectors of {dim}")
+    return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
 
 
 def _names_no_file(path: Path) -> None:

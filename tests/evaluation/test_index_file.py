@@ -107,6 +107,20 @@ def test_lists_in_another_file_are_refused_before_faiss_sees_them(written, tmp_p
     assert read_index(tmp_path / "y.faiss", ROWS, DIM).ntotal == ROWS
 
 
+def test_a_damaged_exact_index_is_not_mapped(written, monkeypatch):
+    """FAISS 1.15.1 dies of some of them (SIGSEGV)."""
+    path = written("Flat")
+    assert read_index(path, ROWS, DIM, mapped=True).ntotal == ROWS
+    whole = path.read_bytes()
+    monkeypatch.setattr(faiss, "read_index", None)
+    cut = [whole[:end] for end in (4, 31, 44, 45, 46, len(whole) - 1)]
+    odd = [whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :] for place in range(4, 45)]
+    for data in (*cut, *odd, whole + b"\0"):
+        path.write_bytes(data)
+        with pytest.raises(DamagedError, match=f"its manifest says {ROWS} vectors of {DIM}"):
+            read_index(path, ROWS, DIM, mapped=True)
+
+
 def test_an_empty_file_is_refused(tmp_path):
     (tmp_path / "x.faiss").touch()
     with pytest.raises(DamagedError, match="empty"):
