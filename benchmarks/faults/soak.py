@@ -3,7 +3,7 @@
     python benchmarks/faults/soak.py data/cifar10/train --json soak.json            # about 45 minutes
     python benchmarks/faults/soak.py data/cifar10/train --minutes 2 --every 10 20
 
-SimCLR on 10,000 images at 16 px, one torch thread, a state saved every 20 s and the report written as usual; --minutes
+SimCLR on 10,000 images at 16 px, one torch thread, states saved three times between kills at least, and the report written as usual; --minutes
 is what the undisturbed run takes. Its twin gets SIGKILL every 60 to 120 s and is resumed until it ends. All the while a
 third process embeds images with two encoders in turn into one folder and indexes it, and a fourth one searches there.
 
@@ -82,8 +82,9 @@ class Memory:
 class Soak:
     """The work of the four processes; all of it is done by children."""
 
-    def __init__(self, data: str, place: Path):
+    def __init__(self, data: str, place: Path, every: float):
         self.data, self.place, self.log = data, place, place / "log.txt"
+        self.checkpoint_minutes = every / 3 / 60
         load_kernels(Path(data))
         run_warmed(self._prepare, self.log)
 
@@ -99,7 +100,7 @@ class Soak:
         def work() -> None:
             settings: dict[str, Any] = {
                 **{"image_size": SIDE, "batch_size": BATCH, "limit": IMAGES, "threads": 1, "epochs": epochs},
-                **{"checkpoint_minutes": 1 / 3},
+                **{"checkpoint_minutes": self.checkpoint_minutes},
             }
             resume = (run / "run.json").exists()
             pretrain(self.data, method=simclr(NARROW), run=str(run), resume=resume, **settings)
@@ -178,7 +179,7 @@ class Soak:
 
 def soak(place: Path, data: str, minutes: float, every: tuple[float, float], rows: Rows) -> None:
     """All rows."""
-    work, generator = Soak(data, place), random.Random("soak")
+    work, generator = Soak(data, place, every[0]), random.Random("soak")
     per_epoch = work.seconds_per_epoch()
     epochs = max(2, round(60 * minutes / per_epoch))
     print(f"{per_epoch:.1f} s per epoch: {epochs} epochs", flush=True)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -160,6 +163,25 @@ def keep_memory() -> bool:
         return False
     most = 2**31 - 1
     return all(mallopt(option, most) == 1 for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD))
+
+
+@contextmanager
+def cycles_freed() -> Iterator[None]:
+    """Frees what is made inside and refers to itself, at once: the parts of a report do.
+
+    Beside the 700,000 objects of torch, Lightning and Bokeh the collector looks at old ones only when 175,000 more have
+    come together, which is after dozens of reports of 1.3 MiB each. Looking at all of them takes 0.3 s; set aside for
+    the time being, 5 ms.
+    """
+    if gc.get_freeze_count():  # somebody else's, to which there is no way back
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.collect()
+        gc.unfreeze()
 
 
 def fast_bfloat16() -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ssl_kit.core.console import say
 from ssl_kit.core.files import if_room
+from ssl_kit.core.machine import cycles_freed
 from ssl_kit.data.batches import Batch, ViewLoader
 from ssl_kit.data.labels import stratified
 from ssl_kit.data.sources import Source
@@ -253,7 +254,7 @@ class Refresh(pl.Callback):
         if "effective_rank" not in row or row["step"] == 0:
             return
         assert isinstance(pl_module, Method)
-        with if_room(self.record.folder):
+        with if_room(self.record.folder), cycles_freed():
             self.record.progress(self.curves)
             if trainer.is_global_zero:
                 self.show(pl_module)

@@ -1,5 +1,8 @@
 """Choices of the machine are stated and can be overridden."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -12,6 +15,7 @@ from ssl_kit.core.machine import (
     choose_precision,
     choose_tf32,
     compile_blocks,
+    cycles_freed,
     fast_bfloat16,
     lightning_precision,
     use_tf32,
@@ -91,3 +95,42 @@ def test_tf32_is_set_for_products_and_convolutions(on):
     assert torch.get_float32_matmul_precision() == ("high" if on else "highest")
     assert torch.backends.cudnn.allow_tf32 is on
     use_tf32(False)
+
+
+class Ring:
+    """An object that refers to itself."""
+
+    def __init__(self):
+        self.self = self
+
+
+@pytest.fixture
+def no_collector():
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_cycles_made_inside_are_freed_and_no_others_are_looked_for(no_collector):
+    outside = weakref.ref(Ring())
+    with cycles_freed():
+        inside, kept = weakref.ref(Ring()), Ring()
+    assert inside() is None and outside() is not None and kept.self is kept
+    assert gc.get_freeze_count() == 0
+    gc.collect()
+    assert outside() is None  # it is looked at again
+    with pytest.raises(KeyError), cycles_freed():
+        raise KeyError
+    assert gc.get_freeze_count() == 0
+
+
+def test_what_somebody_set_aside_stays_there(no_collector):
+    gc.freeze()
+    try:
+        count = gc.get_freeze_count()
+        with cycles_freed():
+            inside = weakref.ref(Ring())
+        assert inside() is not None and gc.get_freeze_count() == count
+    finally:
+        gc.unfreeze()

@@ -1,10 +1,12 @@
 """Pretraining as a user sees it: the run folder, bitwise repetition, exact resume, refusals."""
 
 import csv
+import gc
 import itertools
 import json
 import os
 import shutil
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,8 +24,8 @@ from ssl_kit.core.machine import Choice
 from ssl_kit.data.sources import open_source
 from ssl_kit.encoders import Encoder, encoder
 from ssl_kit.encoders.encoder import choose_architecture
-from ssl_kit.training import horizon
-from ssl_kit.verbs import fitting
+from ssl_kit.training import horizon, monitor
+from ssl_kit.verbs import fitting, following
 from ssl_kit.verbs.fitting import fit_to_data, view_size
 
 TINY = [
@@ -36,6 +38,29 @@ FEW = ["--trainer.max_steps", "3"]
 def pretrain(folder, run, *options):
     assert cli.main(["pretrain", str(folder), "--run", str(run), *TINY, *options]) == 0
     return run
+
+
+def test_memory_of_a_report_is_free_before_the_next_one(labelled_folder, tmp_path, monkeypatch):
+    """A report is full of cycles, which the collector would let pile up."""
+    written, left = [], []
+
+    class Page:
+        def __init__(self):
+            self.self = self
+
+    def write_report(runs, out):
+        left.append(sum(page() is not None for page in written))
+        written.append(weakref.ref(Page()))
+
+    monkeypatch.setattr(monitor, "_MEASURE_STEPS", 10)
+    monkeypatch.setattr(following, "write_report", write_report)
+    gc.collect()
+    gc.disable()
+    try:
+        pretrain(labelled_folder, tmp_path / "run", "--evaluate-every", "1")
+    finally:
+        gc.enable()
+    assert len(left) >= 3 and not any(left)
 
 
 def losses(run):
