@@ -3,9 +3,10 @@
     python benchmarks/faults/soak.py data/cifar10/train --json soak.json            # about 45 minutes
     python benchmarks/faults/soak.py data/cifar10/train --minutes 2 --every 10 20
 
-SimCLR on 10,000 images at 16 px, one torch thread, states saved three times between kills at least, and the report written as usual; --minutes
-is what the undisturbed run takes. Its twin gets SIGKILL every 60 to 120 s and is resumed until it ends. All the while a
-third process embeds images with two encoders in turn into one folder and indexes it, and a fourth one searches there.
+SimCLR on 10,000 images at 16 px, one torch thread, the report written as usual; --minutes is what the undisturbed run
+takes. Its twin gets SIGKILL every 60 to 120 s, with a state saved three times in between, and is resumed until it ends.
+All the while a third process embeds images with two encoders in turn into one folder and indexes it, and a fourth one
+searches there.
 
     soak/state    the twins are the same: rows of metrics.csv, encoder, last state, bit for bit
     soak/kills    how many kills the second twin went on from; after each there was a state that verified
