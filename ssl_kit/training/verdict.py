@@ -35,7 +35,7 @@ _LOST = 0.25  # of the directions at the start; 200 healthy steps of MAE leave m
 _NOISE = 2.0  # standard errors of kNN
 _OUTSIDE = 0.01  # views may leave [0, 1] by rounding
 _CONTRAST = 0.1  # of the images' own; the strongest views keep more
-_EARLY = 50  # steps: before, warm-up and chance decide
+_EARLY = 100  # steps: before, warm-up and chance decide
 _BUCKETS = 1_024  # of a sketch
 
 Row = dict[str, float]

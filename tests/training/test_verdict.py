@@ -76,9 +76,9 @@ def test_a_method_that_compares_nothing_may_lose_directions_but_not_nearly_all()
 
 
 def test_the_first_steps_tell_only_what_is_certain():
-    early = judged(logged={"loss": 6.2}, now={"step": 49})
-    assert early.state == "unknown" and early.reason.startswith("49 steps are too few to tell; so far the loss, 6.200")
-    assert judged(logged={"loss": 6.2}, now={"step": 50}).state == "stuck"
+    early = judged(logged={"loss": 6.2}, now={"step": 99})
+    assert early.state == "unknown" and early.reason.startswith("99 steps are too few to tell; so far the loss, 6.200")
+    assert judged(logged={"loss": 6.2}, now={"step": 100}).state == "stuck"
     assert judged(now={"step": 6, "effective_rank": 1.2}).state == "collapsed"
     assert judged(now={"step": 6}, logged={"views_high": 255.0}).state == "stuck"
     assert judged(now={"step": 6}).state == "learning"
