@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN := demo/run
 EMB := demo/embeddings
 
-.PHONY: demo test check docs clean
+.PHONY: demo test test-failed check docs clean
 
 .venv/demo: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -30,6 +30,10 @@ demo: .venv/demo
 # Two processes of two threads each: some faults need two threads; the passive ones do not spin for the other process.
 test: .venv/dev
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# What failed the last time, one after the other.
+test-failed: .venv/dev
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --last-failed --last-failed-no-failures none
 
 check: .venv/dev
 	$(BIN)/ruff format --check ssl_kit tests benchmarks
