@@ -158,17 +158,20 @@ def main():
     atexit.register(print, "hooks were called")
     if joined:
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    if leave:
-        sys.exit(75)
+    if leave in ways:
+        sys.exit(*ways[leave])
     return 2
-joined, leave = "joined" in sys.argv, "leave" in sys.argv
+ways = {"with a number": (75,), "without": (), "with a word": ("told",)}
+joined, leave = "joined" in sys.argv, sys.argv[2]
 cli.main = main
 cli.run()
 """
 
 
 @pytest.mark.parametrize(("joined", "words"), [("joined", 1), ("alone", 2)])
-@pytest.mark.parametrize(("leave", "code"), [("leave", 75), ("return", 2)])
+@pytest.mark.parametrize(
+    ("leave", "code"), [("with a number", 75), ("without", 0), ("with a word", 1), ("it returns", 2)]
+)
 def test_a_failed_run_of_several_processes_ends_before_the_interpreter_does(joined, words, leave, code):
     done = subprocess.run([sys.executable, "-c", ENDING, joined, leave], capture_output=True, text=True, check=False)
     assert done.returncode == code
