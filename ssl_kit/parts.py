@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ssl_kit.core.errors import DamagedError, UserError
-from ssl_kit.core.files import MANIFEST, verify_file
+from ssl_kit.core.files import MANIFEST, unreplaced, verify_file
 
 FORMAT = "ssl_kit embeddings 1"
 PART_ROWS = 65_536
@@ -129,7 +129,8 @@ def matrix(table: pa.Table, dims: int, path: Path) -> np.ndarray:
 
 def _bytes_on_disk(folder: Path, info: dict[str, Any]) -> int:
     """Of the parts that a manifest names: vectors are stored as they are, so a folder holds no more than this."""
-    return sum((folder / name).stat().st_size for name in part_names(info) if (folder / name).is_file())
+    with unreplaced(folder):
+        return sum((folder / name).stat().st_size for name in part_names(info) if (folder / name).is_file())
 
 
 def checked(info: dict[str, Any], folder: Path) -> tuple[int, int, str, list[str]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import tempfile
 from pathlib import Path
 
 import faiss
@@ -84,10 +85,7 @@ class Trials:
         self.place = place
         self.indexes = {key: index_file(place, key).read_bytes() for key in KEYS}
         self.vectors = Embeddings.load(place / "emb").vectors
-        self.scratch = place / f"scratch-{os.getpid()}"
-        self.away = place / f"away-{os.getpid()}"
-        for folder in (self.scratch, self.away):
-            folder.mkdir()
+        self.scratch, self.away = (Path(tempfile.mkdtemp("", prefix, place)) for prefix in ("scratch-", "away-"))
         os.chdir(self.away)
         self.recipes = [path.read_bytes() for path in sorted(RECIPES.glob("*.yaml"))]
 

@@ -11,7 +11,7 @@ searches there.
     soak/state    the twins are the same: rows of metrics.csv, encoder, last state, bit for bit
     soak/kills    how many kills the second twin went on from; after each there was a state that verified
     soak/search   answers from the folder while it was replaced: those of the old or of the new encoder, or an error in
-                  words; `refused` counts those
+                  words; `refused` counts those, and `died` the processes that ended by anything else
     soak/memory   resident memory of the undisturbed twin: its median over the last fifth of the run is at most 2 % over
                   that of the second fifth; and no life of the killed twin needed 5 % more than the undisturbed one
 """
@@ -214,7 +214,7 @@ def soak(place: Path, data: str, minutes: float, every: tuple[float, float], row
     counts = json.loads(searches.read_text())
     tried = counts["answers"] + counts["wrong"]
     replaced = {"refused": counts["refused"], "replaced": json.loads(rounds.read_text()), "died": len(gone)}
-    rows.add({"id": "soak/search", "tried": tried, "survived": counts["answers"], **replaced})
+    rows.add({"id": "soak/search", "tried": tried + len(gone), "survived": counts["answers"], **replaced})
     early, late, most = calm_memory.fifth(1), calm_memory.fifth(4), max(calm_memory.samples)
     flat = [late <= GROWTH * early, peak <= MORE * most]
     figures = {

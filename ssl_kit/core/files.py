@@ -258,13 +258,23 @@ def read_manifest(folder: Path | str, *, verify: bool = True, limit: int = MAX_J
     settle(folder)
     if not (folder / MANIFEST).is_file():
         raise DamagedError(f"{folder} has no {MANIFEST}: it was not written by ssl_kit, or the writing was cut off")
-    manifest = read_sealed(folder / MANIFEST, limit)
+    with unreplaced(folder):
+        manifest = read_sealed(folder / MANIFEST, limit)
     if not isinstance(manifest.get("files"), dict):
         raise DamagedError(f"{folder / MANIFEST} names no files; expected the manifest that ssl_kit writes")
     if verify:
         for name, wanted in manifest["files"].items():
             verify_file(folder, name, wanted)
     return manifest
+
+
+@contextmanager
+def unreplaced(folder: Path) -> Iterator[None]:
+    """Raises `DamagedError` when the block misses a file of `folder`: somebody else is replacing it."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DamagedError(f"{folder} was replaced while it was read: read it again") from error
 
 
 def verify_file(folder: Path, name: str, wanted: str) -> None:
@@ -274,7 +284,8 @@ def verify_file(folder: Path, name: str, wanted: str) -> None:
         raise DamagedError(f"{folder / MANIFEST} names {name!r}, outside its folder; refused")
     if not file.is_file():
         raise DamagedError(f"{file} is missing, though {folder / MANIFEST} names it")
-    got = sha256(file)
+    with unreplaced(folder):
+        got = sha256(file)
     if got != wanted:
         raise DamagedError(f"{file} is damaged: sha256 {got[:12]}..., {folder / MANIFEST} says {str(wanted)[:12]}...")
 

@@ -22,6 +22,7 @@ import torch  # noqa: F401  before faiss, always: two OpenMP runtimes, and this 
 import faiss  # isort: skip
 
 from ssl_kit.core.errors import DamagedError
+from ssl_kit.core.files import unreplaced
 
 _LEAST_LOOPS = 65_536  # that a file may ask of FAISS: more than an honest one needs beside a loop per vector
 _MOST_CANDIDATES = 1_000  # per result, of a refinement; `build_index` sets 4 to 64
@@ -60,11 +61,12 @@ def read_index(path: Path, count: int, dim: int, mapped: bool = False) -> faiss.
         DamagedError: FAISS cannot read it, its parts do not fit each other, or it does not hold `count` vectors of
             `dim` by inner product.
     """
-    _names_no_file(path)
-    faiss.set_deserialization_vector_byte_limit(path.stat().st_size)
-    faiss.set_deserialization_loop_limit(max(count, dim, _LEAST_LOOPS))
     try:
-        index = _mapped(path, count, dim) if mapped else faiss.read_index(str(path))
+        with unreplaced(path.parent):
+            _names_no_file(path)
+            faiss.set_deserialization_vector_byte_limit(path.stat().st_size)
+            faiss.set_deserialization_loop_limit(max(count, dim, _LEAST_LOOPS))
+            index = _mapped(path, count, dim) if mapped else faiss.read_index(str(path))
     except (RuntimeError, MemoryError) as error:
         raise DamagedError(f"{path} cannot be read: {str(error).strip().splitlines()[-1]}") from error
     if (index.ntotal, index.d) != (count, dim) or index.metric_type != faiss.METRIC_INNER_PRODUCT:

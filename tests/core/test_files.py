@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -236,6 +237,20 @@ def test_damage_is_found_and_named(tmp_path, damage):
         (tmp_path / "f" / "manifest.json").write_text("{")
     with pytest.raises(DamagedError, match=r"manifest.json" if damage == "manifest" else r"x\.bin"):
         read_manifest(tmp_path / "f")
+
+
+@pytest.mark.parametrize("reader", ["read_sealed", "sha256"])
+def test_a_folder_that_goes_while_it_is_read_is_told(tmp_path, monkeypatch, reader):
+    write(tmp_path / "folder", "text")
+    read = getattr(files, reader)
+
+    def late(*arguments):
+        shutil.rmtree(tmp_path / "folder")
+        return read(*arguments)
+
+    monkeypatch.setattr(files, reader, late)
+    with pytest.raises(DamagedError, match="folder was replaced while it was read"):
+        read_manifest(tmp_path / "folder")
 
 
 def test_a_manifest_cannot_point_outside_its_folder(tmp_path):

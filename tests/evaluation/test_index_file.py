@@ -121,7 +121,9 @@ def test_a_damaged_exact_index_is_not_mapped(written, monkeypatch):
             read_index(path, ROWS, DIM, mapped=True)
 
 
-def test_an_empty_file_is_refused(tmp_path):
+def test_an_empty_file_is_refused_and_one_that_is_gone(tmp_path):
+    with pytest.raises(DamagedError, match="was replaced while it was read"):
+        read_index(tmp_path / "x.faiss", ROWS, DIM)
     (tmp_path / "x.faiss").touch()
     with pytest.raises(DamagedError, match="empty"):
         read_index(tmp_path / "x.faiss", ROWS, DIM)
