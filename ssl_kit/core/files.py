@@ -258,8 +258,7 @@ def read_manifest(folder: Path | str, *, verify: bool = True, limit: int = MAX_J
     settle(folder)
     if not (folder / MANIFEST).is_file():
         raise DamagedError(f"{folder} has no {MANIFEST}: it was not written by ssl_kit, or the writing was cut off")
-    with unreplaced(folder):
-        manifest = read_sealed(folder / MANIFEST, limit)
+    manifest = read_sealed(folder / MANIFEST, limit)
     if not isinstance(manifest.get("files"), dict):
         raise DamagedError(f"{folder / MANIFEST} names no files; expected the manifest that ssl_kit writes")
     if verify:

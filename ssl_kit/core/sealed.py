@@ -27,9 +27,13 @@ def read_json(path: Path | str, limit: int = MAX_JSON) -> Any:
     path = Path(path)
     if not path.is_file():  # a pipe or a device would block
         raise DamagedError(f"{path} is missing")
-    if path.stat().st_size > limit:
-        raise DamagedError(f"{path} has {path.stat().st_size:,} bytes; JSON files here stay below {limit:,}")
-    return parse_json(path.read_bytes(), path, limit)
+    try:
+        if (size := path.stat().st_size) > limit:
+            raise DamagedError(f"{path} has {size:,} bytes; JSON files here stay below {limit:,}")
+        data = path.read_bytes()
+    except FileNotFoundError as error:  # since then, for its folder is being replaced
+        raise DamagedError(f"{path} is missing") from error
+    return parse_json(data, path, limit)
 
 
 def parse_json(data: bytes, path: Path, limit: int = MAX_JSON) -> Any:
