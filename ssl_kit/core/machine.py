@@ -19,6 +19,7 @@ from ssl_kit.core.processes import on_this_machine
 Switch = Literal["auto", "on", "off"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_OWN_FROZEN = 1_000  # objects: Python 3.12 itself begins with 375 set aside
 _COMPILE_STEPS = 3_000  # that make up for a minute of compiling: at 10 steps a second, 20 % faster
 _ONEDNN_BLOCK = 16  # channels of oneDNN's AVX-512 kernels
 _LIGHTNING = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
@@ -173,7 +174,7 @@ def cycles_freed() -> Iterator[None]:
     come together, which is after dozens of reports of 1.3 MiB each. Looking at all of them takes 0.3 s; set aside for
     the time being, 5 ms.
     """
-    if gc.get_freeze_count():  # somebody else's, to which there is no way back
+    if gc.get_freeze_count() > _OWN_FROZEN:  # somebody else's, to which there is no way back
         yield
         return
     gc.freeze()

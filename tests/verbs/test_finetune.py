@@ -49,7 +49,9 @@ def tuned(coloured, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finetune")
     torch.manual_seed(0)
     Encoder("resnet18_small", NET, (16, 16)).save(folder / "encoder")
-    record = finetune(str(folder / "encoder"), str(coloured), out=str(folder / "out"), **QUICK)
+    record = finetune(
+        str(folder / "encoder"), str(coloured), out=str(folder / "out"), **QUICK | {"epochs": 2 * QUICK["epochs"]}
+    )
     return folder, record
 
 
@@ -81,7 +83,7 @@ def test_the_classifier_is_a_timm_folder_with_the_scores_of_its_best_epoch(tuned
     loaded = timm.create_model(f"local-dir:{folder / 'out' / 'finetuned'}", pretrained=True).eval()
     assert loaded.num_classes == 4
     scores = record["results"][0]["settings"]["held_out_top1"]
-    assert len(scores) == QUICK["epochs"]
+    assert len(scores) == 2 * QUICK["epochs"]
     encoder = Encoder.load(folder / "out" / "finetuned")
     images = torch.rand(2, 3, 16, 16)
     assert torch.allclose(encoder(images), loaded(encoder.normalise(images)), atol=1e-5)
