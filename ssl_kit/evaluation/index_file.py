@@ -27,9 +27,8 @@ from ssl_kit.core.files import unreplaced
 _LEAST_LOOPS = 65_536  # that a file may ask of FAISS: more than an honest one needs beside a loop per vector
 _MOST_CANDIDATES = 1_000  # per result, of a refinement; `build_index` sets 4 to 64
 _MOST_SEARCHED = 2**16  # candidates of a graph search; FAISS sets 16
-_EXACT = struct.Struct(
-    "<4siqqqBiQ"
-)  # what comes before the vectors: kind, d, n, two of `_FILLING`, trained, metric, n * d
+# What comes before exact vectors: kind, d, n, two of `_FILLING`, trained, metric, n * d
+_EXACT = struct.Struct("<4siqqqBiQ")
 _FILLING = 2**20
 _ST_PQ = 0  # faiss.IndexPQ.ST_PQ
 _KINDS = (

@@ -203,8 +203,8 @@ def _begin(folder: Path, settings: dict[str, Any], resume: bool) -> str:
 def _record(path: Path, results: list[Result], training: str) -> None:
     """Appends the results that are not there: this training may have been killed after it wrote them."""
     told = set()
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with suppress(ValueError, KeyError, TypeError):  # a line that was cut off
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+        with suppress(ValueError, KeyError, TypeError):  # a line that was cut off, within a character perhaps
             record = json.loads(line)
             if record["made_by"][_TRAINING] == training:
                 told.add(record["features"])
