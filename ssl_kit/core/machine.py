@@ -42,9 +42,17 @@ def choose_device() -> Choice:
 
 
 def choose_precision(wanted: Precision, device: str) -> Choice:
-    """float32, bfloat16 or float16 for autocast on `device`."""
+    """float32, bfloat16 or float16 for autocast on `device`.
+
+    Raises:
+        UserError: no such precision, or one that `device` would train as another.
+    """
     if wanted not in ("auto", *_LIGHTNING):
         raise UserError(f"precision {wanted!r} is not one of auto, {', '.join(_LIGHTNING)}")
+    if wanted == "float16" and device == "cpu":
+        raise UserError("precision float16: on a cpu Lightning makes bfloat16 of it; give bfloat16, float32 or auto")
+    if wanted == "bfloat16":
+        return _bfloat16(device)
     if wanted != "auto":
         return Choice(wanted, "asked for")
     if device == "cuda":
@@ -53,6 +61,15 @@ def choose_precision(wanted: Precision, device: str) -> Choice:
     if device == "cpu" and fast_bfloat16():
         return Choice("bfloat16", "the CPU multiplies it in hardware, about twice as fast as float32")
     return Choice("float32", f"no fast bfloat16 on this {device}")
+
+
+def _bfloat16(device: str) -> Choice:
+    """It was asked for. Where it is emulated it is slow, and as exact."""
+    emulated = not (fast_bfloat16() if device == "cpu" else device != "cuda" or torch.cuda.is_bf16_supported(False))
+    if emulated and device == "cuda" and not torch.cuda.is_bf16_supported():
+        raise UserError("precision bfloat16: this GPU cannot compute it; give float16 or float32, or auto")
+    why = f"; this {device} has no bfloat16 instructions: emulated, slower than float32" if emulated else ""
+    return Choice("bfloat16", f"asked for{why}")
 
 
 def choose_channels_last(network: nn.Module, device: str) -> Choice:

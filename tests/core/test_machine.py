@@ -4,8 +4,10 @@ import gc
 import weakref
 
 import pytest
+import pytorch_lightning as pl
 import torch
 
+from ssl_kit.core import machine
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.machine import (
     available_cores,
@@ -23,14 +25,47 @@ from ssl_kit.core.machine import (
 
 
 def test_precision_is_as_asked_or_what_is_fast():
-    for wanted in ("float32", "bfloat16", "float16"):
-        assert choose_precision(wanted, "cpu").value == wanted
+    for wanted, device in (("float32", "cpu"), ("bfloat16", "cpu"), ("float16", "cuda"), ("float16", "mps")):
+        assert choose_precision(wanted, device).value == wanted
         assert lightning_precision(wanted)
     chosen = choose_precision("auto", "cpu")
     assert chosen.value == ("bfloat16" if fast_bfloat16() else "float32") and chosen.reason
     assert choose_precision("auto", "mps").value == "float32"
     with pytest.raises(UserError, match="bf16"):
         choose_precision("bf16", "cpu")
+
+
+@pytest.mark.filterwarnings("ignore:.*AMP with fp16 is not supported on CPU")
+def test_what_a_device_would_train_as_something_else_is_refused():
+    """Lightning's own word for every precision: on a CPU it makes bfloat16 of float16."""
+    for wanted, kept in (("float32", True), ("bfloat16", True), ("float16", False)):
+        used = pl.Trainer(accelerator="cpu", precision=lightning_precision(wanted), logger=False).precision
+        assert (used == lightning_precision(wanted)) is kept
+        if kept:
+            assert choose_precision(wanted, "cpu").value == wanted
+            continue
+        with pytest.raises(UserError, match=f"precision {wanted}: .* cpu .*bfloat16"):
+            choose_precision(wanted, "cpu")
+
+
+def test_a_precision_that_is_asked_for_where_it_is_slow_says_so(monkeypatch):
+    for fast in (True, False):
+        monkeypatch.setattr(machine, "fast_bfloat16", lambda fast=fast: fast)
+        assert ("no bfloat16 instructions" in choose_precision("bfloat16", "cpu").reason) is not fast
+
+
+@pytest.mark.parametrize(("has", "emulates"), [(True, True), (False, True), (False, False)])
+def test_bfloat16_on_a_gpu_without_it_is_told_or_refused(monkeypatch, has, emulates):
+    # what torch says of a GPU that this machine has not
+    supported = lambda including_emulation=True: emulates if including_emulation else has
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert choose_precision("auto", "cuda").value == ("bfloat16" if has else "float16")
+    if emulates:
+        chosen = choose_precision("bfloat16", "cuda")
+        assert chosen.value == "bfloat16" and ("emulated" in chosen.reason) is not has
+    else:
+        with pytest.raises(UserError, match=r"precision bfloat16: .* float16 or float32"):
+            choose_precision("bfloat16", "cuda")
 
 
 @pytest.mark.parametrize(
