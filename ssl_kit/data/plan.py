@@ -36,9 +36,9 @@ class TrainingPlan:
     """Which images each step sees: a pure function of (seed, step), so that resuming needs the step alone.
 
     An epoch shows every image once, shuffled anew, in steps of nearly equal size (they differ by at most one image, so
-    that no image is left out and no step is tiny). Each process takes a contiguous part of every step; their sizes
-    differ by at most one image too. What a step sees does not depend on the number of processes, nor do the images that
-    stand in for those that cannot be decoded.
+    that no image is left out and no step is tiny; steps of one image are for those who ask for them). Each process
+    takes a contiguous part of every step; their sizes differ by at most one image too. What a step sees does not depend
+    on the number of processes, nor do the images that stand in for those that cannot be decoded.
 
     Args:
         count: images of the source.
@@ -69,7 +69,8 @@ class TrainingPlan:
                 f"processes); lower --{option} to at most {count // world_size}, or add images"
             )
         self.count, self.seed, self.rank, self.world_size = count, seed, rank, world_size
-        self.steps_per_epoch = -(-count // together)
+        steps = -(-count // together)
+        self.steps_per_epoch = min(steps, count // min(2, together))  # an odd count by twos ends in a step of three
         if count // self.steps_per_epoch < world_size:  # the smallest step
             raise UserError(
                 f"{count} images in {self.steps_per_epoch} steps leave some of {world_size} processes without any; "

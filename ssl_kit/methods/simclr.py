@@ -136,9 +136,12 @@ def nt_xent(z: Tensor, temperature: float, *, decoupled: bool = False, bfloat16:
 
     Returns:
         Scalar, float32 or better; ln(2B - 1) when all projections are equal, ln(2B - 2) decoupled.
+
+    Raises:
+        UserError: there is one image only, hence no negative: the loss would be 0, or infinite decoupled.
     """
-    if decoupled and len(z) == 2 and world_size() == 1:
-        raise UserError("the decoupled loss needs negatives: got a batch of one image, wanted two; raise --batch_size")
+    if len(z) == 2 and world_size() == 1:
+        raise UserError("the loss compares images: got a step of one image, wanted two or more; raise --batch_size")
     with torch.autocast(z.device.type, enabled=False):
         z = _unit(z.float() if z.dtype in (torch.bfloat16, torch.float16) else z)  # (2B, d)
         if len(z) <= _SMALL and world_size() == 1 and not decoupled:  # eq. 1 as it stands
@@ -177,7 +180,7 @@ _SAFE = 60.0  # |s| in base 2 up to which powers, their sums and their reciproca
 
 
 class _LogNegatives(torch.autograd.Function):
-    """(2B, d) unit rows, first view above second, to n (2B,), -inf where there are no negatives."""
+    """(2B, d) unit rows of two images or more, first view above second, to n (2B,)."""
 
     @staticmethod
     def forward(context: Any, z: Tensor, temperature: float, bfloat16: bool) -> Tensor:
@@ -202,7 +205,6 @@ class _LogNegatives(torch.autograd.Function):
     def backward(context: Any, g: Tensor) -> tuple[Tensor, None, None]:
         z, candidates, n = context.saved_tensors
         temperature, bfloat16 = context.temperature, context.bfloat16
-        n = n.masked_fill(n == -math.inf, 0)  # no negatives: no power is above 0
         n, g = _own_first(torch.stack([n, g], dim=1)).unbind(dim=1)  # (M,) each
         scaled = g * torch.exp2(-n)
         gradient = torch.zeros_like(z)
