@@ -188,9 +188,15 @@ class Schedule(LambdaLR):
 class LARS(Optimizer):
     """Layer-wise adaptive rate scaling (You, Gitman & Ginsburg 2017, arXiv:1708.03888), as SimCLR's authors use it.
 
-    The step of each weight with decay is scaled by trust * |w| / (|g + wd * w|); groups without weight decay (norms and
-    biases) take a plain SGD step, and a zero norm is not scaled. The ratio stays on the device: no host sync.
+    The step of each matrix or filter is scaled by trust * |w| / |g + wd * w|, whatever the weight decay; norms, biases
+    and other vectors take a plain SGD step, and a zero norm is not scaled. The ratio stays on the device: no host sync.
     Like torch's fused optimisers it divides gradients by `grad_scale` and does nothing where `found_inf` is 1.
+
+    What adapts is what MAE's authors say (https://github.com/facebookresearch/mae/blob/main/util/lars.py, ndim > 1);
+    SimCLR's (https://github.com/google-research/simclr/blob/master/lars_optimizer.py) leave norms and biases out by
+    name, which is the same. timm's `Lars` adapts only groups with weight decay unless told `always_adapt`, and divides
+    by |g| + wd * |w|, as the paper does. Momentum is torch's and MAE's, the rate outside the velocity; SimCLR's has it
+    inside, which differs while the rate changes.
     """
 
     def __init__(
@@ -218,10 +224,11 @@ class LARS(Optimizer):
         held: Tensor | None = getattr(self, "found_inf", None)
         gradient = parameter.grad if scale is None else parameter.grad / scale
         if group["weight_decay"]:
-            decayed = gradient.add(parameter, alpha=group["weight_decay"])
-            weight_norm, gradient_norm = parameter.norm(), decayed.norm()
+            gradient = gradient.add(parameter, alpha=group["weight_decay"])
+        if parameter.ndim >= 2:
+            weight_norm, gradient_norm = parameter.norm(), gradient.norm()
             ratio = group["trust"] * weight_norm / gradient_norm
-            gradient = decayed * torch.where((weight_norm > 0) & (gradient_norm > 0), ratio, torch.ones_like(ratio))
+            gradient = gradient * torch.where((weight_norm > 0) & (gradient_norm > 0), ratio, torch.ones_like(ratio))
         velocity = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
         moved = velocity * group["momentum"] + gradient
         if held is None:

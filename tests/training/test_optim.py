@@ -62,18 +62,102 @@ def test_schedule_resumes_at_every_step(step):
 
 
 def lars_step(weight, gradient, weight_decay):
-    parameter = nn.Parameter(torch.tensor(weight))
-    parameter.grad = torch.tensor(gradient)
+    parameter = nn.Parameter(torch.tensor([weight]))  # (1, 2)
+    parameter.grad = torch.tensor([gradient])
     groups = [{"params": [parameter], "weight_decay": weight_decay}]
     LARS(groups, lr=1.0, momentum=0.0, trust=0.001).step()
-    return parameter.tolist()
+    return parameter.tolist()[0]
 
 
 def test_lars_step_by_hand():
     assert lars_step([3.0, 4.0], [0.6, 0.8], 0.1) == pytest.approx([2.997, 3.996], abs=1e-6)
-    assert lars_step([3.0, 4.0], [0.6, 0.8], 0.0) == pytest.approx([2.4, 3.2], abs=1e-6)
+    assert lars_step([3.0, 4.0], [0.6, 0.8], 0.0) == pytest.approx([2.997, 3.996], abs=1e-6)
     assert lars_step([0.0, 0.0], [0.6, 0.8], 0.1) == pytest.approx([-0.6, -0.8], abs=1e-6)
     assert lars_step([3.0, 4.0], [-1.5, -2.0], 0.5) == [3, 4]  # gradient and decay cancel
+
+
+LAYERS = {"conv": (4, 3, 3, 3), "linear": (5, 4), "bias": (5,), "norm": (4,)}  # as the optimiser numbers them
+STEPS = 6
+
+
+def draws(seed, like=None):
+    """Values for every layer, float64; of the shape of the layers, or along `like`."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda shape: torch.randn(shape, generator=generator, dtype=torch.float64)
+    if like is None:
+        return {name: draw(shape) for name, shape in LAYERS.items()}
+    return {name: value.detach() * draw(()).abs() for name, value in like.items()}
+
+
+def build_lars(weights, weight_decay):
+    """Our LARS as `Optim` builds it."""
+    network = nn.ParameterDict({name: nn.Parameter(value.clone()) for name, value in weights.items()})
+    record = Optim(name="lars", lr=0.3, lr_per=None, weight_decay=weight_decay, momentum=0.9)
+    optimiser, _ = record.build(network, images_per_step=8, steps_per_epoch=1, total_steps=STEPS)
+    for group in optimiser.param_groups:
+        group["lr"] = 0.3
+    return network, optimiser
+
+
+def authors(weights, weight_decay):
+    """What SimCLR's `lars_optimizer.py` does, classic momentum, norms and biases left out of decay and adaptation."""
+    values, velocity = dict(weights), {name: torch.zeros_like(value) for name, value in weights.items()}
+    for step in range(STEPS):
+        for name, drawn in draws(step).items():
+            gradient, ratio = drawn, 1.0
+            if name in ("conv", "linear"):
+                gradient = drawn + weight_decay * values[name]
+                ratio = 0.001 * values[name].square().sum().sqrt() / gradient.square().sum().sqrt()
+            velocity[name] = 0.9 * velocity[name] + 0.3 * ratio * gradient
+            values[name] = values[name] - velocity[name]
+    return values
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 1e-6, 0.1])
+def test_lars_is_that_of_simclrs_authors(weight_decay):
+    weights = draws(99)
+    network, optimiser = build_lars(weights, weight_decay)
+    for step in range(STEPS):
+        for name, gradient in draws(step).items():
+            network[name].grad = gradient
+        optimiser.step()
+    torch.testing.assert_close(dict(network.items()), authors(weights, weight_decay), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_lars_is_timms_where_the_two_definitions_meet(weight_decay):
+    """timm divides by |g| + wd |w|, we by |g + wd w|: the same without decay, and for gradients along the weights."""
+    weights = draws(99)
+    network, optimiser = build_lars(weights, weight_decay)
+    theirs = {name: nn.Parameter(value.clone()) for name, value in weights.items()}
+    matrices, vectors = ([value for value in theirs.values() if (value.ndim > 1) is large] for large in (True, False))
+    groups = [{"params": matrices, "weight_decay": weight_decay, "always_adapt": True}, {"params": vectors}]
+    reference = timm.optim.Lars(groups, lr=0.3, momentum=0.9, eps=0.0, trust_clip=False, always_adapt=False)
+    for step in range(STEPS):
+        for name, gradient in draws(step, like=weights if weight_decay else None).items():
+            network[name].grad, theirs[name].grad = gradient, gradient.clone()  # timm's adds the decay in place
+        optimiser.step()
+        reference.step()
+    torch.testing.assert_close(dict(network.items()), theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_a_lars_state_of_earlier_versions_goes_on():
+    """The groups and the state that they wrote: nothing more is asked for."""
+    weights = draws(99)
+    network, optimiser = build_lars(weights, 0.1)
+    common = {"lr": 0.3, "momentum": 0.9, "trust": 0.001, "initial_lr": 0.3}
+    groups = [{**common, "weight_decay": 0.1, "params": [0, 1]}, {**common, "weight_decay": 0.0, "params": [2, 3]}]
+    state = {number: {"momentum_buffer": value} for number, value in enumerate(draws(5).values())}
+    optimiser.load_state_dict({"state": state, "param_groups": groups})
+    for name, gradient in draws(0).items():
+        network[name].grad = gradient
+    optimiser.step()
+    momenta, gradients = draws(5), draws(0)
+    decayed = gradients["conv"] + 0.1 * weights["conv"]
+    scaled = 0.001 * weights["conv"].norm() / decayed.norm() * decayed
+    wanted = {"conv": 0.9 * momenta["conv"] + scaled, "norm": 0.9 * momenta["norm"] + gradients["norm"]}
+    for name, step in wanted.items():
+        torch.testing.assert_close(network[name].detach(), weights[name] - 0.3 * step)
 
 
 def test_warm_up_is_at_most_half_of_a_short_run():
