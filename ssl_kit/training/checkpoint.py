@@ -267,12 +267,15 @@ def generators() -> dict[str, Any]:
 
 
 def set_generators(state: dict[str, Any]) -> None:
-    """Restores what `generators` gave."""
+    """Restores what `generators` gave; of another number of GPUs those that there are, which is said."""
     torch.set_rng_state(state["torch"])
     np.random.set_state(state["numpy"])
     random.setstate(state["python"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    saved, visible = state.get("cuda", []), torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for device, one in enumerate(saved[:visible]):
+        torch.cuda.set_rng_state(one, device)
+    if len(saved) != visible:
+        say(f"generators: saved with {len(saved)} GPUs, {visible} visible now; dropout may draw otherwise than before")
 
 
 def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:

@@ -75,6 +75,28 @@ def test_generators_continue_where_they_were():
     assert torch.equal(got[0], wanted[0]) and np.array_equal(got[1], wanted[1]) and got[2] == wanted[2]
 
 
+@pytest.mark.parametrize(("saved", "visible"), [(2, 1), (1, 2), (2, 0), (0, 1), (2, 2), (0, 0)])
+def test_generators_of_the_gpus_that_are_there_are_restored(saved, visible, monkeypatch, capsys):
+    """Only what torch says of GPUs, and is told, is put in its place: there may be none here."""
+    told = {}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: visible > 0)
+
+    def set_rng_state(state, device):
+        assert int(device) < visible, "invalid device ordinal"
+        told[int(device)] = state.tolist()
+
+    monkeypatch.setattr(torch.cuda, "set_rng_state", set_rng_state)
+    monkeypatch.setattr(torch.cuda.random, "set_rng_state", set_rng_state)
+    state = {"torch": torch.get_rng_state(), "numpy": np.random.get_state(legacy=False), "python": random.getstate()}
+    if saved:
+        state["cuda"] = [torch.full((4,), device, dtype=torch.uint8) for device in range(saved)]
+    set_generators(state)
+    assert told == {device: [device] * 4 for device in range(min(saved, visible))}
+    said = capsys.readouterr().out
+    assert (f"saved with {saved} GPU" in said and f"{visible} " in said) if saved != visible else not said
+
+
 def at(folder, step):
     return save(folder / f"step-{step:08d}", {**STATE, "global_step": step})
 
