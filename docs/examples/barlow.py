@@ -3,7 +3,7 @@
 Zbontar, Jing, Misra, LeCun & Deny 2021, arXiv:2103.03230.
 
     symbol  here           meaning
-    B       B              images of the batch
+    B       B              images of the batch, of all processes together
     z_A     first          projections of the first views, standardised over the batch, (B, width)
     C       c              their correlation with those of the second views, (width, width)
     lambda  off_diagonal   weight of the redundancy term
@@ -16,16 +16,22 @@ from ssl_kit.core.random import Key
 from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.methods.method import Method, flatten_views
 from ssl_kit.methods.simclr import projection_head
+from ssl_kit.training.distributed import gather
 from ssl_kit.training.optim import Optim
 
 
 def barlow_loss(first: Tensor, second: Tensor, off_diagonal: float) -> Tensor:
-    """Eq. 1 for projections (B, width) of two views: pulls the diagonal of C to 1 and all else to 0. A scalar."""
-    first, second = ((z - z.mean(0)) / z.std(0, correction=0).clamp(min=1e-5) for z in (first, second))
-    c = first.T @ second / len(first)  # (width, width)
-    error = (c - torch.eye(len(c), device=c.device)).square()
-    on_diagonal = error.diagonal().sum()
-    return on_diagonal + off_diagonal * (error.sum() - on_diagonal)
+    """Eq. 1 for projections (b, width) of two views: pulls the diagonal of C to 1 and all else to 0. A scalar.
+
+    C is that of the images of all processes, which may have unequal shares b; nothing is computed in low precision.
+    """
+    with torch.autocast(first.device.type, enabled=False):
+        first, second = gather(torch.cat([first, second], dim=1)).chunk(2, dim=1)  # (B, width) each
+        first, second = ((z - z.mean(0)) / z.std(0, correction=0).clamp(min=1e-5) for z in (first, second))
+        c = first.T @ second / len(first)  # (width, width)
+        error = (c - torch.eye(len(c), device=c.device)).square()
+        on_diagonal = error.diagonal().sum()
+        return on_diagonal + off_diagonal * (error.sum() - on_diagonal)
 
 
 class BarlowTwins(Method):
@@ -53,5 +59,5 @@ class BarlowTwins(Method):
 
     def loss(self, views: list[Tensor], key: Key) -> dict[str, Tensor]:
         """The redundancy-reduction loss of the two views."""
-        first, second = self.head(self.encoder(flatten_views(views))).float().chunk(2)  # (B, width) each
+        first, second = self.head(self.encoder(flatten_views(views))).float().chunk(2)  # (b, width) each
         return {"loss": barlow_loss(first, second, self.off_diagonal)}
