@@ -199,7 +199,7 @@ def _listed(data: Data, channels: int, max_bad: float, labelled: bool) -> Source
         raise UserError(f"{text}: tar shards are not read yet; unpack them into a folder, or list the files in a .csv")
     name, _, part = text.partition(":")
     if is_builtin(name) and not path.exists():
-        whole = _from_arrays(*builtin(name), channels, name)
+        whole = builtin_source(name, channels)
         return _part(whole, _rows_of(whole, part), part) if part else whole
     if path.suffix.lower() in TABLES and path.is_file():
         ids, names = read_table(path)
@@ -212,6 +212,11 @@ def _listed(data: Data, channels: int, max_bad: float, labelled: bool) -> Source
     if labelled and (empty := folders_without(path, classes)):
         warn(f"{path}: no images in {', '.join(map(repr, empty[:5]))}; {len(empty)} folders are no classes")
     return Source(text, ids, labels, classes, channels, None, path, Skipped(len(ids), max_bad))
+
+
+def builtin_source(name: str, channels: int) -> Source:
+    """A whole built-in set, in memory; see `tables.builtin`."""
+    return _from_arrays(*builtin(name), channels, name)
 
 
 def _rows_of(whole: Source, part: str) -> np.ndarray:

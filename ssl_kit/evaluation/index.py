@@ -28,13 +28,15 @@ _TRAINING = 65_536  # training vectors, at least
 _MARGIN = 0.2  # of what is missing to 1, aimed at above the wanted recall: 500 tuning queries may flatter by 0.01
 _K_FACTORS = (64, 32, 16, 8, 4)  # candidates per result that the codes may pass on to the exact refinement
 _STREAM_QUERIES = 100_006  # of core/random.py
+SEARCHED_ROWS = 16_384  # of a gallery at once, and always the same ones: BLAS rounds by the shape of a product
 
 
 @dataclass(frozen=True)
 class Gallery:
     """N vectors of D dimensions that need not be in memory together.
 
-    `blocks()` goes through them in order, (rows, D) float32 each, as often as it is called.
+    `blocks()` goes through them in order, (rows, D) float32 each, as often as it is called. In the place of an index a
+    gallery holds unit vectors.
     """
 
     count: int
@@ -212,20 +214,31 @@ def _fill(
         these, and the rows (Z,) of vectors that are zero.
     """
     zero = [np.empty(0, dtype=np.int64)]
-    scores = np.empty((len(queries), 0), dtype=np.float32)
-    rows = np.empty((len(queries), 0), dtype=np.int64)
+    nearest = _none(len(queries))
     start = 0
-    for block in gallery.blocks():
+    for block in _even(gallery.blocks()):
         vectors = normalised(block)
         index.add(vectors)
         zero.append(start + np.flatnonzero(~vectors.any(axis=1)))
-        near, ids = search(vectors, query_vectors, 11)
-        scores, rows = np.concatenate((scores, near), axis=1), np.concatenate((rows, ids + start), axis=1)
-        best = np.lexsort((rows, -scores), axis=1)[:, :11]
-        scores, rows = np.take_along_axis(scores, best, 1), np.take_along_axis(rows, best, 1)
+        nearest = _nearest(nearest, search(vectors, query_vectors, 11), start, 11)
         start += len(block)
     assert index.ntotal == gallery.count, "blocks are the gallery"
-    return rows, np.concatenate(zero)
+    return nearest[1], np.concatenate(zero)
+
+
+def _none(queries: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and rows of no neighbours."""
+    return np.empty((queries, 0), np.float32), np.empty((queries, 0), np.int64)
+
+
+def _nearest(
+    found: tuple[np.ndarray, np.ndarray], more: tuple[np.ndarray, np.ndarray], start: int, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k best of two results, scores and rows (Q, K) each, by score and then by row; `more` counts from `start`."""
+    scores = np.concatenate((found[0], more[0]), axis=1)
+    rows = np.concatenate((found[1], more[1] + start), axis=1)
+    best = np.lexsort((rows, -scores), axis=1)[:, :k]
+    return np.take_along_axis(scores, best, 1), np.take_along_axis(rows, best, 1)
 
 
 def _others(ids: np.ndarray, queries: np.ndarray) -> list[np.ndarray]:
@@ -234,7 +247,7 @@ def _others(ids: np.ndarray, queries: np.ndarray) -> list[np.ndarray]:
 
 
 def _recall(index: faiss.Index, vectors: np.ndarray, queries: np.ndarray, exact: np.ndarray) -> float:
-    found = _others(index.search(vectors, min(11, index.ntotal))[1], queries)
+    found = _others(_found(index, vectors, min(11, index.ntotal))[1], queries)
     truths = _others(exact, queries)
     hits = [len(np.intersect1d(one, truth)) for one, truth in zip(found, truths, strict=True)]
     return sum(hits) / max(1, sum(len(truth) for truth in truths))
@@ -245,31 +258,68 @@ def _milliseconds(index: faiss.Index, vectors: np.ndarray) -> float:
     few = vectors[:50]
     started = time.perf_counter()
     for query in few:
-        index.search(query[None], min(10, index.ntotal))
+        _found(index, query[None], min(10, index.ntotal))
     return 1_000 * (time.perf_counter() - started) / len(few)
 
 
-def search_index(index: faiss.Index, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def search_index(index: faiss.Index | Gallery, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Cosines (Q, K) float32 and rows (Q, K) int64 of the nearest vectors, best first, K = min(k, vectors).
 
-    A row of -1, with a cosine of -inf or nearly, means that the visited lists held fewer than k vectors.
+    A row of -1, with a cosine of -inf or nearly, means that the visited lists held fewer than k vectors. A gallery of
+    unit vectors answers as an exact index of them does, to the bit; equal cosines come by the lower row.
 
     Raises:
         UserError: queries of another dimension, NaN, infinite, or zero, which have no direction.
         DamagedError: FAISS finds that the index makes no sense.
     """
-    if queries.ndim != 2 or queries.shape[1] != index.d:
-        raise UserError(f"queries of shape {queries.shape}; wanted (queries, {index.d}), features of the same encoder")
+    count, dim = (index.count, index.dim) if isinstance(index, Gallery) else (index.ntotal, index.d)
+    if queries.ndim != 2 or queries.shape[1] != dim:
+        raise UserError(f"queries of shape {queries.shape}; wanted (queries, {dim}), features of the same encoder")
     finite = np.isfinite(queries).all(axis=1)
     directions = normalised(np.where(finite[:, None], queries, 0))
     wrong = np.flatnonzero(~directions.any(axis=1))
     if len(wrong):
         which = ", ".join(map(str, wrong[:5]))
         raise UserError(f"{len(wrong)} of {len(queries)} queries are NaN, infinite or zero: number {which}, from 0")
-    k = min(k, index.ntotal)
+    k = min(k, count)
     if k == 0 or not len(queries):
-        return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
+        return _none(len(queries))
     try:
-        return index.search(directions, k)
+        return _found(index, directions, k)
     except (RuntimeError, MemoryError) as error:  # what FAISS checks no sooner
         raise DamagedError(f"the index cannot be searched: {str(error).strip().splitlines()[-1]}") from error
+
+
+def _found(index: faiss.Index | Gallery, directions: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and rows (Q, k) of directions (Q, D), k at most the number of vectors."""
+    if isinstance(index, faiss.IndexFlat):
+        index = _gallery_of(index)
+    return _exactly(index, directions, k) if isinstance(index, Gallery) else index.search(directions, k)
+
+
+def _gallery_of(index: faiss.IndexFlat) -> Gallery:
+    """The vectors of an exact index, where they lie."""
+    # the gallery keeps the index alive, whose memory this is
+    vectors = lambda: faiss.rev_swig_ptr(index.get_xb(), index.ntotal * index.d).reshape(index.ntotal, index.d)
+    return Gallery(index.ntotal, index.d, lambda: [vectors()])
+
+
+def _exactly(gallery: Gallery, directions: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and rows (Q, k) of the nearest unit vectors of a gallery, however it is cut into blocks."""
+    nearest, start = _none(len(directions)), 0
+    for block in _even(gallery.blocks()):
+        nearest = _nearest(nearest, search(block, directions, k), start, k)
+        start += len(block)
+    return nearest
+
+
+def _even(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """The same rows in blocks of `SEARCHED_ROWS`, the last one smaller."""
+    held = np.empty((0, 0), np.float32)
+    for block in blocks:
+        held = np.concatenate((held, block)) if len(held) else block
+        while len(held) >= SEARCHED_ROWS:
+            yield held[:SEARCHED_ROWS]
+            held = held[SEARCHED_ROWS:]
+    if len(held):
+        yield held

@@ -1,7 +1,9 @@
-"""Index: an indexed embeddings folder, ready to be searched with images, vectors or ids.
+"""Index: an embeddings folder, ready to be searched with images, vectors or ids.
 
     found = ssl_kit.Index.load("EMB").search(["a.jpg", pixels], k=12)
     found[0][0].id, found[0][0].score
+
+The index file is a cache: where it is not there, not ours or not whole, the vectors answer, exactly and more slowly.
 
 Imports are kept few: a cold start is most of the time that a search takes.
 """
@@ -10,25 +12,33 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 
+from ssl_kit.core.console import warn
 from ssl_kit.core.errors import DamagedError, UserError
 from ssl_kit.core.files import MANIFEST, read_manifest, verify_file
 from ssl_kit.core.machine import available_cores
 from ssl_kit.core.sealed import LARGE_JSON, fingerprint
+from ssl_kit.core.signing import find_key, is_signed, signature
 from ssl_kit.data.decode import BadImageError, decode
 from ssl_kit.data.listing import read_regular, unescape
+from ssl_kit.data.loading import available_memory
+from ssl_kit.data.sources import Source, builtin_source
+from ssl_kit.data.tables import is_builtin
 from ssl_kit.encoders.encoder import Encoder, find_encoder
-from ssl_kit.evaluation.index import search_index
+from ssl_kit.evaluation.index import SEARCHED_ROWS, Gallery, search_index
 from ssl_kit.evaluation.index_file import read_index
-from ssl_kit.parts import checked, find_ids, part_names, read_rows
+from ssl_kit.evaluation.neighbours import normalised
+from ssl_kit.parts import PART_ROWS, checked, find_ids, part_names, read_rows, read_vectors
 from ssl_kit.views.host import apply_host
 from ssl_kit.views.recipe import plain
 from ssl_kit.views.sample import sample
@@ -36,7 +46,10 @@ from ssl_kit.views.sample import sample
 FILE = "index.faiss"
 BATCH = 64  # query images decoded and encoded together
 
+_SIGNED = "ssl_kit index 1"  # what a signature is of
 _MOST_LAYERS = 10_000
+_PATIENCE = 60.0  # seconds that an exact search may take, as its first rows tell
+_COPIES = 3  # of a part's vectors as float32 that are in memory while it is searched: as read, as float32, scratch
 # of a manifest: what the vectors are, beside the parts that hold them
 _VECTORS = ("rows", "dims", "dtype", "layers", "metric", "normalised", "precision", "encoder_sha256", "preprocessing")
 
@@ -53,51 +66,60 @@ class Neighbour(NamedTuple):
 
 @dataclass
 class Index:
-    """An opened index; `load` opens one.
+    """An opened index, or the vectors in its place; `load` opens one.
 
     Attributes:
-        folder: of embeddings, with an index.
+        folder: of embeddings.
         info: its manifest.
     """
 
     folder: Path
     info: dict[str, Any]
-    _index: Any
+    _index: Any  # of FAISS, or a Gallery
     _encoder_path: str | None = None
     _encoder: Encoder | None = None
 
     @classmethod
-    def load(cls, folder: Path | str, *, encoder: str | None = None, mapped: bool | None = None) -> Index:
-        """Opens the index of an embeddings folder, after its sha256 was compared with the manifest.
+    def load(
+        cls,
+        folder: Path | str,
+        *,
+        encoder: str | None = None,
+        mapped: bool | None = None,
+        trust_index: bool = False,
+    ) -> Index:
+        """Opens the index of an embeddings folder, if it was signed with our key and is as it was then.
+
+        Otherwise a line says why, and all searches are answered from the vectors: exactly, part by part.
 
         Args:
-            folder: of embeddings, indexed by `ssl-kit index`.
+            folder: of embeddings, best indexed by `ssl-kit index`.
             encoder: run folder or encoder folder, when it is no longer where the embeddings were made.
             mapped: leave the index on disk and map it into memory; None = as it was made for.
+            trust_index: open the index whoever made it, if it has the sha256 of the manifest. FAISS reads it then, and
+                a crafted one can do to this process what its maker likes.
 
         Raises:
-            UserError: no such folder, no index, or one that was made of other vectors than the folder holds.
-            DamagedError: the index is not what the manifest says.
+            UserError: no such folder; with `trust_index`, no index, or one of other vectors than the folder holds.
+            DamagedError: the folder, or with `trust_index` the index, is not what the manifest says.
         """
         folder = Path(folder)
         if not folder.is_dir():
             raise UserError(f"{folder} is no folder: give embeddings, as `ssl-kit embed ... --out EMB` writes them")
         info = read_manifest(folder, verify=False, limit=LARGE_JSON)
-        if FILE not in info["files"]:  # as `has_index` tells
-            raise UserError(f"{folder} has no index yet: run `ssl-kit index {shlex.quote(str(folder))}`")
-        rows, dims, _, _ = checked(info, folder)
-        verify_file(folder, FILE, info["files"][FILE])
-        entry, layers = info.get("index"), info.get("layers")
-        if not isinstance(entry, dict) or type(layers) is not int or not 0 < layers < _MOST_LAYERS:
-            raise DamagedError(f"{folder / MANIFEST} lacks layers or index; expected what ssl_kit writes")
-        made_of, now = entry.get("vectors_sha256"), vectors_fingerprint(info)
-        if made_of != now:
-            raise UserError(
-                f"index made of other vectors: {folder / FILE} of {made_of}, {folder} holds {now} (encoder, layers, "
-                f"preprocessing, normalisation and metric included); run `ssl-kit index {shlex.quote(str(folder))}`"
-            )
-        mapped = bool(entry.get("mapped", False)) if mapped is None else mapped
-        return cls(folder, info, read_index(folder / FILE, rows, dims, mapped), encoder)
+        layers = info.get("layers")
+        checked(info, folder)
+        if type(layers) is not int or not 0 < layers < _MOST_LAYERS:
+            raise DamagedError(f"{folder / MANIFEST} lacks layers; expected what ssl_kit writes")
+        key = find_key() if FILE in info["files"] and not trust_index else None
+        try:
+            opened = _opened(folder, info, mapped, key, trust_index)
+        except UserError as error:
+            if trust_index:
+                raise
+            warn(f"{error}: the vectors answer instead, exactly; `{_index_command(folder)}` makes an index of your own")
+            opened = Gallery(info["rows"], info["dims"], lambda: _unit_vectors(folder, info))
+        return cls(folder, info, opened, encoder)
 
     def __len__(self) -> int:
         return self.info["rows"]
@@ -121,10 +143,10 @@ class Index:
         """
         one = isinstance(images, str | Path) or (isinstance(images, np.ndarray) and images.ndim < 4)
         listed: list[Any] = [images] if one else list(images)  # type: ignore[arg-type]
-        found: list[list[Neighbour]] = []
-        for start in range(0, len(listed), BATCH):
-            found += self.search_vectors(self.encode(self.pixels(listed[start : start + BATCH])), k)
-        return found
+        if not listed:
+            return []
+        made = [self.encode(self.pixels(listed[start : start + BATCH])) for start in range(0, len(listed), BATCH)]
+        return self.search_vectors(np.concatenate(made), k)
 
     def search_ids(self, ids: Sequence[str], k: int = 12) -> list[list[Neighbour]]:
         """The k nearest images of images of the folder itself, each without itself."""
@@ -135,9 +157,16 @@ class Index:
         return [[one for one in near if one.row != row][:k] for near, row in zip(found, rows, strict=True)]
 
     def search_vectors(self, vectors: np.ndarray, k: int = 12) -> list[list[Neighbour]]:
-        """The k nearest images of each of (Q, D) features of the same encoder, best first."""
+        """The k nearest images of each of (Q, D) features of the same encoder, best first.
+
+        Raises:
+            UserError: vectors of another size or without a direction; without an index, an exact search would take
+                more than a minute or more memory than there is.
+        """
         if k < 1:
             raise UserError(f"-k {k}: wanted at least 1")
+        if isinstance(self._index, Gallery):
+            _check_memory(self.folder, self.info, len(vectors), k)
         cosines, rows = search_index(self._index, vectors, k)
         ids = read_rows(self.folder, self.info, rows, "id")
         return [
@@ -193,6 +222,82 @@ class Encoding:
 def has_index(folder: Path) -> bool:
     """Whether a whole embeddings folder was indexed, for the vectors that it holds now or for others."""
     return FILE in read_manifest(folder, verify=False, limit=LARGE_JSON)["files"]
+
+
+def _opened(folder: Path, info: dict[str, Any], mapped: bool | None, key: bytes | None, trusted: bool) -> Any:
+    """The FAISS index of a folder; a `UserError` says why it is not used."""
+    path, entry = folder / FILE, info.get("index")
+    if FILE not in info["files"]:
+        raise UserError(f"{folder} has no index yet")
+    if not isinstance(entry, dict):
+        raise DamagedError(f"{folder / MANIFEST} does not say what {FILE} is an index of")
+    made_of, now = entry.get("vectors_sha256"), vectors_fingerprint(info)
+    if made_of != now:
+        raise UserError(
+            f"index made of other vectors: {path} of {str(made_of)[:64]}, {folder} holds {now} (encoder, layers, "
+            "preprocessing, normalisation and metric included)"
+        )
+    if not trusted and key is None:
+        raise UserError(f"there is no key that would tell who made {path}")
+    if not trusted and not is_signed(key, _SIGNED, _claim(info), entry.get("signature")):  # type: ignore[arg-type]
+        how = "was not signed with your key" if "signature" in entry else "is not signed"
+        raise UserError(f"{path} {how}: anybody may have made it")
+    if "bytes" in entry and path.is_file() and path.stat().st_size != entry["bytes"]:
+        raise DamagedError(f"{path} is damaged: {path.stat().st_size:,} bytes of {entry['bytes']}")
+    mapped = bool(entry.get("mapped", False)) if mapped is None else mapped
+    return read_index(path, info["rows"], info["dims"], mapped, digest=str(info["files"][FILE]))
+
+
+def _claim(info: dict[str, Any]) -> list[Any]:
+    """All that decides what an index is, and is signed: its file, what is said of it, and the vectors it is of."""
+    entry = {name: value for name, value in info["index"].items() if name != "signature"}
+    return [info["files"][FILE], entry, vectors_fingerprint(info), info["rows"], info["dims"]]
+
+
+def index_signature(key: bytes, info: dict[str, Any]) -> str:
+    """The signature of the index that a manifest describes; it goes into its entry `index`."""
+    return signature(key, _SIGNED, _claim(info))
+
+
+def _index_command(folder: Path) -> str:
+    return f"ssl-kit index {shlex.quote(str(folder))}"
+
+
+def _unit_vectors(folder: Path, info: dict[str, Any]) -> Iterator[np.ndarray]:
+    """The directions of the vectors of a folder, (rows, D) float32; one part is in memory, and verified.
+
+    Who takes a block searches it before taking the next: the time between is that of the search.
+
+    Raises:
+        UserError: after the first block, when at this pace all would take longer than a minute.
+    """
+    began, paced = time.perf_counter(), False
+    for vectors, name in zip(read_vectors(folder, info), part_names(info), strict=True):
+        verify_file(folder, name, info["files"][name])
+        read = time.perf_counter()
+        for start in range(0, len(vectors), SEARCHED_ROWS):
+            block = normalised(vectors[start : start + SEARCHED_ROWS])
+            yield block
+            if not paced:
+                pace = (read - began) / len(vectors) + (time.perf_counter() - read) / len(block)  # seconds per row
+                if pace * info["rows"] > _PATIENCE:
+                    raise _too_much(folder, info, f"take about {pace * info['rows'] / 60:,.1f} minutes")
+                paced = True
+
+
+def _check_memory(folder: Path, info: dict[str, Any], queries: int, k: int) -> None:
+    """Raises `UserError` when an exact search needs more memory than is available."""
+    answers = 4 * 12 * queries * min(k, info["rows"])  # scores and rows of what was found, as they are sorted
+    needed, there = _COPIES * 4 * info["dims"] * min(info["rows"], PART_ROWS) + answers, available_memory()
+    if needed > there:
+        raise _too_much(folder, info, f"need {needed / 2**20:,.0f} MiB of memory, of {there / 2**20:,.0f}")
+
+
+def _too_much(folder: Path, info: dict[str, Any], what: str) -> UserError:
+    return UserError(
+        f"{folder}: without its index, an exact search of {info['rows']:,} vectors of {info['dims']} would {what}: run "
+        f"`{_index_command(folder)}`, or search with --trust-index if you know who made the index"
+    )
 
 
 def vectors_fingerprint(info: dict[str, Any]) -> str:
@@ -265,11 +370,29 @@ def picture(info: dict[str, Any], name: str, channels: int, size: tuple[int, int
 
 
 def read_file(info: dict[str, Any], name: str) -> bytes | None:
-    """The file behind an id; None when it is not there any more, or never was a file below its root."""
+    """The file behind an id, of a built-in set a PNG; None when it is not there any more, or never was a file below its
+    root."""
     root, path = info.get("source_root"), unescape(name)  # escapes can hide dots and slashes
+    if root is None:
+        source = _builtin(info.get("source"))
+        return source.read(source.ids.index(name)) if source is not None and name in source.ids else None
     if not isinstance(root, str) or path.startswith(b"/") or b".." in path.split(b"/"):
         return None
     try:
         return read_regular(os.path.join(unescape(root), path))
     except (OSError, ValueError):  # a NUL is no OSError
         return None
+
+
+def _builtin(named: object) -> Source | None:
+    """The built-in set that a manifest names, whole: parts of it keep its ids."""
+    name = named.partition(":")[0] if isinstance(named, str) else ""
+    try:
+        return _builtin_kept(name) if is_builtin(name) else None
+    except UserError:  # the package with its images is missing
+        return None
+
+
+@lru_cache(maxsize=2)
+def _builtin_kept(name: str) -> Source:
+    return builtin_source(name, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import time
 from pathlib import Path
@@ -9,17 +10,18 @@ from typing import Any
 
 from ssl_kit.core.console import if_interrupted, next_command, table, warn
 from ssl_kit.core.errors import UserError
-from ssl_kit.core.files import MANIFEST, atomic_file, lock, read_manifest, sha256, write_sealed
+from ssl_kit.core.files import MANIFEST, atomic_file, lock, read_manifest, verify_file, write_sealed
 from ssl_kit.core.sealed import LARGE_JSON
+from ssl_kit.core.signing import make_key
 from ssl_kit.data.loading import available_memory
 from ssl_kit.evaluation.index import Gallery, build_index
 from ssl_kit.evaluation.index_file import read_index, write_index
-from ssl_kit.evaluation.searching import FILE, vectors_fingerprint
+from ssl_kit.evaluation.searching import FILE, index_signature, vectors_fingerprint
 from ssl_kit.parts import checked, read_rows, read_vectors
 
 
 def index(emb: str, *, key: str = "auto", recall: float = 0.95, mapped: bool = False) -> dict[str, Any]:
-    """Build a search index of an embeddings folder and measure its recall.
+    """Build a search index of an embeddings folder, measure its recall and sign it.
 
     Args:
         emb: embeddings folder, written by `ssl-kit embed`.
@@ -41,60 +43,96 @@ def make_index(emb: str, key: str = "auto", recall: float = 0.95, mapped: bool =
         raise UserError(f"--recall {recall}: wanted a fraction above 0 and at most 1")
     if mapped and "fs" in key:
         raise UserError(f"--key {key}: fast-scan codes cannot be mapped; use IVFn,SQ8 or auto, or leave --mapped out")
-    kept = f"the vectors in {folder} are kept, without an index; the same command makes it"
+    kept = f"the vectors in {folder} are kept; the same command makes their index"
+    key_of_user = _signing_key(folder)
     with lock(folder), if_interrupted(lambda: kept):
-        info = _without_index(folder)
+        info = _embeddings(folder)
         if info["rows"] < 2:
             raise UserError(f"{folder} holds {info['rows']} vectors; at least 2 are wanted")
         gallery = Gallery(info["rows"], info["dims"], lambda: read_vectors(folder, info))
         started = time.perf_counter()
         built = build_index(gallery, key, recall, memory=available_memory(), mapped=mapped)
         seconds = time.perf_counter() - started
+        _announce(folder)
         with atomic_file(folder / FILE) as temporary:
-            write_index(built.index, temporary)
-            read_index(temporary, info["rows"], info["dims"], mapped)  # not every key of FAISS can be read again
-        per_vector = (folder / FILE).stat().st_size / info["rows"]
+            digest = write_index(built.index, temporary)
+            # not every key of FAISS can be read again
+            read_index(temporary, info["rows"], info["dims"], mapped, digest=digest)
+            size = temporary.stat().st_size
         entry = {
             "key": built.key,
             "metric": "cosine",
             "rows": info["rows"],
             "recall_at_10": round(built.recall, 4),
             "nprobe": built.nprobe,
-            "bytes_per_vector": round(per_vector, 1),
+            "bytes": size,
+            "bytes_per_vector": round(size / info["rows"], 1),
             "ms_per_query": round(built.ms_per_query, 3),
             "mapped": mapped,
             "vectors_sha256": vectors_fingerprint(info),
         }
-        _update(folder, entry)
+        _list(folder, entry, digest, key_of_user)
     if len(built.zero):
         names = read_rows(folder, info, built.zero[:3], "id").values()
         warn(f"{len(built.zero):,} vectors are zero, their cosine to anything is 0: {', '.join(map(repr, names))} ...")
     table(
         f"{folder / FILE}: {info['rows']:,} vectors of {info['dims']}, built in {seconds:.1f} s",
         ["key", "recall@10, measured", "bytes per vector", "ms per query"],
-        [[built.key, f"{built.recall:.4f}", f"{per_vector:,.1f}", f"{built.ms_per_query:.2f}"]],
+        [[built.key, f"{built.recall:.4f}", f"{entry['bytes_per_vector']:,.1f}", f"{built.ms_per_query:.2f}"]],
     )
     if built.recall < recall:
         warn(f"recall {built.recall:.3f} is below the {recall} asked for and the most of {built.key}: try --key Flat")
     return {"emb": emb, "index": str(folder / FILE), "seconds": round(seconds, 3), **entry}
 
 
-def _without_index(folder: Path) -> dict[str, Any]:
-    """The manifest of the verified embeddings, after an index there may be was struck from it.
+def _signing_key(folder: Path) -> bytes | None:
+    """The key to sign with, made if there is none; None where none can be kept, which is said."""
+    try:
+        return make_key()
+    except OSError as error:
+        warn(
+            f"{folder / FILE} will not be signed, for no key can be kept ({error}): searches without --trust-index "
+            "will answer exactly from the vectors; a key can be given as SSL_KIT_KEY"
+        )
+        return None
 
-    The manifest never names an index file other than the one that lies there, wherever the writing is cut off.
+
+def _embeddings(folder: Path) -> dict[str, Any]:
+    """The manifest of the verified embeddings, where an index may be written.
+
+    Raises:
+        UserError: an index file lies there that the manifest does not name, so it is not ours, or a link.
     """
-    manifest = read_manifest(folder, verify=False, limit=LARGE_JSON)
-    if manifest["files"].pop(FILE, None) is not None:
-        manifest.pop("index", None)
-        write_sealed(folder / MANIFEST, manifest)
-    manifest = read_manifest(folder, limit=LARGE_JSON)
+    manifest, path = read_manifest(folder, verify=False, limit=LARGE_JSON), folder / FILE
+    pending = manifest.get("pending")
+    ours = manifest["files"].pop(FILE, None) is not None or (isinstance(pending, list) and FILE in pending)
+    if path.is_symlink() or (os.path.lexists(path) and not (ours and path.is_file())):
+        what = "is a link" if path.is_symlink() else f"is not named by {folder / MANIFEST}"
+        raise UserError(f"{path} {what}: it is not overwritten; move it away and index again")
+    for name, wanted in manifest["files"].items():  # an index that was damaged is no obstacle
+        verify_file(folder, name, wanted)
     checked(manifest, folder)
     return manifest
 
 
-def _update(folder: Path, entry: dict[str, Any]) -> None:
+def _announce(folder: Path) -> None:
+    """Strikes a former index from the manifest and names the file to come.
+
+    The manifest never lists an index other than the one that lies there, and always names what lies there, wherever
+    the writing is cut off.
+    """
     manifest = read_manifest(folder, verify=False, limit=LARGE_JSON)
+    manifest["files"].pop(FILE, None)
+    manifest.pop("index", None)
+    write_sealed(folder / MANIFEST, manifest | {"pending": [FILE]})
+
+
+def _list(folder: Path, entry: dict[str, Any], digest: str, key: bytes | None) -> None:
+    """Lists the index that was written, signed if there is a key."""
+    manifest = read_manifest(folder, verify=False, limit=LARGE_JSON)
+    manifest.pop("pending", None)
     manifest["index"] = entry
-    manifest["files"] = {**manifest["files"], FILE: sha256(folder / FILE)}
+    manifest["files"] = {**manifest["files"], FILE: digest}
+    if key is not None:
+        entry["signature"] = index_signature(key, manifest)
     write_sealed(folder / MANIFEST, manifest)

@@ -12,6 +12,7 @@ import numpy as np
 
 from ssl_kit.core.console import next_command, progress, say, table, warn
 from ssl_kit.core.errors import UserError
+from ssl_kit.core.files import FullError
 from ssl_kit.data.listing import escape_path, folder_of_images, unescape
 from ssl_kit.evaluation.searching import BATCH, Index, Neighbour, has_index, picture
 from ssl_kit.verbs.index import make_index
@@ -33,16 +34,24 @@ Answer: TypeAlias = tuple[Query, np.ndarray | None, list[Neighbour]]  # pixels a
 
 
 def search(
-    emb: str, images: list[str], *, k: int = 12, html: str | None = None, encoder: str | None = None
+    emb: str,
+    images: list[str],
+    *,
+    k: int = 12,
+    html: str | None = None,
+    encoder: str | None = None,
+    trust_index: bool = False,
 ) -> dict[str, Any]:
     """Find the images most like the given ones in an embeddings folder.
 
     Args:
-        emb: embeddings folder; where it has no index yet, one is made first, as `ssl-kit index` does.
+        emb: embeddings folder; where it has no index yet, one is made first if it can be, as `ssl-kit index` does.
         images: image files, folders of them, or ids of the embeddings folder itself (as a search prints them).
         k: images to find for each; at most as many as there are. An image named by its id does not find itself.
         html: file to write the answer to as pictures.
         encoder: run folder or encoder folder, when it is no longer where the embeddings were made.
+        trust_index: open the index whoever made it; by default one that you did not sign is not used, and the vectors
+            answer exactly.
 
     Returns:
         `{"emb", "queries": [{"image", "results": [{"rank", "score", "id"}]}], "skipped", "html"}`; a score is a cosine.
@@ -52,27 +61,16 @@ def search(
         raise UserError(f"-k {k}: wanted at least 1")
     if not names:
         raise UserError("no image was given: name one or more image files after the embeddings folder")
-    if Path(emb).is_dir() and not has_index(Path(emb)):
-        say(f"{emb} has no index yet: making one (`ssl-kit index` has a choice of kinds)")
-        make_index(emb)
-    index = Index.load(emb, encoder=encoder)
+    _make_missing_index(Path(emb))
+    index = Index.load(emb, encoder=encoder, trust_index=trust_index)
     asked = _queries(names)
-    queries: list[dict[str, Any]] = []
-    skipped: list[str] = []
-    drawn: list[Answer] = []
-    with progress(len(asked), "search") as bar:
-        for start in range(0, len(asked), BATCH):
-            batch = asked[start : start + BATCH]
-            for query, pixels, found in _answers(index, batch, k, skipped):
-                queries.append(_record(query, found))
-                if html is not None and len(drawn) < _DRAWN:
-                    drawn.append((query, pixels, found))
-            bar.advance(bar.task_ids[0], len(batch))
+    answers, skipped = _answers(index, asked, k, _DRAWN if html is not None else 0)
+    queries = [_record(query, found) for query, _, found in answers]
     if not queries:
         raise UserError(f"none of {len(asked):,} images could be decoded, first {skipped[0]}; give image files")
     _tell(queries, skipped)
     if html is not None:
-        _strip(Path(html), index, drawn, len(queries))
+        _strip(Path(html), index, answers)
     next_command(f"open {html}" if html else f"ssl-kit search {shlex.quote(emb)} IMAGE.jpg --html neighbours.html")
     return {"emb": emb, "queries": queries, "skipped": skipped, "html": html}
 
@@ -92,25 +90,53 @@ def _queries(names: Sequence[str]) -> list[Query]:
     return queries
 
 
-def _answers(index: Index, batch: Sequence[Query], k: int, skipped: list[str]) -> Iterator[Answer]:
-    """Query, its pixels (None of an id) and its neighbours, files first; bad files of folders go to `skipped`."""
-    files = []
+def _make_missing_index(folder: Path) -> None:
+    """Makes an index where there is none, if it can be kept; the vectors answer otherwise."""
+    if not folder.is_dir() or has_index(folder) or not os.access(folder, os.W_OK):
+        return
+    say(f"{folder} has no index yet: making one (`ssl-kit index` has a choice of kinds)")
+    try:
+        make_index(str(folder))
+    except FullError as error:
+        warn(str(error))
+
+
+def _answers(index: Index, asked: Sequence[Query], k: int, drawn: int) -> tuple[list[Answer], list[str]]:
+    """Query, its neighbours and the pixels of the first `drawn`, files first; and the bad files of folders.
+
+    All are searched together: without an index, a search goes through all vectors.
+    """
+    files: list[tuple[Query, np.ndarray | None]] = []
+    made: list[np.ndarray] = []
+    skipped: list[str] = []
+    with progress(len(asked), "search") as bar:
+        for start in range(0, len(asked), BATCH):
+            batch = asked[start : start + BATCH]
+            seen = list(_decoded(index, batch, skipped))
+            if seen:
+                made.append(index.encode([pixels for _, pixels in seen]))
+            files += [
+                (query, pixels if len(files) + place < drawn else None) for place, (query, pixels) in enumerate(seen)
+            ]
+            bar.advance(bar.task_ids[0], len(batch))
+    ids = [query for query in asked if query.path is None]
+    near = index.search_vectors(np.concatenate(made), k) if made else []
+    near += index.search_ids([query.name for query in ids], k) if ids else []
+    shown = [*files, *((query, None) for query in ids)]
+    return [(query, pixels, found) for (query, pixels), found in zip(shown, near, strict=True)], skipped
+
+
+def _decoded(index: Index, batch: Sequence[Query], skipped: list[str]) -> Iterator[tuple[Query, np.ndarray]]:
+    """The files among queries with their pixels; bad files of folders go to `skipped`."""
     for query in batch:
         if query.path is None:
             continue
         try:
-            files.append((query, index.pixels([query.path])[0]))
+            yield query, index.pixels([query.path])[0]
         except UserError:
             if query.asked:
                 raise
             skipped.append(query.name)
-    if files:
-        found = index.search_vectors(index.encode([pixels for _, pixels in files]), k)
-        yield from ((query, pixels, near) for (query, pixels), near in zip(files, found, strict=True))
-    ids = [query for query in batch if query.path is None]
-    if ids:
-        found = index.search_ids([query.name for query in ids], k)
-        yield from ((query, None, near) for query, near in zip(ids, found, strict=True))
 
 
 def _record(query: Query, found: Sequence[Neighbour]) -> dict[str, Any]:
@@ -128,13 +154,15 @@ def _tell(queries: Sequence[dict[str, Any]], skipped: Sequence[str]) -> None:
         warn(f"{len(skipped):,} images could not be decoded, first {skipped[0]}")
 
 
-def _strip(path: Path, index: Index, drawn: Sequence[Answer], queries: int) -> None:
+def _strip(path: Path, index: Index, answers: Sequence[Answer]) -> None:
     """The page of queries and what was found."""
     from ssl_kit.report.pictures import strip_html
 
+    drawn = answers[:_DRAWN]
     channels = index.info["preprocessing"]["channels"]
     thumbnail = lambda name: picture(index.info, name, channels, _THUMBNAIL)
     asked = [(query.name, thumbnail(query.name) if pixels is None else pixels) for query, pixels, _ in drawn]
     shown = [[(one.id, one.score, thumbnail(one.id)) for one in found] for _, _, found in drawn]
     strip_html(path, f"Nearest images in {index.folder.name}", asked, shown)
-    say(f"pictures: {path}" + (f" (the first {len(drawn)} of {queries:,} queries)" if queries > len(drawn) else ""))
+    more = f" (the first {len(drawn)} of {len(answers):,} queries)" if len(answers) > len(drawn) else ""
+    say(f"pictures: {path}{more}")

@@ -1,11 +1,13 @@
 """Indexes against brute force, and `index` / `search` end to end: right ids, hashes checked, mistakes in one line."""
 
 import json
+import os
 import shutil
 
 import numpy as np
 import pytest
 
+from ssl_kit import cli
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import DamagedError, write_sealed
 from ssl_kit.core.sealed import read_sealed
@@ -19,9 +21,18 @@ from ssl_kit.evaluation.index import (
 from ssl_kit.evaluation.index_file import read_index, write_index
 from ssl_kit.evaluation.neighbours import normalised
 from ssl_kit.evaluation.searching import Index
+from ssl_kit.verbs import index as verb
 from ssl_kit.verbs.embed import embed
 from ssl_kit.verbs.index import index
 from ssl_kit.verbs.search import search
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_key(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("data")))
+        patch.delenv("SSL_KIT_KEY", raising=False)
+        yield
 
 
 def mixture(count, dim=16, seed=0):
@@ -137,13 +148,20 @@ def test_manifest_says_what_was_measured_and_indexing_twice_is_fine(indexed, tmp
     assert Embeddings.load(folder, verify=True).ids == Embeddings.load(indexed).ids
 
 
-def test_damaged_index_is_never_read(indexed, images, tmp_path):
-    folder = shutil.copytree(indexed, tmp_path / "emb")
+def test_damaged_index_is_never_read_and_is_made_anew(indexed, images, tmp_path, capsys):
+    folder, name = shutil.copytree(indexed, tmp_path / "emb"), [str(images / "test" / "red" / "00.png")]
+    wanted = search(str(indexed), name)["queries"]
     data = bytearray((folder / "index.faiss").read_bytes())
     data[len(data) // 2] ^= 1
     (folder / "index.faiss").write_bytes(data)
     with pytest.raises(DamagedError, match=r"index.faiss is damaged"):
-        Index.load(folder)
+        Index.load(folder, trust_index=True)
+    capsys.readouterr()
+    assert search(str(folder), name)["queries"] == wanted
+    assert "index.faiss is damaged" in capsys.readouterr().err
+    index(str(folder))
+    capsys.readouterr()
+    assert search(str(folder), name)["queries"] == wanted and capsys.readouterr().err == ""
 
 
 def test_other_encoder_is_refused_with_both_hashes(indexed, images, make_encoder):
@@ -185,10 +203,86 @@ def test_mistakes_are_one_line(indexed, images, tmp_path):
         index(str(indexed), recall=95)
 
 
-def test_search_before_index_names_the_command(indexed, images, tmp_path):
-    folder = shutil.copytree(indexed, tmp_path / "emb")
+def without_index(indexed, target):
+    folder = shutil.copytree(indexed, target)
     manifest = read_sealed(folder / "manifest.json")
-    del manifest["files"]["index.faiss"]
+    del manifest["files"]["index.faiss"], manifest["index"]
     write_sealed(folder / "manifest.json", manifest)
-    with pytest.raises(UserError, match="ssl-kit index"):
-        Index.load(folder)
+    (folder / "index.faiss").unlink()
+    return folder
+
+
+def test_before_there_is_an_index_the_vectors_answer(indexed, tmp_path, capsys):
+    folder = without_index(indexed, tmp_path / "emb")
+    assert Index.load(folder).search_ids(["red/07.png"], 5) == Index.load(indexed).search_ids(["red/07.png"], 5)
+    assert f"has no index yet: the vectors answer instead, exactly; `ssl-kit index {folder}`" in capsys.readouterr().err
+
+
+def contents(folder):
+    """Names, bytes and targets of links; but for the file that is locked."""
+    files = [path for path in sorted(folder.iterdir()) if path.name != ".lock"]
+    return {path.name: os.readlink(path) if path.is_symlink() else path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "link to nothing", "folder", "link in the place of ours"])
+def test_an_index_file_that_is_not_ours_is_not_overwritten(indexed, tmp_path, capsys, kind):
+    folder = without_index(indexed, tmp_path / "emb")
+    path, elsewhere = folder / "index.faiss", tmp_path / "elsewhere"
+    if kind == "file":
+        path.write_bytes(b"of a user's own")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        if kind == "link in the place of ours":
+            folder = shutil.copytree(indexed, tmp_path / "emb2")
+            path = folder / "index.faiss"
+            shutil.move(path, elsewhere)
+        elif kind == "link":
+            elsewhere.write_bytes(b"of a user's own")
+        path.symlink_to(elsewhere)
+    before = contents(folder) if kind != "folder" else None
+    kept = elsewhere.read_bytes() if elsewhere.exists() else None
+    assert cli.main(["index", str(folder)]) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and f"{path} is " in said and "is not overwritten" in said
+    assert before is None or contents(folder) == before
+    assert (elsewhere.read_bytes() if elsewhere.exists() else None) == kept
+
+
+def test_what_a_killed_index_leaves_is_named_and_overwritten(indexed, tmp_path, monkeypatch):
+    folder = without_index(indexed, tmp_path / "emb")
+
+    def killed(*_):
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(verb, "index_signature", killed)  # the file is there, the manifest does not list it yet
+        with pytest.raises(RuntimeError, match="killed"):
+            index(str(folder))
+    manifest = read_sealed(folder / "manifest.json")
+    assert (folder / "index.faiss").exists() and manifest["pending"] == ["index.faiss"]
+    assert "index.faiss" not in manifest["files"] and "index" not in manifest
+    index(str(folder))
+    manifest = read_sealed(folder / "manifest.json")
+    assert "pending" not in manifest and "index.faiss" in manifest["files"]
+    Embeddings.load(folder, verify=True)
+
+
+def test_a_refused_index_leaves_the_one_that_is_there(indexed, tmp_path):
+    folder = shutil.copytree(indexed, tmp_path / "emb")
+    before = contents(folder)
+    with pytest.raises(UserError, match="--key Flatt does not work"):
+        index(str(folder), key="Flatt")
+    assert contents(folder) == before
+
+
+def test_without_a_home_an_index_is_made_unsigned(indexed, images, tmp_path, monkeypatch, capsys):
+    folder = without_index(indexed, tmp_path / "emb")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "file"))
+    index(str(folder))
+    said = [line for line in capsys.readouterr().err.splitlines() if "recall" not in line]
+    assert len(said) == 1 and "will not be signed, for no key can be kept" in said[0] and "exactly" in said[0]
+    name = [str(images / "test" / "red" / "00.png")]
+    exact, trusted = search(str(folder), name), search(str(folder), name, trust_index=True)
+    assert exact["queries"] == trusted["queries"] and "there is no key" in capsys.readouterr().err

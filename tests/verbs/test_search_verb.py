@@ -1,18 +1,42 @@
 """`ssl-kit search` with folders, ids and many queries; broken files among them; the page of pictures."""
 
+import base64
+import errno
+import io
 import json
+import os
+import re
 import shutil
+import sys
+from functools import lru_cache
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ssl_kit import cli
 from ssl_kit.core.errors import UserError
+from ssl_kit.core.files import write_sealed
+from ssl_kit.core.sealed import read_sealed
+from ssl_kit.data import sources
+from ssl_kit.data.sources import open_source
 from ssl_kit.encoders.encoder import Encoder
+from ssl_kit.evaluation.searching import read_file
+from ssl_kit.verbs import index as index_verb
 from ssl_kit.verbs import search as module
+from ssl_kit.verbs.duplicates import duplicates
 from ssl_kit.verbs.embed import embed
 from ssl_kit.verbs.index import index
 from ssl_kit.verbs.search import search
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_key(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("data")))
+        patch.delenv("SSL_KIT_KEY", raising=False)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +77,85 @@ def test_a_folder_without_an_index_gets_one_first(indexed, labelled_folder, tmp_
     made = (folder / "index.faiss").stat().st_mtime_ns
     search(str(folder), image, k=3)
     assert (folder / "index.faiss").stat().st_mtime_ns == made
+
+
+@pytest.mark.parametrize("why", ["no right", "no room"])
+def test_where_no_index_can_be_kept_the_vectors_answer(indexed, labelled_folder, tmp_path, monkeypatch, capsys, why):
+    image = [str(labelled_folder / "a" / "003.png"), "b/005.png"]
+    wanted = search(str(indexed), image, k=3)["queries"]
+    folder = shutil.copytree(indexed, tmp_path / "emb")
+    manifest = read_sealed(folder / "manifest.json")
+    del manifest["files"]["index.faiss"], manifest["index"]
+    write_sealed(folder / "manifest.json", manifest)
+    (folder / "index.faiss").unlink()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    if why == "no right":
+        monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # root may always
+    else:
+        monkeypatch.setattr(index_verb, "write_index", full)
+    capsys.readouterr()
+    assert search(str(folder), image, k=3)["queries"] == wanted
+    said = capsys.readouterr()
+    assert "the vectors answer instead" in said.err and ("making one" in said.out) == (why == "no room")
+    assert not (folder / "index.faiss").exists()
+    after = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert after == before if why == "no right" else set(after) - {".lock"} == set(before) - {".lock"}
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def pictures(page):
+    """What the page shows, decoded: (name, pixels) of queries and of what was found."""
+    tags = re.findall(r'<img src="data:image/webp;base64,([^"]+)" alt="(?:query image|neighbour \d+:) ([^"]+)"', page)
+    return [(name, np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("L"))) for data, name in tags]
+
+
+@pytest.mark.parametrize(("data", "side", "channels"), [("mnist5k", 28, 1), ("digits", 8, 3)])
+def test_pages_show_the_images_of_built_in_sets(tmp_path, monkeypatch, data, side, channels):
+    monkeypatch.setattr(sources, "builtin", lru_cache(sources.builtin))  # parsing MNIST takes 3 s
+    torch.manual_seed(0)
+    encoder = Encoder("resnet18_small", {"channels": [4, 4, 8, 8]}, (16, 16), channels).save(tmp_path / "encoder")
+    embed(str(encoder), f"{data}:train", out=str(tmp_path / "emb"), precision="float32", limit=120)
+    held = open_source(f"{data}:test", channels=1)
+    Image.fromarray(held.images[7, :, :, 0]).save(tmp_path / "query.png")
+    found = search(str(tmp_path / "emb"), [str(tmp_path / "query.png")], k=5, html=str(tmp_path / "search.html"))
+    groups = duplicates(str(tmp_path / "emb"), outliers=4, threshold=0.9, html=str(tmp_path / "duplicates.html"))
+    ids = [one["id"] for one in found["queries"][0]["results"]]
+    assert not set(ids) & set(held.ids)  # the query is not among them
+    whole = open_source(data, channels=1)
+    images = dict(zip(whole.ids, whole.images[..., 0], strict=True))
+    shown = pictures((tmp_path / "search.html").read_text())
+    assert [name for name, _ in shown[1:]] == ids
+    far = [one["id"] for one in groups["outliers"]]
+    shown_far = pictures((tmp_path / "duplicates.html").read_text())
+    assert [name for name, _ in shown_far if name in images][-4:] == far
+    for name, pixels in [*shown, *shown_far]:
+        if name in images:
+            assert pixels.shape == (side, side) and np.abs(pixels - images[name].astype(float)).mean() < 12, name
+    assert np.abs(shown[0][1] - held.images[7, :, :, 0].astype(float)).mean() < 12
+    for page in ("search.html", "duplicates.html"):
+        assert "not readable" not in (tmp_path / page).read_text()
+
+
+def test_a_manifest_that_names_no_root_opens_no_file(tmp_path):
+    (tmp_path / "0007").write_bytes(b"x")
+    assert read_file({"source": "digits", "source_root": None}, "0007")[1:4] == b"PNG"
+    watching, opened = [True], []
+    sys.addaudithook(lambda event, arguments: opened.append(arguments) if event == "open" and watching[0] else None)
+    path = str(tmp_path / "0007")
+    for source in (str(tmp_path), path, "arrays", "", None, 7, ["digits"], "digits/../x", "Digits", "digits "):
+        for name in ("0007", path):
+            assert read_file({"source": source, "source_root": None}, name) is None
+            assert read_file({"source": source}, name) is None
+    for name in ("1797", "7", "-001", "00007", "../0007", path, "", "9" * 5_000):
+        for source in ("digits", "digits:train", f"digits:{tmp_path}"):
+            assert read_file({"source": source, "source_root": None}, name) is None
+    for root in (7, ["x"], {"a": 1}, False):
+        assert read_file({"source": "digits", "source_root": root}, "0007") is None
+    watching[0] = False
+    assert not opened
 
 
 def test_ids_and_files_together_on_one_page(indexed, labelled_folder, tmp_path):

@@ -1,0 +1,125 @@
+"""Signatures on caches: what we wrote ourselves, or somebody who has our key, is told from what strangers hand over.
+
+The key is 32 random bytes. A group shares one: `SSL_KIT_KEY` holds it as 64 hexadecimal digits, or the path of a file
+with it. Otherwise it lies in the user's data folder, `$XDG_DATA_HOME/ssl_kit/key` (`~/.local/share/ssl_kit/key`), made
+by the first writer; readers never make one. A signature is an HMAC-SHA256 (RFC 2104).
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import re
+import secrets
+import stat
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ssl_kit.core.errors import UserError
+from ssl_kit.core.files import sync
+from ssl_kit.core.sealed import fingerprint
+
+VARIABLE = "SSL_KIT_KEY"
+_SIZE = 32  # bytes
+_DIGITS = re.compile(rf"[0-9a-fA-F]{{{2 * _SIZE}}}", re.ASCII)
+
+
+def find_key() -> bytes | None:
+    """The key; None where there is none yet, or no data folder to look into.
+
+    Raises:
+        UserError: `SSL_KIT_KEY` is neither digits nor a file; a key file is a link, too long or too short, or others
+            may read or write it.
+    """
+    given = os.environ.get(VARIABLE)
+    try:
+        if given is None:
+            return _read(key_file())
+        return bytes.fromhex(given) if _DIGITS.fullmatch(given) else _read(Path(given).expanduser())
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL in the path; `~` where there is no home
+        if given is None:
+            return None
+        # not the value: it may be a key with a digit too few
+        raise UserError(
+            f"{VARIABLE} holds {len(given)} characters that are no key and no file that can be read; wanted "
+            f"{2 * _SIZE} hexadecimal digits, or the path of a file with {_SIZE} bytes or those digits"
+        ) from error
+
+
+def make_key() -> bytes:
+    """The key; where there is none, one is made. Two processes that make one at once end with the same.
+
+    Raises:
+        UserError: as `find_key`.
+        OSError: there is nowhere to keep it.
+    """
+    if (found := find_key()) is not None:
+        return found
+    path = key_file()
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=".key.", dir=path.parent)  # O_EXCL, 0600
+    try:
+        with open(handle, "wb") as file:
+            file.write(secrets.token_bytes(_SIZE))
+            file.flush()
+            os.fsync(file.fileno())
+        with suppress(FileExistsError):  # another process was first: its key is the key
+            os.link(name, path)
+    finally:
+        os.unlink(name)
+    sync(path.parent)
+    return _read(path)
+
+
+def key_file() -> Path:
+    """Where a user's own key lies, or would.
+
+    Raises:
+        OSError: the user has no home.
+    """
+    data = os.environ.get("XDG_DATA_HOME", "")
+    folder = data if os.path.isabs(data) else os.path.join(os.path.expanduser("~"), ".local", "share")
+    if not os.path.isabs(folder):
+        raise FileNotFoundError("there is no home folder to keep a key in")
+    return Path(folder) / "ssl_kit" / "key"
+
+
+def signature(key: bytes, what: str, value: Any) -> str:
+    """Hex HMAC of a value that JSON can hold; `what` says what is signed, so that it stands for nothing else."""
+    return hmac.new(key, f"{what}\0{fingerprint(value)}".encode(), "sha256").hexdigest()
+
+
+def is_signed(key: bytes, what: str, value: Any, by: object) -> bool:
+    """Whether `by` is the signature of a value under this key."""
+    return isinstance(by, str) and by.isascii() and hmac.compare_digest(by, signature(key, what, value))
+
+
+def _read(path: Path) -> bytes:
+    """The key in a file that is its user's alone."""
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    except OSError as error:
+        if path.is_symlink():
+            raise UserError(f"the key {path} is a link; wanted a file of your own with {_SIZE} bytes") from error
+        raise
+    with open(handle, "rb") as file:
+        found, data = os.fstat(file.fileno()), file.read(4 * _SIZE)
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"the key {path} is no file; wanted one with {_SIZE} bytes")
+    if os.name == "posix" and found.st_mode & 0o077:
+        raise UserError(
+            f"others may read or write the key {path} (mode {stat.S_IMODE(found.st_mode):04o}): if nobody has, "
+            "`chmod 600` it; otherwise remove it and index again"
+        )
+    if len(data) == _SIZE:
+        return data
+    if _DIGITS.fullmatch(text := data.decode("ascii", "replace").strip()):
+        return bytes.fromhex(text)
+    raise UserError(
+        f"the key {path} holds {len(data)} bytes; wanted {_SIZE}, or {2 * _SIZE} hexadecimal digits: remove it and "
+        "`ssl-kit index` makes a new one"
+    )
