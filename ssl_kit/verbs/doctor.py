@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -21,26 +23,33 @@ from ssl_kit.core.errors import UserError
 from ssl_kit.core.machine import (
     Choice,
     available_cores,
+    choose_channels_last,
     choose_compile,
     choose_device,
     choose_precision,
     choose_tf32,
     choose_threads,
     keep_memory,
+    use_tf32,
 )
 from ssl_kit.core.random import Key
+from ssl_kit.data.batches import ViewLoader
 from ssl_kit.data.decode import decode
 from ssl_kit.data.loading import available_memory, size_text
+from ssl_kit.data.skipped import Skipped
+from ssl_kit.data.sources import Source
 from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.methods.simclr import SimCLR
 from ssl_kit.verbs.recipes import packaged
 from ssl_kit.verbs.record import versions
-from ssl_kit.views.host import apply_host
-from ssl_kit.views.recipe import ViewRecipe
-from ssl_kit.views.sample import sample
+from ssl_kit.views.device import apply_device
+from ssl_kit.views.recipe import View, ViewRecipe
+from ssl_kit.views.sample import HEIGHT, WIDTH, sample
 
 _PHOTOGRAPH = (375, 500)  # pixels: the median photograph of ImageNet
-_FILES = 64  # JPEGs, or stored images, of a measurement
+_IMAGES = 64  # that are measured, again and again
+_BATCHES = 4  # of a measured pass: training makes two ahead
+_CALLS = 3  # timed, at least
 _BATCH = {"cpu": 1, "cuda": 8, "mps": 2}  # factor on the batch of a step: a GPU is not full before
 _NAMES = ("bfloat16", "float16")
 
@@ -69,11 +78,12 @@ SUBJECTS = (
 def doctor(*, seconds: float = 12.0) -> dict[str, Any]:
     """Tell versions, what is chosen for this machine and why, how fast it is, and what limits training on it.
 
-    Decoding, views and a bare SimCLR step are measured one after the other; views are made as many threads as a
-    training here would use make them, by the host.
+    Decoding, views and a bare SimCLR step are measured one after the other, each with the threads, the place and the
+    precision that a training here would choose (the step without `torch.compile`), after a first call that is not
+    counted: the median of three calls or more.
 
     Args:
-        seconds: of the measurements, all together, about; 0 for none.
+        seconds: of the measurements, all together, about, beside the first calls; 0 for none.
 
     Returns:
         `{"versions", "machine", "chosen": {name: {"value", "reason"}}, "speed": [...], "recipes": {name: first line}}`;
@@ -125,17 +135,23 @@ def _chosen() -> dict[str, Choice]:
 
 def _speed(chosen: dict[str, Choice], seconds: float) -> list[dict[str, Any]]:
     """Measures every subject; an entry each."""
-    threads, precision = chosen["threads of the loader"].value, chosen["precision"].value
-    say(f"measuring for about {seconds:g} s")
-    each = seconds / sum(2 + subject.files for subject in SUBJECTS)
+    threads, precision, device = (chosen[name].value for name in ("threads of the loader", "precision", "device"))
+    use_tf32(chosen["tf32"].value == "on")
+    say(f"measuring for about {seconds:g} s, after a first call of everything")
+    each = seconds / sum(2 + 2 * subject.files for subject in SUBJECTS)
     rows = []
     for subject in SUBJECTS:
-        stored, files = _images(subject)
-        decoded = _rate(partial(_decode, files, subject, threads), len(files), each) if files else None
-        views = _rate(partial(_views, stored, subject, threads), len(stored), each)
-        loader = views if decoded is None else 1 / (1 / decoded + 1 / views)
-        batch = subject.batch * _BATCH.get(chosen["device"].value, 1)
-        step = _rate(_step(subject, batch, chosen["device"].value, precision), batch, each)
+        batch = subject.batch * _BATCH.get(device, 1)
+        plan = np.split(np.arange(_BATCHES * batch) % _IMAGES, _BATCHES)
+        count = _BATCHES * batch
+        with tempfile.TemporaryDirectory(prefix="ssl_kit-") as folder:
+            stored, files = _sources(subject, Path(folder))
+            views = _rate(partial(_load, stored, plan, subject, threads, device), count, each)
+            decoded, loader = None, views
+            if files is not None:
+                decoded = _rate(partial(_decode, files, plan, subject, threads), count, each)
+                loader = _rate(partial(_load, files, plan, subject, threads, device), count, each)
+        step = _rate(_step(subject, batch, device, precision), batch, each)
         row = {"images": subject.name, "decode": decoded, "views": views, "loader": loader, "step": step}
         network = f"{subject.network}, {precision}, batch {batch}"
         rows.append({**row, "threads": threads, "network": network, "limit": "loader" if loader < step else "step"})
@@ -148,49 +164,66 @@ def _speed(chosen: dict[str, Choice], seconds: float) -> list[dict[str, Any]]:
     return rows
 
 
-def _images(subject: Subject) -> tuple[list[np.ndarray], list[bytes]]:
-    """Images (H, W, 3) uint8 of smooth colours and some noise, and their JPEGs where files are read."""
+def _sources(subject: Subject, folder: Path) -> tuple[Source, Source | None]:
+    """Images (H, W, 3) of smooth colours and some noise in memory, and as JPEGs in `folder` where files are read."""
     generator = np.random.default_rng(0)
     height, width = _PHOTOGRAPH if subject.files else (subject.side, subject.side)
-    images = []
-    for _ in range(_FILES if subject.files else 4 * _FILES):
+    images = np.empty((_IMAGES, height, width, 3), np.uint8)
+    for image in images:
         coarse = Image.fromarray(generator.integers(0, 256, (12, 16, 3), dtype=np.uint8))
         smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float32)
-        noisy = smooth + generator.normal(0, 8, smooth.shape)
-        images.append(np.ascontiguousarray(noisy.clip(0, 255).astype(np.uint8)))
-    files = [simplejpeg.encode_jpeg(image, quality=90) for image in images] if subject.files else []
-    return images, files
+        image[...] = (smooth + generator.normal(0, 8, smooth.shape)).clip(0, 255)
+    names, unknown = [f"{number}.jpg" for number in range(_IMAGES)], np.full(_IMAGES, -1)
+    stored = Source(subject.name, names, unknown, (), 3, images, None, Skipped(_IMAGES, 0.0))
+    if not subject.files:
+        return stored, None
+    for name, image in zip(names, images, strict=True):
+        (folder / name).write_bytes(simplejpeg.encode_jpeg(image, quality=90))
+    # photographs differ in size: in memory they are a list, and their views are the host's
+    return replace(stored, images=list(images)), replace(stored, images=None, root=folder)
 
 
-def _decode(files: list[bytes], subject: Subject, threads: int) -> None:
-    """All of them, as training does where images do not fit into memory."""
+def _kinds(subject: Subject) -> tuple[View, ...]:
     size = (subject.side, subject.side)
+    return ViewRecipe().fitted("simclr", size, 3).build(size, 3, 2)
+
+
+def _load(source: Source, plan: Sequence[np.ndarray], subject: Subject, threads: int, device: str) -> None:
+    """Two SimCLR views of each image, as training makes them: by its loader; on an accelerator there, where it can."""
+    kinds, on_device = _kinds(subject), device != "cpu" and isinstance(source.images, np.ndarray)
+    for batch in ViewLoader(source, plan, kinds, threads=threads, on_device=on_device):
+        if on_device:
+            pixels, *params = (tensor.to(device) for tensor in batch["views"])
+            made = [apply_device(pixels, param, view.size) for param, view in zip(params, kinds, strict=True)]
+            made[-1][0, 0, 0, 0].item()  # waits for the device
+
+
+def _decode(source: Source, plan: Sequence[np.ndarray], subject: Subject, threads: int) -> None:
+    """The files alone, each as small as its views allow: the finest of their crops may not be below a view's size."""
+    size, (height, width) = (subject.side, subject.side), _PHOTOGRAPH
+    rows = np.concatenate(plan)
+    sizes = np.full(len(rows), height), np.full(len(rows), width)
+    crops = [sample(view, 0, 0, rows, which, *sizes)[:, [HEIGHT, WIDTH]] for which, view in enumerate(_kinds(subject))]
+    one = lambda row, crop: decode(source.read(row), box=(0, 0, *crop), smallest=size)
     with ThreadPoolExecutor(threads, "decode") as pool:
-        list(pool.map(lambda data: decode(data, smallest=size), files))
-
-
-def _views(images: list[np.ndarray], subject: Subject, threads: int) -> None:
-    """Two SimCLR views of each image."""
-    size, rows = (subject.side, subject.side), np.arange(len(images))
-    heights, widths = np.array([image.shape[:2] for image in images]).T
-    for which, view in enumerate(ViewRecipe().fitted("simclr", size, 3).build(size, 3, 2)):
-        apply_host(images, sample(view, 0, 0, rows, which, heights, widths), size, threads=threads)
+        list(pool.map(one, rows, np.min(crops, axis=0)))
 
 
 def _step(subject: Subject, batch: int, device: str, precision: str) -> Callable[[], None]:
-    """Forward, backward and optimiser step of SimCLR on a fixed batch, nothing else."""
+    """Forward, backward and optimiser step of SimCLR on a fixed batch, nothing else; torch.compile left out."""
     size = (subject.side, subject.side)
     method = SimCLR(Encoder(subject.network, subject.args, size)).to(device).train()
-    method.to(memory_format=torch.channels_last)
-    optimiser = torch.optim.SGD(method.parameters(), lr=0.01, momentum=0.9)
-    key = Key(0, 0, torch.arange(batch))
     views = [torch.rand(batch, 3, *size, device=device) for _ in range(method.num_views)]
-    views = [view.contiguous(memory_format=torch.channels_last) for view in views]
+    if choose_channels_last(method.encoder.model, device).value:
+        method.to(memory_format=torch.channels_last)
+        views = [view.contiguous(memory_format=torch.channels_last) for view in views]
+    optimiser = torch.optim.SGD(method.parameters(), lr=0.01, momentum=0.9, fused=True)
+    key = Key(0, 0, torch.arange(batch))
 
     def step() -> None:
         optimiser.zero_grad(set_to_none=True)
         kind = getattr(torch, precision)
-        with torch.autocast(device, kind, enabled=precision in _NAMES):
+        with torch.autocast(device, kind, enabled=precision in _NAMES, cache_enabled=False):
             loss = method.loss(views, key)["loss"]
         loss.backward()
         optimiser.step()
@@ -199,16 +232,21 @@ def _step(subject: Subject, batch: int, device: str, precision: str) -> Callable
     return step
 
 
-def _rate(work: Callable[[], None], count: int, seconds: float) -> float:
-    """Images per second of `work` on `count` of them: the median over `seconds`; the first call, a warm-up, is left
-    out where there is time for another."""
+def _rate(
+    work: Callable[[], None], count: int, seconds: float, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Images per second of `work` on `count` of them: the median of at least three calls, in about `seconds`.
+
+    A first call is not counted: it compiles, loads and allocates what later ones find there.
+    """
+    work()
     times: list[float] = []
-    began = time.perf_counter()
-    while not times or time.perf_counter() - began < seconds:
-        start = time.perf_counter()
+    began = clock()
+    while len(times) < _CALLS or clock() - began < seconds:
+        start = clock()
         work()
-        times.append(time.perf_counter() - start)
-    return count / median(times[1:] or times)
+        times.append(clock() - start)
+    return count / median(times)
 
 
 def _memory() -> int:
