@@ -136,6 +136,7 @@ def _chosen() -> dict[str, Choice]:
 def _speed(chosen: dict[str, Choice], seconds: float) -> list[dict[str, Any]]:
     """Measures every subject; an entry each."""
     threads, precision, device = (chosen[name].value for name in ("threads of the loader", "precision", "device"))
+    place = None if device == "cpu" else device  # of the views
     use_tf32(chosen["tf32"].value == "on")
     say(f"measuring for about {seconds:g} s, after a first call of everything")
     each = seconds / sum(2 + 2 * subject.files for subject in SUBJECTS)
@@ -146,11 +147,11 @@ def _speed(chosen: dict[str, Choice], seconds: float) -> list[dict[str, Any]]:
         count = _BATCHES * batch
         with tempfile.TemporaryDirectory(prefix="ssl_kit-") as folder:
             stored, files = _sources(subject, Path(folder))
-            views = _rate(partial(_load, stored, plan, subject, threads, device), count, each)
+            views = _rate(partial(_load, stored, plan, subject, threads, place), count, each)
             decoded, loader = None, views
             if files is not None:
                 decoded = _rate(partial(_decode, files, plan, subject, threads), count, each)
-                loader = _rate(partial(_load, files, plan, subject, threads, device), count, each)
+                loader = _rate(partial(_load, files, plan, subject, threads, place), count, each)
         step = _rate(_step(subject, batch, device, precision), batch, each)
         row = {"images": subject.name, "decode": decoded, "views": views, "loader": loader, "step": step}
         network = f"{subject.network}, {precision}, batch {batch}"
@@ -188,12 +189,12 @@ def _kinds(subject: Subject) -> tuple[View, ...]:
     return ViewRecipe().fitted("simclr", size, 3).build(size, 3, 2)
 
 
-def _load(source: Source, plan: Sequence[np.ndarray], subject: Subject, threads: int, device: str) -> None:
-    """Two SimCLR views of each image, as training makes them: by its loader; on an accelerator there, where it can."""
-    kinds, on_device = _kinds(subject), device != "cpu" and isinstance(source.images, np.ndarray)
+def _load(source: Source, plan: Sequence[np.ndarray], subject: Subject, threads: int, place: str | None) -> None:
+    """Two SimCLR views of each image, as training's loader makes them: on the device `place` where it can, if any."""
+    kinds, on_device = _kinds(subject), place is not None and isinstance(source.images, np.ndarray)
     for batch in ViewLoader(source, plan, kinds, threads=threads, on_device=on_device):
         if on_device:
-            pixels, *params = (tensor.to(device) for tensor in batch["views"])
+            pixels, *params = (tensor.to(place) for tensor in batch["views"])
             made = [apply_device(pixels, param, view.size) for param, view in zip(params, kinds, strict=True)]
             made[-1][0, 0, 0, 0].item()  # waits for the device
 

@@ -100,8 +100,20 @@ def test_files_are_decoded_as_training_decodes_them(tmp_path, monkeypatch):
     _, files = module._sources(SMALL[1], tmp_path)
     plan = np.split(np.arange(64), 4)
     module._decode(files, plan, SMALL[1], 1)
-    module._load(files, plan, SMALL[1], 1, "cpu")
+    module._load(files, plan, SMALL[1], 1, None)
     assert sorted(sizes["doctor"]) == sorted(sizes["training"]) and len(set(sizes["doctor"])) > 1
+
+
+@pytest.mark.parametrize("place", ["cpu", None])
+def test_views_are_made_where_training_makes_them(place, tmp_path, monkeypatch):
+    """On a device those of images of one size in memory, and nothing else."""
+    made, plan = [], np.split(np.arange(8), 2)
+    apply_device = module.apply_device
+    monkeypatch.setattr(module, "apply_device", lambda *args: made.append(len(args[0])) or apply_device(*args))
+    memory, (photographs, files) = module._sources(SMALL[0], tmp_path)[0], module._sources(SMALL[1], tmp_path)
+    for source, subject in ((memory, SMALL[0]), (photographs, SMALL[1]), (files, SMALL[1])):
+        module._load(source, plan, subject, 1, place)
+    assert made == ([4] * 4 if place else [])
 
 
 def test_the_step_is_laid_out_as_training_chooses(monkeypatch):
