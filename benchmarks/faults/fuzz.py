@@ -15,10 +15,12 @@ import tempfile
 from pathlib import Path
 
 import faiss
+import hostile_indexes
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from hostile_indexes import DIM, ROWS, IndexTrials
 from isolated import told
 from mutate import damaged, damaged_text
 
@@ -27,20 +29,10 @@ from ssl_kit.core.sealed import SEAL, fingerprint, read_json, read_sealed, seale
 from ssl_kit.data.sources import open_source
 from ssl_kit.embeddings import Embeddings
 from ssl_kit.encoders.encoder import CONFIG, RECORD, WEIGHTS, Encoder
-from ssl_kit.evaluation.index import build_index
-from ssl_kit.evaluation.index_file import write_index
-from ssl_kit.evaluation.searching import FILE, Index, vectors_fingerprint
 from ssl_kit.parts import find_ids, read_rows, read_vectors
 from ssl_kit.training.checkpoint import SafeCheckpointIO, newest
 from ssl_kit.verbs.recipes import check_class_paths, read_recipe
 
-ROWS, DIM = 600, 16
-KEYS = (
-    *("Flat", "HNSW16", "HNSW8_SQ8", "IVF8,Flat", "IVF8,SQ8", "IVF8,PQ4x4", "IVF8_HNSW8,SQ8", "PQ8x4", "SQ8"),
-    *("IVF8,PQ8x4fs,Refine(SQfp16)", "PQ8x4fs,Refine(Flat)", "OPQ4,IVF8,PQ4x4", "PCA8,IVF8,SQ4", "L2norm,Flat"),
-    *("IVF8,PQ4x4fs", "RR8,SQ6", "SQbf16", "IVF8_HNSW8,Flat", "HNSW8_PQ4x4"),
-)
-MAPPED = ("Flat", "IVF8,Flat", "IVF8,SQ8", "IVF8,PQ4x4")
 _OURS = ("indexed", "emb", "emb16", "encoder", "step-00000003", "recipe", "table")
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
@@ -58,8 +50,7 @@ def prepare(place: Path) -> None:
     embeddings.save(place / "emb")
     embeddings.save(place / "emb16", "float16")
     (place / "indexes").mkdir(exist_ok=True)
-    for key in KEYS:
-        write_index(build_index(vectors, key).index, index_file(place, key))
+    hostile_indexes.prepare(place / "indexes", vectors)
     torch.manual_seed(0)
     encoder = Encoder("resnet18_small", {"channels": [4, 4, 8, 8]}, (16, 16))
     encoder.save(place / "encoder", {"data": "photos"})
@@ -67,11 +58,6 @@ def prepare(place: Path) -> None:
     paths = pa.array([f"{row}.png" for row in range(20)])
     pq.write_table(pa.table({"path": paths, "label": [row % 3 for row in range(20)]}), place / "list.parquet")
     SafeCheckpointIO().save_checkpoint(state | {"generator": np.arange(9, dtype=np.uint32)}, place / "step-00000003")
-
-
-def index_file(place: Path, key: str) -> Path:
-    """Where the honest index of a key lies."""
-    return place / "indexes" / key.replace(",", "_")
 
 
 class Trials:
@@ -83,7 +69,7 @@ class Trials:
 
     def __init__(self, place: Path):
         self.place = place
-        self.indexes = {key: index_file(place, key).read_bytes() for key in KEYS}
+        self.indexes: IndexTrials | None = None
         self.vectors = Embeddings.load(place / "emb").vectors
         self.scratch, self.away = (Path(tempfile.mkdtemp("", prefix, place)) for prefix in ("scratch-", "away-"))
         os.chdir(self.away)
@@ -100,40 +86,13 @@ class Trials:
         found = [*self.away.iterdir(), *(path for path in self.scratch.iterdir() if path.name not in _OURS)]
         return f"wrote {found[0]}" if found else None
 
-    # --- X1: index files
-
     def index(self, number: int) -> str:
-        """A damaged index file, first under the old manifest, then under one that was rewritten for it."""
-        key = KEYS[number % len(KEYS)]
-        mapped = key in MAPPED and (number // len(KEYS)) % 2 == 1
-        draw = random.Random(f"index/{number}")
-        folder = self.scratch / "indexed"
-        if not folder.exists():
-            self.copy("emb").rename(folder)
-        others = [data for other, data in self.indexes.items() if other != key]
-        self._manifest(folder, key, mapped, self.indexes[key])
-        data = damaged(self.indexes[key], draw, others)
-        (folder / FILE).write_bytes(data)
-        kind, text = told(lambda: Index.load(folder))
-        if kind != "refused":
-            return f"silent load of {key}: {kind} {text}"
-        self._manifest(folder, key, mapped, data)
-        return self._result(*told(lambda: self._searched(folder, number)), key)
-
-    def _manifest(self, folder: Path, key: str, mapped: bool, data: bytes) -> None:
-        (folder / FILE).write_bytes(data)
-        manifest = read_sealed(folder / MANIFEST)
-        manifest["files"][FILE] = sha256(folder / FILE)
-        manifest["index"] = {"key": key, "metric": "cosine", "rows": ROWS, "mapped": mapped}
-        manifest["index"]["vectors_sha256"] = vectors_fingerprint(manifest)
-        write_quickly(folder / MANIFEST, manifest)
-
-    def _searched(self, folder: Path, number: int) -> str:
-        index = Index.load(folder)
-        queries = self.vectors[[number % ROWS, (7 * number) % ROWS]]
-        found = index.search_vectors(queries, 10)
-        index.search_vectors(queries[:1], ROWS)
-        return str(len(found))
+        """X1: an index that is not what we signed."""
+        if self.indexes is None:
+            self.copy("emb").rename(self.scratch / "indexed")
+            self.indexes = IndexTrials(self.place / "indexes", self.scratch / "indexed", self.vectors)
+        told_of = self.indexes.trial(number)
+        return told_of if (wrote := self.elsewhere()) is None else wrote
 
     # --- encoder and embeddings folders, all hashes left as they were, or set right
 

@@ -7,8 +7,9 @@
 Everything runs in children of this process, which has imported all it needs and does nothing itself. S1: each of the
 checkpoints and encoder folders is refused within 1 s and 64 MiB of memory, and the file that its code would make is not
 there. S3: refused with exit code 2 before anything foreign is imported. S4: no exception but the declared ones
-(UserError, DamagedError), no hang of 2 s, no death of the process. X1: the same for FAISS files, and never a silent
-load under the old manifest. "folders": the same for encoder and embeddings folders.
+(UserError, DamagedError), no hang of 2 s, no death of the process. X1: index files that are not what we signed never
+get to FAISS's reader, and the vectors answer. "folders": as S4 for encoder and embeddings folders, and never a silent
+load under the old manifest.
 """
 
 from __future__ import annotations
@@ -33,16 +34,18 @@ import indexes
 import numpy as np
 from fuzz import Trials, prepare
 from harness import Rows
+from hostile_indexes import ENTERED, OURS
 from isolated import Outcome, isolated, survey
 from PIL import Image
 
+from ssl_kit.core.signing import VARIABLE
 from ssl_kit.encoders.encoder import Encoder
 
 SECONDS, GROWTH = 1.0, 64 * 2**20  # that a refusal may take
 LIMIT = 2.0  # seconds: more is a hang
 RIGHT = ("refused", "answered", "unchanged")
 BATCH = 500  # trials between two writes of the rows
-COUNTS = {"X1": 10_000, "folders": 2_000}
+COUNTS = {"X1": 20_000, "folders": 2_000}
 QUICK = {"X1": 200, "folders": 40}
 
 
@@ -136,6 +139,9 @@ def note(rows: Rows, row: dict[str, Any], told: list[tuple[int, str]]) -> None:
     row["survived"] += len(told) - kinds.pop("fault", 0)
     for kind, number in kinds.items():
         row[kind] = row.get(kind, 0) + number
+    if row["id"] == "X1":
+        entries = sum(what.startswith(ENTERED) for _, what in told)
+        row["faiss_reader_entered"] = row.get("faiss_reader_entered", 0) + entries
     for number, what in told:
         if what not in RIGHT:
             row["failed"] = "; ".join(filter(None, (row.get("failed", "")[:2_000], f"{number}: {what}")))
@@ -176,6 +182,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30.0, help="of one core, for S4")
     parser.add_argument("--count", type=int, help="trials of X1 and of folders")
     arguments = parser.parse_args()
+    os.environ[VARIABLE] = OURS.hex()
     rows, only, quick = Rows(arguments.json), arguments.only.split(","), arguments.quick
     counts = {name: arguments.count or number for name, number in (QUICK if quick else COUNTS).items()}
     done = {row["id"].partition("/")[0] for row in rows.rows}
@@ -197,7 +204,7 @@ def main() -> None:
             (base / "fuzz").mkdir()
             must(isolated(lambda: prepare(base / "fuzz"), 300))
         if "X1" in only:
-            fuzz(base / "fuzz", rows, "X1", "damaged index files, each under two manifests", counts["X1"])
+            fuzz(base / "fuzz", rows, "X1", "index files that are not what we signed", counts["X1"])
         if "folders" in only:
             fuzz(base / "fuzz", rows, "folders", "damaged encoder and embeddings folders", counts["folders"])
         if "S4" in only:

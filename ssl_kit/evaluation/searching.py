@@ -234,7 +234,7 @@ def _opened(folder: Path, info: dict[str, Any], mapped: bool | None, key: bytes 
     made_of, now = entry.get("vectors_sha256"), vectors_fingerprint(info)
     if made_of != now:
         raise UserError(
-            f"index made of other vectors: {path} of {str(made_of)[:64]}, {folder} holds {now} (encoder, layers, "
+            f"index made of other vectors: {path} of {str(made_of)[:64]!r}, {folder} holds {now} (encoder, layers, "
             "preprocessing, normalisation and metric included)"
         )
     if not trusted and key is None:
