@@ -6,6 +6,9 @@ The figures of the tables in docs/reliability.md are rewritten too: `survived of
     python benchmarks/record.py cifar10=scores runs/c10    # keeps the rows of scores.py under another name
     python benchmarks/record.py                    # rewrites the page only
 
+It refuses to run a benchmark while files differ from the commit: a figure is of a commit. Records of before that rule
+whose commit ends in "-dirty" are marked on the page.
+
 The records are docs/numbers/NAME.json: {"command", "commit", "date", "machine", "rows"}; a row is what design says of
 benchmarks (`id, what, ours, peer, peer_name, unit, ratio, low, high, runs`) or any other flat record.
 """
@@ -49,9 +52,26 @@ def machine() -> str:
 
 
 def commit_now() -> str:
-    """The commit of the checkout, marked when files differ from it."""
-    asked = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    return subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    """The commit of the checkout.
+
+    Raises:
+        SystemExit: files differ from it, tracked ones anywhere or new ones where code and recipes are: a figure could
+            not be made again. What this program writes is none of them.
+    """
+    own = [f":(exclude){path.relative_to(ROOT)}" for path in (RECORDS, PAGE, RELIABILITY)]
+    changed = _git("diff", "--name-only", "-z", "HEAD", "--", ".", *own)
+    new = _git("ls-files", "--others", "--exclude-standard", "-z", "--", "ssl_kit", "recipes", "benchmarks")
+    files = [name for name in (changed + new).split("\0") if name]
+    if files:
+        more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+        sys.exit(
+            f"record.py: {', '.join(files[:3])}{more} differ from the commit that a figure is of; commit them first"
+        )
+    return _git("rev-parse", "--short=12", "HEAD").strip()
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
 def tell(rows: list[dict[str, Any]], path: Path | None) -> None:
@@ -84,7 +104,9 @@ def page() -> str:
     for path in sorted(RECORDS.glob("*.json")):
         record = json.loads(path.read_text())
         columns = list(dict.fromkeys(key for row in record["rows"] for key in row))
-        where = f"commit {record['commit']}, {record['date']}, {record['machine']}"
+        commit = record["commit"].removesuffix("-dirty")
+        mark = "**of an uncommitted tree** after " if commit != record["commit"] else ""
+        where = f"{mark}commit {commit}, {record['date']}, {record['machine']}"
         parts.append(f"\n## {path.stem}\n\n`{record['command']}` - {where}\n\n")
         parts.append("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns) + "\n")
         for row in record["rows"]:
