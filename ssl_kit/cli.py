@@ -23,8 +23,10 @@ from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ssl_kit.core.environment import prepare, refusal
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.processes import is_first
+from ssl_kit.core.streams import FULL, lost, printable, protect, terminal
 
 _VERBS = Path(__file__).parent / "verbs"
 _COMMON = (
@@ -46,6 +48,7 @@ _ORDER = (
 
 def run() -> NoReturn:
     """What the command runs: `main`, then the end of the process with its exit code."""
+    protect()
     code: list[int] = []
     atexit.register(_end_at_once, code)  # the first to be registered is the last to be called
     try:
@@ -76,18 +79,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _run(arguments)
+        code = _run(arguments)
+        return 2 if _stdout_lost() and "--json" in arguments else code
     except UserError as error:
         if is_first():
-            print(f"ssl-kit: {error}", file=sys.stderr)
-        return 2
-    except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
-        print(f"ssl-kit: {error}; choose another path", file=sys.stderr)
+            _complain(str(error))
         return 2
     except KeyboardInterrupt as stop:
         if is_first():
-            print(f"ssl-kit: interrupted; {str(stop) or 'nothing was written'}", file=sys.stderr)
+            _complain(f"interrupted; {str(stop) or 'nothing was written'}")
         return 130
+    except Exception as error:
+        refused = refusal(error)
+        if refused is None:
+            raise
+        _complain(refused)
+        return 2
+
+
+def _complain(text: str) -> None:
+    """One line on stderr, whatever is in the text."""
+    line = printable(f"ssl-kit: {text}", sys.stderr).replace("\n", "\\n")
+    print(line, file=sys.stderr)
 
 
 def _run(arguments: list[str]) -> int:
@@ -109,6 +122,7 @@ def _run(arguments: list[str]) -> int:
         print(_verb_help(verb))
         return 0
 
+    prepare()
     if verb == "pretrain":
         from ssl_kit.verbs.launching import launch, processes_asked
 
@@ -124,8 +138,20 @@ def _run(arguments: list[str]) -> int:
         function = getattr(importlib.import_module(f"ssl_kit.verbs.{verb}"), verb)
         result = function(**_parse(verb, function, rest, everything))
     if as_json and not silent:
-        print(json.dumps(_finite(result), allow_nan=False))
+        # JSON leaves DEL as it is, which a terminal would not show
+        print(json.dumps(_finite(result), allow_nan=False).replace("\x7f", "\\u007f"))
     return 0
+
+
+def _stdout_lost() -> bool:
+    """Whether what stdout leads to had no room for all; says so. Who has read enough and hung up has not lost any."""
+    stdout = terminal(sys.stdout)
+    stdout.flush()
+    error = lost(stdout)
+    if error is None or error.errno not in FULL:
+        return False
+    _complain(f"stdout: {error.strerror}; make room where it leads. All else is done")
+    return True
 
 
 def _finite(value: Any) -> Any:
@@ -147,19 +173,27 @@ def _parse(verb: str, function: Any, rest: list[str], everything: bool) -> dict[
     """The keyword arguments of the verb, typed by its signature."""
     from jsonargparse import ArgumentError, ArgumentParser
 
-    from ssl_kit.verbs.recipes import brief, check_class_paths, read_recipe, restrict_imports
+    from ssl_kit.verbs.recipes import (
+        brief,
+        check_class_paths,
+        last_of_each_pair,
+        read_how,
+        read_recipe,
+        restrict_imports,
+        without_places,
+    )
 
     rest = _flags([_underscored(argument) for argument in rest], function)
     rest = _joined(rest, function)
     rest, allow = _taken(rest, ("--allow",))
     rest, recipes = _taken(rest, ("-c", "--config"))
-    if "--resume=true" in rest and (own := _own_recipe(rest)) is not None:
-        recipes = [own, *recipes]  # a resumed run needs nothing said again
+    own = _own_recipe(rest) if "--resume=true" in rest else None  # a resumed run needs nothing said again
     restrict_imports(allow)
     parser = ArgumentParser(prog=f"ssl-kit {verb}", exit_on_error=False, allow_abbrev=False)
     if verb in _WITH_RECIPE:
         parser.add_argument("-c", "--config", action="config")
-    read = [read_recipe(name) for name in recipes]
+    read = [*([without_places(read_recipe(own))] if own is not None else []), *map(read_how, recipes)]
+    last_of_each_pair(read, rest)
     method = _method_named(read, rest)
     check_class_paths([*read, {"class_path": method}], allow)
     try:
@@ -262,15 +296,17 @@ def _flags(rest: list[str], function: Any) -> list[str]:
 
 
 def _devices(rest: list[str]) -> Any:
-    """What options or else recipes give as `--trainer.devices`; 1 by default."""
-    from ssl_kit.verbs.recipes import read_recipe
+    """What is typed as `--trainer.devices`; of a run that is resumed as many processes as it had, 1 by default."""
+    from ssl_kit.core.owned import RUN
+    from ssl_kit.core.sealed import read_json
+    from ssl_kit.verbs.launching import most_processes
 
-    rest, recipes = _taken(rest, ("-c", "--config"))
-    if any(argument in ("--resume", "--resume=true") for argument in rest) and (own := _own_recipe(rest)) is not None:
-        recipes = [own, *recipes]
-    trainers = [read_recipe(name).get("trainer") for name in recipes]
-    given = [trainer["devices"] for trainer in trainers if isinstance(trainer, dict) and "devices" in trainer]
-    return [1, *given, *_taken(rest, ("--trainer.devices",))[1]][-1]
+    typed = _taken(rest, ("--trainer.devices",))[1]
+    own = _own_recipe(rest) if any(argument in ("--resume", "--resume=true") for argument in rest) else None
+    if typed or own is None:
+        return [1, *typed][-1]
+    begun = read_json(Path(own).parent / RUN).get("world_size")
+    return min(begun, most_processes()) if isinstance(begun, int) and begun > 0 else 1
 
 
 def _joined(rest: list[str], function: Any) -> list[str]:

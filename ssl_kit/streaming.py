@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +25,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from filelock import FileLock
 from rich.progress import Progress
 
 import ssl_kit
 from ssl_kit.core.console import progress
 from ssl_kit.core.errors import UserError
-from ssl_kit.core.files import MANIFEST, DamagedError, atomic_file, sha256, verify_file, write_sealed
+from ssl_kit.core.files import MANIFEST, DamagedError, atomic_file, listed, lock, sha256, verify_file, write_sealed
+from ssl_kit.core.owned import Former
 from ssl_kit.core.sealed import LARGE_JSON, fingerprint, read_json, read_sealed
 from ssl_kit.data.skipped import write_skipped
 from ssl_kit.data.sources import Source
@@ -54,6 +56,9 @@ from ssl_kit.parts import (
 )
 
 PLAN = "plan.json"
+_OURS = r"part-\d{5,}\.parquet|skipped\.csv|manifest\.json|index\.faiss"
+# What is there only until the manifest is, and what killed writers of it have left
+_PASSING = r"part-\d{5,}\.json|plan\.json|\.(part-\d{5,}\.\w+|\w+\.json|skipped\.csv|index\.faiss)\.[a-z0-9_]{8}\.tmp"
 _LISTED = 65_536  # ids that are hashed at a time
 
 
@@ -277,7 +282,7 @@ class _Making:
 
 def _complete(folder: Path, making: _Making, about: dict[str, Any], parts: int) -> None:
     """Verifies all parts and writes the manifest."""
-    with FileLock(folder / ".lock"):  # of core.files.lock; shards that end together wait here for the first
+    with lock(folder, wait=True):  # shards that end together wait here for the first
         if (folder / MANIFEST).exists():
             return
         records = [making.record(number) for number in range(parts)]
@@ -308,25 +313,25 @@ def _complete(folder: Path, making: _Making, about: dict[str, Any], parts: int) 
 
 
 def _tidy(folder: Path) -> None:
-    """Removes what is needed only until the manifest is there, and what killed writers left."""
-    for pattern in ("part-*.json", PLAN, ".*.tmp"):
-        for path in sorted(folder.glob(pattern)):
+    """Removes what is needed only until the manifest is there, what killed writers left, and what was replaced."""
+    for path in sorted(folder.iterdir()):
+        if re.fullmatch(_PASSING, path.name) and path.is_file() and not path.is_symlink():
             path.unlink(missing_ok=True)
+    former(folder).remove()
 
 
-def remove(folder: Path) -> None:
-    """Removes embeddings, finished or not: the manifest first, so that no reader takes the rest for whole.
+def former(folder: Path) -> Former:
+    """The embeddings that `--overwrite` replaces, finished or not."""
+    return Former(folder, our_files, MANIFEST if (folder / MANIFEST).is_file() else PLAN)
 
-    Raises:
-        UserError: the folder is not ours; nothing is removed.
-    """
-    if not is_ours(folder):
-        raise UserError(f"{folder} is not an embeddings folder ({MANIFEST} says so otherwise); it is not overwritten")
-    (folder / MANIFEST).unlink(missing_ok=True)
-    for pattern in ("part-*.parquet", SKIPPED, "index.*"):
-        for path in sorted(folder.glob(pattern)):
-            path.unlink()
-    _tidy(folder)
+
+def our_files(folder: Path) -> list[str]:
+    """Names of the files of ours in a folder of embeddings, finished or begun."""
+    known = listed(folder)
+    if not known:  # begun, or with a manifest that is damaged
+        known = {name for name in os.listdir(folder) if re.fullmatch(_OURS, name)} if is_ours(folder) else set()
+    known |= {name for name in os.listdir(folder) if re.fullmatch(_PASSING, name)} if known else set()
+    return sorted(name for name in known if (folder / name).is_file() and not (folder / name).is_symlink())
 
 
 def is_ours(folder: Path) -> bool:

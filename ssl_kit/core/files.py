@@ -7,7 +7,8 @@ step; where the file system cannot do that (NFS), a reader puts the old one back
 renames. A reader verifies the manifest and says which file is damaged.
 
 What is being written is locked, so that the next writer of the same target can tell it from what a killed one has left,
-and removes the latter.
+and removes the latter. What a folder holds beside files of ours goes on into the new one, and what is not ours is not
+replaced: see owned.py.
 """
 
 from __future__ import annotations
@@ -20,32 +21,39 @@ import json
 import os
 import re
 import shutil
+import stat
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from ssl_kit.core.console import warn
 from ssl_kit.core.errors import DamagedError, UserError
-from ssl_kit.core.sealed import MAX_JSON, read_json, read_sealed, sealed  # noqa: F401 (who writes files reads some)
+from ssl_kit.core.sealed import LARGE_JSON, MAX_JSON, read_json, read_sealed, sealed  # noqa: F401 (who writes files reads some)
 
 try:
     import fcntl
 except ImportError:  # Windows: nothing is locked, and what killed writers leave stays
     fcntl = None  # type: ignore[assignment]
 
-MANIFEST = "manifest.json"
+MANIFEST, LOCK = "manifest.json", ".lock"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of fcntl.h and linux/fs.h
 
 
+claims: list[Callable[[Path], None]] = []  # each is told of a file before it is written: see owned.Record
+
+
 class FullError(UserError):
     """No room for a file: the disk or a quota is full. What was there before is untouched."""
+
+
+class NotOursError(UserError):
+    """Something that ssl_kit did not write stands where a file is to be written. It is untouched."""
 
 
 @contextmanager
@@ -54,14 +62,24 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
 
     Raises:
         FullError: the disk is full.
+        NotOursError: `path` is a link, or lies in a folder of ours whose record does not list it.
     """
     target = Path(path)
+    may_write(target)
     with _said_when_full(target), _beside(target, ".tmp") as temporary:
         yield temporary
         sync(temporary)
         os.chmod(temporary, 0o644)
         os.replace(temporary, target)
         sync(target.parent)
+
+
+def may_write(target: Path) -> None:
+    """Raises `NotOursError` where a file of somebody else, or a link, would be lost; open records list it."""
+    if target.is_symlink():
+        raise NotOursError(f"{target} is a link: nothing is written through it; remove it, or choose another place")
+    for claim in claims:
+        claim(target)
 
 
 def write_csv(path: Path | str, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
@@ -73,18 +91,23 @@ def write_csv(path: Path | str, header: Iterable[str], rows: Iterable[Iterable[A
 
 
 @contextmanager
-def atomic_folder(path: Path | str, manifest: dict[str, Any] | None = None) -> Iterator[Path]:
+def atomic_folder(
+    path: Path | str, manifest: dict[str, Any] | None = None, *, record: str = MANIFEST
+) -> Iterator[Path]:
     """Yields a temporary folder beside `path`; when the block ends well, it replaces `path` in one step.
 
     Args:
-        path: the folder to write; an existing one is replaced whole.
+        path: the folder to write; the files of ours in an existing one are gone afterwards, others stay.
         manifest: if given, `manifest.json` is written last: these entries and `files`, the sha256 of every file.
             The dict is read when the block ends, so it may be filled inside.
+        record: the file by which an existing folder is known to be ours.
 
     Raises:
         FullError: the disk is full.
+        NotOursError: `path` is a link, or holds files and no `record`.
     """
     target = Path(path)
+    _check_ours(target, record)
     with _said_when_full(target), _beside(target, ".tmp", folder=True) as temporary:
         yield temporary
         if manifest is not None:
@@ -93,7 +116,67 @@ def atomic_folder(path: Path | str, manifest: dict[str, Any] | None = None) -> I
             sync(file)
         sync(temporary)
         os.chmod(temporary, 0o755)
+        _check_ours(target, record)
+        _carry(target, temporary)
         _put_in_place(temporary, target)
+
+
+def _check_ours(target: Path, record: str) -> None:
+    if target.is_symlink():
+        raise NotOursError(f"{target} is a link: nothing is replaced through it; remove it, or choose another folder")
+    if not target.is_dir() or (target / record).is_file():
+        return
+    if shown := sorted(name for name in os.listdir(target) if not name.startswith(".")):
+        raise NotOursError(
+            f"{target} holds {shown[0]!r} and no {record}: it is not ssl_kit's to replace; choose another folder"
+        )
+
+
+def _carry(target: Path, made: Path) -> None:
+    """Links into `made` what `target`, whose place it takes, holds beside files of ours; both have it for a moment."""
+    if not target.is_dir():
+        return
+    own = set(entries(made))
+    known = listed(target)
+    for name in entries(target):
+        if name in own and known and name not in known:
+            raise NotOursError(f"{target / name} is not ssl_kit's: move it away, or choose another folder")
+        if name in own or name in known:
+            continue
+        (made / name).parent.mkdir(parents=True, exist_ok=True)
+        if (target / name).is_dir() and not (target / name).is_symlink():
+            (made / name).mkdir(exist_ok=True)
+            continue
+        try:
+            os.link(target / name, made / name, follow_symlinks=False)
+        except OSError:  # a file system without hard links
+            shutil.copy2(target / name, made / name, follow_symlinks=False)
+
+
+def entries(folder: Path) -> list[str]:
+    """Names below `folder` of its files, links and empty folders, sorted; links are not followed."""
+    found = []
+    for place, folders, files in os.walk(folder):
+        below = Path(place).relative_to(folder)
+        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
+        found += [str(below / name) for name in (*files, *links)]
+        if not folders and not files and place != str(folder):
+            found.append(str(below))
+    return sorted(found)
+
+
+def listed(folder: Path) -> set[str]:
+    """Names of the files that the manifest of `folder` lists, its own among them; none where it cannot be read."""
+    with suppress(DamagedError):
+        files = read_sealed(folder / MANIFEST, LARGE_JSON).get("files")
+        if isinstance(files, dict) and all(map(is_inside, files)):
+            return {MANIFEST, *files}
+    return set()
+
+
+def is_inside(name: object) -> bool:
+    """Whether a name out of a record or manifest stays inside its folder."""
+    return isinstance(name, str) and "\0" not in name and not os.path.isabs(name) and ".." not in Path(name).parts
 
 
 def _put_in_place(made: Path, target: Path) -> None:
@@ -219,11 +302,11 @@ def _said_when_full(target: Path) -> Iterator[None]:
 
 @contextmanager
 def if_room(target: Path) -> Iterator[None]:
-    """A full disk in the block is said, and no more: for what a long work can do without."""
+    """A full disk in the block, or somebody else's file, is said, and no more: for what a long work can do without."""
     try:
         with _said_when_full(target):
             yield
-    except FullError as error:
+    except (FullError, NotOursError) as error:
         warn(f"{error}. The work goes on")
 
 
@@ -279,7 +362,7 @@ def unreplaced(folder: Path) -> Iterator[None]:
 def verify_file(folder: Path, name: str, wanted: str) -> None:
     """Raises `DamagedError` unless `folder/name` stays inside the folder, exists and has the sha256 `wanted`."""
     file = folder / name
-    if ".." in Path(name).parts or Path(name).is_absolute() or "\0" in name:
+    if not is_inside(name):
         raise DamagedError(f"{folder / MANIFEST} names {name!r}, outside its folder; refused")
     if not file.is_file():
         raise DamagedError(f"{file} is missing, though {folder / MANIFEST} names it")
@@ -315,6 +398,7 @@ def write_sealed(path: Path | str, entries: dict[str, Any]) -> None:
 def append_line(path: Path | str, value: Any) -> None:
     """Appends one JSON line and syncs it. A line that was cut off there before stays a line of its own."""
     line = json.dumps(value, allow_nan=False, ensure_ascii=False).encode() + b"\n"
+    may_write(Path(path))
     with open(path, "ab+") as file:
         if file.tell() > 0:
             file.seek(-1, os.SEEK_END)
@@ -334,18 +418,53 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def lock(folder: Path | str) -> Iterator[None]:
-    """Holds `folder` for this process; a second holder is refused at once. The lock ends with the process."""
+def lock(folder: Path | str, *, wait: bool = False) -> Iterator[None]:
+    """Holds `folder` for this process; a second holder is refused at once, or waits. The lock ends with the process.
+
+    A folder that is made for it, and in which nothing is written then, is gone again afterwards.
+
+    Raises:
+        UserError: another process holds it, or its `.lock` is something else than a file that can be opened.
+    """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    held = FileLock(folder / ".lock", timeout=0)
-    try:
-        held.acquire()
-    except Timeout as error:
-        raise UserError(
-            f"{folder} is in use by another ssl-kit process: wait for it, or choose another folder"
-        ) from error
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
+    handle = _held(folder / LOCK, wait)
     try:
         yield
     finally:
-        held.release()
+        with suppress(OSError):
+            if made and os.listdir(folder) == [LOCK]:
+                os.unlink(folder / LOCK)
+                for one in made:
+                    os.rmdir(one)
+        os.close(handle)
+
+
+def _held(path: Path, wait: bool) -> int:
+    """An open handle that holds the lock file `path`; what is in the file, if it is somebody else's, stays as it is."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise OSError(errno.EINVAL, "no regular file")
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be opened ({error.strerror}): ssl-kit holds a folder by this file while it works in "
+                "it; choose another folder, or see to that file"
+            ) from error
+        if fcntl is None:
+            return handle
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            os.close(handle)
+            raise UserError(
+                f"{path.parent} is in use by another ssl-kit process: wait for it, or choose another folder"
+            ) from error
+        except OSError:  # a file system without locks
+            return handle
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path), os.fstat(handle)):
+                return handle
+        os.close(handle)  # its former holder has removed it meanwhile

@@ -133,7 +133,7 @@ class Encoder(nn.Module):
             provenance: what made it (command, data, commit, ...); JSON-able, kept in `encoder.json`.
         """
         folder = Path(folder)
-        with atomic_folder(folder) as temporary:
+        with atomic_folder(folder, record=RECORD) as temporary:
             weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
             save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
             write_json(temporary / CONFIG, self._timm_config())

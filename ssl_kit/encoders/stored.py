@@ -38,7 +38,7 @@ _MOST_ARGUMENTS, _LONGEST_TEXT, _DEEPEST = 1_000, 200, 4
 _MAX_SIDE, _MAX_CHANNELS = 16_384, 1_024
 _MOST_MODULES = 50_000
 # What timm's models raise for arguments that make no sense (there is no common base class)
-_SENSELESS = (
+SENSELESS = (
     RuntimeError,
     TypeError,
     ValueError,
@@ -154,7 +154,7 @@ def check_fits(build: Callable[[], nn.Module], path: Path) -> None:
             own = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in build().state_dict().items()}
     except UserError:
         raise
-    except _SENSELESS as error:
+    except SENSELESS as error:
         raise DamagedError(f"{path.parent / CONFIG}: timm cannot build such a model: {str(error)[:120]}") from error
     different = [name for name in (*own, *shapes) if own.get(name) != shapes.get(name)]
     if different:

@@ -15,6 +15,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from ssl_kit import __version__
 from ssl_kit.core.files import atomic_file
+from ssl_kit.core.owned import check_output
 
 
 def render(template: str, /, **context: Any) -> str:
@@ -32,5 +33,6 @@ def render(template: str, /, **context: Any) -> str:
 
 def write_page(path: Path | str, page: str) -> None:
     """Writes a page atomically; what UTF-8 cannot hold (a stray surrogate of a file name) becomes `?`."""
+    check_output(path)
     with atomic_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8", errors="replace")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-import shutil
+import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -33,6 +33,7 @@ from ssl_kit.core.files import (
     read_manifest,
     write_json,
 )
+from ssl_kit.core.owned import remove
 from ssl_kit.core.sealed import sealed
 from ssl_kit.core.signals import Signals
 from ssl_kit.core.tensors import check_weights, read_tensors
@@ -89,7 +90,7 @@ class SafeCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path: Any) -> None:
         """Deletes the folder."""
-        shutil.rmtree(path)
+        remove(Path(path))
 
 
 def verify(folder: Path) -> None:
@@ -115,7 +116,7 @@ def newest(folder: Path) -> Path | None:
         DamagedError: there are checkpoints and all are damaged.
     """
     damage: DamagedError | None = None
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    for path in reversed(_steps(folder)):
         try:
             verify(path)
         except DamagedError as error:
@@ -126,6 +127,19 @@ def newest(folder: Path) -> Path | None:
     if damage is not None:
         raise damage
     return None
+
+
+def _steps(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, whole or not, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir())
+
+
+def resumable(folder: Path) -> bool:
+    """Whether a run with its checkpoints in `folder` could go on."""
+    try:
+        return newest(folder) is not None
+    except DamagedError:
+        return False
 
 
 class Checkpoints(pl.Callback):
@@ -141,6 +155,7 @@ class Checkpoints(pl.Callback):
         signals: that ask to stop; entered by whoever runs the training. Noted from the first step on.
         when_full: what a full disk does to the run, while it can go on: "continue" says so and tries again after
             `minutes`, "stop" ends it.
+        saved: called after each state that is whole on the disk.
 
     Attributes:
         stopped: the signal that ended training before its last step, or None.
@@ -153,9 +168,10 @@ class Checkpoints(pl.Callback):
         healthy: Callable[[], bool] = lambda: True,
         signals: Signals | None = None,
         when_full: Literal["continue", "stop"] = "continue",
+        saved: Callable[[], None] = lambda: None,
     ):
         self.folder, self.minutes, self.healthy, self.when_full = folder, minutes, healthy, when_full
-        self.signals = signals or Signals()
+        self.signals, self.saved = signals or Signals(), saved
         self.stopped: int | None = None
         self._saved_at = time.monotonic()
         self._saved_step = 0  # what is on the disk, or need not be
@@ -203,10 +219,11 @@ class Checkpoints(pl.Callback):
             return
         self._saved_step = trainer.global_step
         if trainer.is_global_zero:
-            steps = sorted(self.folder.glob("step-*"))
+            steps = _steps(self.folder)
             newer = [step for step in steps if step.name > path.name]  # damaged ones, that were not resumed from
             for old in (*steps[: -_KEPT - len(newer)], *newer):
-                shutil.rmtree(old)
+                remove(old)
+            self.saved()
 
     def save_best(self, trainer: pl.Trainer) -> None:
         """Writes the state as `best`, replacing the former one."""

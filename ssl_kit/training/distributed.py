@@ -5,6 +5,8 @@ Slices of a batch may be unequal. Counts of rows are exchanged between the hosts
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
 from typing import Any
@@ -16,6 +18,9 @@ from torch import Tensor
 PATIENCE = timedelta(minutes=30)  # for what one process does alone
 
 
+_by_itself = False
+
+
 def rank() -> int:
     """This process's number, from 0."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
@@ -23,7 +28,18 @@ def rank() -> int:
 
 def world_size() -> int:
     """How many processes train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() and not _by_itself else 1
+
+
+@contextmanager
+def by_itself() -> Iterator[None]:
+    """Inside, this process exchanges nothing, as if there were no other: for a trial that the others do not make."""
+    global _by_itself  # noqa: PLW0603
+    _by_itself = True
+    try:
+        yield
+    finally:
+        _by_itself = False
 
 
 def leave() -> None:

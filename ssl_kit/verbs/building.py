@@ -14,8 +14,9 @@ from pytorch_lightning import Trainer
 
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import atomic_file, read_json
+from ssl_kit.encoders.stored import SENSELESS
 from ssl_kit.methods.method import Method
-from ssl_kit.verbs.recipes import brief, read_recipe
+from ssl_kit.verbs.recipes import brief, read_recipe, without_places
 
 SIMCLR = "ssl_kit.methods.simclr.SimCLR"
 _ENCODER = "ssl_kit.encoders.encoder.Encoder"
@@ -71,7 +72,7 @@ def build_method(
         for key, value in measured.items():
             encoder.init_args[key] = value
         return parser.instantiate(parsed).method
-    except (ArgumentError, ValueError) as error:
+    except (ArgumentError, *SENSELESS) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"method: {brief(error)}") from error
@@ -84,11 +85,11 @@ def _class(path: str) -> type[Method]:
 
 
 def resolved_recipe(settings: dict[str, Any], method: Method) -> dict[str, Any]:
-    """All settings of a run as one recipe, without what is measured on the images and without a caller's objects.
+    """All settings of a run as one recipe: how it learns, neither where it goes nor what is measured on the images.
 
     Callbacks and loggers given from Python as objects cannot be written down: a repeated run must be given them again.
     """
-    recipe = {key: _plain(value) for key, value in settings.items() if value is not None}
+    recipe = without_places({key: _plain(value) for key, value in settings.items() if value is not None})
     if "trainer" in recipe:
         recipe["trainer"] = {key: value for key, value in recipe["trainer"].items() if not _holds_objects(value)}
     spec = recipe.setdefault("method", default_method())

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from ssl_kit.core.console import next_command, progress, say, table
-from ssl_kit.core.errors import DamagedError, UserError
-from ssl_kit.core.files import read_json, write_csv
+from ssl_kit.core.console import next_command, progress, say, table, warn
+from ssl_kit.core.errors import DamagedError, UserError, check_numbers
+from ssl_kit.core.files import lock, read_json, write_csv
 from ssl_kit.core.machine import available_cores
+from ssl_kit.core.owned import check_output, record_in
 from ssl_kit.core.random import permutation
 from ssl_kit.data.decode import BadImageError, decode
 from ssl_kit.data.listing import unescape
@@ -84,8 +85,10 @@ def duplicates(
         html: file to write groups and outliers to as pictures.
         encoder: run folder or encoder folder, when it is no longer where the embeddings were made.
     """
-    if threshold is not None and not -1 <= threshold <= 1:
-        raise UserError(f"--threshold {threshold}: wanted a cosine from -1 to 1")
+    check_numbers({"threshold": threshold, "outliers": outliers})
+    for name in (csv, html):
+        if name is not None:
+            check_output(name)
     a = Embeddings.load(emb)
     b = Embeddings.load(other) if other is not None else a
     _comparable(a, b, emb, other)
@@ -110,8 +113,12 @@ def duplicates(
         _draw(Path(html), a, b, record)
         say(f"pictures: {html}")
     if other is None and (run := _run_of(a)) is not None:
-        _draw_for_report(run, a, record)
-        say(f"for the report of {run}: ssl-kit report {shlex.quote(str(run))}")
+        try:
+            with lock(run), record_in(run):
+                _draw_for_report(run, a, record)
+            say(f"for the report of {run}: ssl-kit report {shlex.quote(str(run))}")
+        except UserError as error:  # in use, or not to be written to
+            warn(f"not in the report of {run}: {error}")
     again = f"ssl-kit duplicates {shlex.quote(emb)}{' ' + shlex.quote(other) if other else ''}"
     next_command(f"open {html}" if html else f"{again} --html duplicates.html --csv duplicates.csv")
     return record | {"csv": csv, "html": html}

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ssl_kit.core.console import if_interrupted, next_command, result
-from ssl_kit.core.errors import UserError
+from ssl_kit.core.errors import UserError, check_numbers
 from ssl_kit.core.files import MANIFEST, read_manifest
+from ssl_kit.core.owned import Former, check_place
 from ssl_kit.core.sealed import LARGE_JSON
 from ssl_kit.data.listing import escape_path
 from ssl_kit.data.sources import Source, open_source
 from ssl_kit.embeddings import Precision, Storage
 from ssl_kit.encoders.encoder import Encoder, find_encoder
-from ssl_kit.streaming import Embedded, embed_to, is_ours, parse_shard, remove
+from ssl_kit.streaming import Embedded, embed_to, former, is_ours, parse_shard
 
 
 def embed(
@@ -49,21 +52,30 @@ def embed(
         batch_size: images per forward pass; changes the speed, not the features.
         precision: auto is bfloat16 where the machine is fast at it, float32 elsewhere; float32 is the same everywhere.
         max_bad: fraction of the images that may be undecodable, in [0, 1]; 0 is strict: the first one is an error.
-        overwrite: remove the embeddings and the index that are there first.
+        overwrite: replace the embeddings and the index that are there, which go when the new ones are complete.
     """
     folder = Path(out)
-    if layers < 1:
-        raise UserError(f"--layers {layers}: wanted at least 1, the last stage or block")
+    check_numbers({"layers": layers, "limit": limit, "batch_size": batch_size, "max_bad": max_bad})
     part = parse_shard(shard) if shard is not None else None
     path = find_encoder(encoder)
     loaded = Encoder.load(path).to("cuda" if torch.cuda.is_available() else "cpu")
+    check_place(folder, data, removing=overwrite)
     _may_write(folder, overwrite, shard)
     # decoded when needed: each image is looked at once, and rows do not depend on how much memory is free
     source = open_source(data, limit=limit, channels=loaded.channels, max_bad=max_bad, in_memory=False)
 
+    with torch.inference_mode():  # nothing is removed for what cannot be made
+        loaded.layers(torch.zeros(1, loaded.channels, *loaded.image_size).to(next(loaded.parameters()).device), layers)
+    replaced = former(folder)
+    if overwrite or not _parts(folder):
+        replaced.settle((folder / MANIFEST).is_file())
+    if overwrite and folder.is_dir():
+        replaced.set_aside()
+
     began = time.perf_counter()
-    with if_interrupted(
-        lambda: f"{len([*folder.glob('part-*.json')])} finished parts are kept; the same command goes on"
+    with (
+        _put_back_unless_begun(replaced),
+        if_interrupted(lambda: f"{_parts(folder)} finished parts are kept; the same command goes on"),
     ):
         done = embed_to(
             folder,
@@ -90,6 +102,22 @@ def embed(
         "images_per_second": round(done.images / max(seconds, 1e-9), 1),
     }
     return record | (_completed(folder, out, done, record) if done.complete else _waiting(folder, done, record, source))
+
+
+def _parts(folder: Path) -> int:
+    """Finished parts of a folder that has no manifest yet."""
+    return len([*folder.glob("part-*.json")])
+
+
+@contextmanager
+def _put_back_unless_begun(replaced: Former) -> Iterator[None]:
+    """Puts former embeddings back where not a single part of the new ones was finished."""
+    try:
+        yield
+    except BaseException:
+        if not _parts(replaced.folder):
+            replaced.settle(False)
+        raise
 
 
 def _completed(folder: Path, out: str, done: Embedded, record: dict[str, Any]) -> dict[str, Any]:
@@ -126,6 +154,9 @@ def _may_write(folder: Path, overwrite: bool, shard: str | None) -> None:
     if overwrite:
         if shard is not None:
             raise UserError("--overwrite with --shard would remove what other shards made: remove the folder yourself")
-        remove(folder)
+        if not is_ours(folder) and not former(folder):
+            raise UserError(
+                f"{folder} is not an embeddings folder ({MANIFEST} says so otherwise); it is not overwritten"
+            )
     elif not is_ours(folder):
         raise UserError(f"{folder} exists: choose another --out, or replace it with --overwrite")

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from ssl_kit.core.console import if_interrupted, next_command, say
-from ssl_kit.core.errors import UserError
+from ssl_kit.core.errors import UserError, check_numbers
 from ssl_kit.core.files import append_line, lock, write_csv
+from ssl_kit.core.owned import check_place, record_in
 from ssl_kit.data.sources import Source, open_labelled
 from ssl_kit.encoders.encoder import Encoder, find_encoder
 from ssl_kit.encoders.pretrained import load_pretrained
@@ -80,11 +81,12 @@ def evaluate(
     """
     started = time.perf_counter()
     names = [encoder] if isinstance(encoder, str) else list(encoder)
+    check_numbers({"layers": layers, "limit": limit, "max_bad": max_bad, "seed": seed, "batch_size": batch_size})
     options = _Options(
         labelled,
         None if only is None else _names(only, tuple(EVALUATIONS), "--only"),
         _dims(dims),
-        _layers(layers),
+        layers,
         balanced,
         _names(baselines, BASELINES, "--baselines"),
         _pretrained(baseline),
@@ -97,6 +99,8 @@ def evaluate(
     )
     paths = [find_encoder(name) for name in names]
     folders = _folders(paths, out)
+    for folder in folders:
+        check_place(folder, labelled)
     opened = _Opened(options)
     done, records = [], []
     for name, path, folder in zip(names, paths, folders, strict=True):
@@ -167,7 +171,7 @@ def _one(name: str, path: Path, folder: Path, opened: _Opened, options: _Options
     task = Task(train, test, folder, options.dims, nested, options.balanced, seed, options.batch_size)
     results: list[Result] = []
     kept = f"features made so far are kept in {folder / 'features'}, scores are not; the same command goes on"
-    with lock(folder), if_interrupted(lambda: kept):
+    with lock(folder), record_in(folder), if_interrupted(lambda: kept):
         pictures = Pictures(folder / "pictures", train, test, seed)
         every = feature_sets(
             loaded,
@@ -247,18 +251,12 @@ def _dims(given: Sequence[int] | str) -> tuple[int, ...]:
     return tuple(sorted(set(sizes)))
 
 
-def _layers(given: int) -> int:
-    if given < 1:
-        raise UserError(f"--layers {given}: wanted at least 1, the last stage or block")
-    return given
-
-
 def results_folder(encoder: Path, out: str | None) -> Path:
     """Where results of an encoder folder go: as asked, else its run, else a folder beside it."""
     if out is not None:
         return Path(out)
     if encoder.name == "encoder" and (encoder.parent / "run.json").is_file():
-        return encoder.parent
+        return encoder.parent.resolve() if encoder.parent.is_symlink() else encoder.parent
     return encoder.resolve().parent / f"{encoder.resolve().name}-evaluation"
 
 

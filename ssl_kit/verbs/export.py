@@ -14,6 +14,7 @@ import torch
 from ssl_kit.core.console import next_command, say, table
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import MANIFEST, DamagedError, atomic_folder, read_json, read_manifest
+from ssl_kit.core.owned import check_place
 from ssl_kit.data.decode import BadImageError, decode
 from ssl_kit.data.listing import escape_path
 from ssl_kit.data.sources import Source, open_source
@@ -61,6 +62,7 @@ def export(
     if preprocess and format != "onnx":
         raise UserError("--preprocess is for --format onnx: a timm folder states its preprocessing in config.json")
     folder, path = Path(out), find_encoder(run)
+    check_place(folder, images, removing=overwrite)
     _may_write(folder, overwrite)
     encoder = Encoder.load(path)
     record = read_json(Path(run) / "run.json") if (Path(run) / "run.json").is_file() else {}

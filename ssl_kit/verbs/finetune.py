@@ -6,7 +6,6 @@ import json
 import math
 import secrets
 import shlex
-import shutil
 import time
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -18,7 +17,7 @@ import pytorch_lightning as pl
 import torch
 
 from ssl_kit.core.console import if_interrupted, next_command, result, say, table
-from ssl_kit.core.errors import UserError
+from ssl_kit.core.errors import UserError, check_numbers
 from ssl_kit.core.files import append_line, lock, read_json, write_json
 from ssl_kit.core.machine import (
     Precision,
@@ -29,6 +28,7 @@ from ssl_kit.core.machine import (
     keep_memory,
     lightning_precision,
 )
+from ssl_kit.core.owned import check_place, record_in, remove_training
 from ssl_kit.core.random import permutation
 from ssl_kit.core.signals import Signals
 from ssl_kit.data.module import ImageData
@@ -116,9 +116,10 @@ def finetune(
     """
     started = time.perf_counter()
     settings = {key: value for key, value in locals().items() if key not in ("encoder", "labelled", "out", "started")}
-    _check(fraction, epochs, batch_size, lora)
+    check_numbers(settings)
     path = find_encoder(encoder)
     folder, loaded = results_folder(path, out), Encoder.load(path)
+    check_place(folder, labelled)
     if lora:
         check_lora(loaded)
     train, test = open_labelled(labelled, limit=limit, channels=loaded.channels)
@@ -130,7 +131,7 @@ def finetune(
     results = []
     made = {"encoder_sha256": loaded.sha256, "train": train.name, "test": test.name}
     kept = f"the states saved in {folder / 'finetuning'} are kept; go on with --resume"
-    with lock(folder), if_interrupted(lambda: kept), Signals() as signals:
+    with lock(folder), record_in(folder), if_interrupted(lambda: kept), Signals() as signals:
         begun = {**settings, "views": asdict(views), **made, "images": len(train)}
         training = _begin(folder / "finetuning", begun, resume)
         for name in ("encoder", "random_init") if scratch else ("encoder",):
@@ -169,15 +170,6 @@ def finetune(
     }
 
 
-def _check(fraction: float, epochs: int, batch_size: int, lora: int) -> None:
-    if not 0 < fraction <= 1:
-        raise UserError(f"--fraction {fraction}: wanted a share of the labels in (0, 1], such as 0.01")
-    if epochs < 1 or batch_size < 1:
-        raise UserError(f"--epochs {epochs} --batch_size {batch_size}: wanted at least 1 of each")
-    if lora < 0:
-        raise UserError(f"--lora {lora}: wanted the rank of the adapters, such as 8, or 0 for none")
-
-
 def _begin(folder: Path, settings: dict[str, Any], resume: bool) -> str:
     """Keeps beside the checkpoints what they were made with: a resumed training must agree, another one starts anew.
 
@@ -194,7 +186,7 @@ def _begin(folder: Path, settings: dict[str, Any], resume: bool) -> str:
         if differs:
             raise UserError(f"--resume: {'; '.join(differs)}: give the same again, or start anew without --resume")
         return str(begun.get(_TRAINING, ""))
-    shutil.rmtree(folder, ignore_errors=True)  # the newest checkpoint there would be another training's
+    remove_training(folder)  # the newest state there would be another training's
     training = secrets.token_hex(8)
     write_json(folder / _BEGUN, {**now, _TRAINING: training})
     return training

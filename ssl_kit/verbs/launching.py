@@ -16,15 +16,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from ssl_kit.core.console import warn
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.processes import LAUNCHER, LOST, TIMEOUT_SECONDS
+from ssl_kit.core.signals import heeded
 
 _PROGRAM = (sys.executable, "-m", "ssl_kit")
-_PASSED_ON = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 _GRACE = 8.0  # seconds for the others to end by themselves once one has failed
 _LOOK = 0.05  # seconds between looks
 _PORTS = range(20_000, 32_000)  # below those that systems give out by themselves
@@ -50,6 +51,19 @@ def processes_asked(devices: Any) -> int:
     raise UserError(f"--trainer.devices {devices}: wanted how many processes to start, such as 2, or GPUs as [0,1]")
 
 
+def most_processes() -> int:
+    """How many processes this machine has room for: one for each GPU that may be used, or else for each core."""
+    present = [path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*")]
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        present = present[: len([one for one in chosen.split(",") if one.strip() not in ("", "-1")])]
+    return len(present) or _cores()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def launch(arguments: Sequence[str], count: int, program: Sequence[str] = _PROGRAM) -> int:
     """Runs `ssl-kit ARGUMENTS` in `count` processes and returns the exit code of the whole.
 
@@ -64,7 +78,7 @@ def launch(arguments: Sequence[str], count: int, program: Sequence[str] = _PROGR
         for child in children:
             child.send_signal(number)
 
-    for number in _PASSED_ON:
+    for number in heeded():
         handlers[number] = signal.signal(number, pass_on)
     try:
         environment = _environment(count)
@@ -90,7 +104,7 @@ def launch(arguments: Sequence[str], count: int, program: Sequence[str] = _PROGR
 
 def _environment(count: int) -> dict[str, str]:
     """What all the processes find in their environment."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = _cores()
     own = {
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
@@ -146,7 +160,7 @@ def _outcome(codes: list[int], killed: list[int]) -> int:
     failed = {rank: code for rank, code in own.items() if code > 0 and code != LOST}
     if by_signal:
         rank, number = next(iter(by_signal.items()))
-        if number not in _PASSED_ON:
+        if number not in heeded():
             warn(f"process {rank} was ended by {signal.Signals(number).name}; the others have ended with it")
         return 128 + number
     if failed:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import netrc
 import os
 import shlex
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +14,10 @@ import numpy as np
 import pytorch_lightning as pl
 
 from ssl_kit.core.console import if_interrupted, next_command, result, say
-from ssl_kit.core.errors import UserError
+from ssl_kit.core.errors import UserError, check_numbers
+from ssl_kit.core.files import NotOursError, entries
 from ssl_kit.core.machine import Precision, Switch, keep_memory, lightning_precision
+from ssl_kit.core.owned import RUN, Former, check_ours, check_place, our_files
 from ssl_kit.core.signals import Signals
 from ssl_kit.data.batches import ViewLoader
 from ssl_kit.data.module import ImageData
@@ -24,8 +27,9 @@ from ssl_kit.encoders.encoder import Encoder, initialise
 from ssl_kit.methods.method import Method
 from ssl_kit.report.pictures import draw_views
 from ssl_kit.report.report import write_report
+from ssl_kit.report.scores import judged_by
 from ssl_kit.training.average import Average
-from ssl_kit.training.checkpoint import Checkpoints, SafeCheckpointIO, newest
+from ssl_kit.training.checkpoint import Checkpoints, SafeCheckpointIO, newest, resumable
 from ssl_kit.training.chunked import Chunkable, no_chunks
 from ssl_kit.training.diagnose import Diagnose
 from ssl_kit.training.distributed import rank, world_size
@@ -45,10 +49,12 @@ from ssl_kit.verbs.fitting import (
 )
 from ssl_kit.verbs.following import Measure, Refresh, Show, Skips, hold_out, kept
 from ssl_kit.verbs.record import RunRecord, versions
+from ssl_kit.verbs.rehearsal import rehearse
 from ssl_kit.verbs.several import all_fit, check_images, check_processes, held, images_per_step
 from ssl_kit.views.recipe import View, ViewRecipe, plain
 
 _SHOWN = 8  # images in the picture of the views
+_WRITTEN = ("recipe.yaml", "metrics.csv", "skipped.csv", "diagnose.csv", "report.html", "pictures/views.png")
 
 
 def pretrain(
@@ -93,7 +99,7 @@ def pretrain(
         views: what may happen to an image; see `ssl-kit views` for a picture of it.
         run: folder to write, by default runs/DATA.
         resume: continue the run in that folder at its very step.
-        overwrite: delete an existing run in that folder first.
+        overwrite: replace an existing run in that folder, once the new one could be resumed; only its own files go.
         init: start from an encoder: timm:NAME (weights on disk) or a run or encoder folder.
         limit: use only so many images, for a first try.
         image_size: side of a view in pixels, or height and width; chosen from the images by default.
@@ -128,15 +134,14 @@ def pretrain(
     settings = {key: value for key, value in locals().items() if key not in ("run", "resume", "overwrite")}
     folder = Path(run or f"runs/{Path(data).name or 'run'}")
     _check_options(settings)
+    check_place(folder, data, removing=overwrite)
     with (
         joined(),
         held(folder),
         if_interrupted(lambda: kept(folder)),
         Signals() as signals,
-        RunRecord(folder) as record,
+        _opened(folder, resume, overwrite) as record,
     ):
-        if rank() == 0:
-            _check_folder(folder, resume, overwrite)
         reused = keep_memory()
         say(f"freed memory: {'kept (page faults cost 10 % of a step)' if reused else 'given back (not glibc)'}")
         pl.seed_everything(seed, verbose=False)
@@ -162,9 +167,11 @@ def pretrain(
 
         if rank() == 0:
             if not resume:
-                _clear(folder, everything=overwrite)
-            save_recipe(folder / "recipe.yaml", resolved_recipe(settings, learner))
+                rehearse(learner, kinds, seed)  # the last that may be refused
+            if overwrite:
+                record.former.set_aside()
             _describe(record, data, source, learner, seed)
+            save_recipe(folder / "recipe.yaml", resolved_recipe(settings, learner))
             _draw(folder / "pictures" / "views.png", source, kinds[0], seed)
             write_report([folder], folder / "report.html")
             say(f"report: {folder / 'report.html'}")
@@ -204,7 +211,12 @@ def _train(
     folder, options = record.folder, dict(settings["trainer"] or {})
     watchdog = Watchdog(learner.optim.clip, folder / "checkpoints")
     checkpoints = Checkpoints(
-        folder / "checkpoints", settings["checkpoint_minutes"], watchdog.healthy, signals, settings["when_full"]
+        folder / "checkpoints",
+        settings["checkpoint_minutes"],
+        watchdog.healthy,
+        signals,
+        settings["when_full"],
+        saved=record.former.remove,
     )
     stopped = lambda: checkpoints.stopped is not None
     averages = []
@@ -217,6 +229,8 @@ def _train(
         chance_loss=record.entries.get("chance_loss"),
         contrastive=isinstance(learner, Chunkable),  # its loss compares images
         held_out=measure.held_out,
+        cropped=measure.cropped,
+        knn_judges=judged_by(type(learner).__name__)[0] == "knn",
     )
     curves = Curves(
         folder / "metrics.csv",
@@ -270,33 +284,45 @@ def _train(
     return measure.encoder(learner)
 
 
+@contextmanager
+def _opened(folder: Path, resume: bool, overwrite: bool) -> Iterator[RunRecord]:
+    """The record of the run that begins or goes on in `folder`; the first of several processes looks after the folder.
+
+    A run that `overwrite` replaces is put back where the new one ends before it could be resumed.
+    """
+    if rank() > 0:
+        yield RunRecord(folder, resume)
+        return
+    former = Former(folder)
+    former.settle(resumable(folder / "checkpoints"))
+    _check_folder(folder, resume, overwrite)
+    try:
+        with RunRecord(folder, resume) as record:
+            yield record
+    except BaseException:
+        former.settle(resumable(folder / "checkpoints"))
+        raise
+
+
 def _check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
-    exists = (folder / "run.json").exists()
+    """Raises `UserError` for what may not be in the folder, or must be; nothing is touched."""
+    check_ours(folder)
+    exists = (folder / RUN).is_file() and (folder / "recipe.yaml").is_file()  # else it was killed as it began
     if resume and overwrite:
         raise UserError("got --resume and --overwrite; give one of them")
     if exists and not (resume or overwrite):
         raise UserError(f"{folder} holds a run already; go on with --resume, or start anew with --overwrite")
     if resume and not exists:
         raise UserError(f"--resume: {folder} holds no run; check --run, or leave --resume out to start one")
-
-
-def _clear(folder: Path, everything: bool) -> None:
-    """Deletes a former run; its lock, which is held, stays. Without `everything` what a killed `_clear` has left."""
-    (folder / "run.json").unlink(missing_ok=True)  # first: a folder that is half cleared holds no run
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    for path in folder.iterdir() if everything else ():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != ".lock":
-            path.unlink()
+    ours = our_files(folder)
+    for name in () if resume else entries(folder):
+        if name in _WRITTEN and name not in ours:
+            raise NotOursError(f"{folder / name} is not ssl_kit's: move it away, or choose another --run")
 
 
 def _check_options(settings: dict[str, Any]) -> None:
     """Raises `UserError` for numbers out of range and trainer options that would be ignored or break a promise."""
-    for name in ("batch_size", "contrastive_batch", "threads", "limit", "channels", "image_size"):
-        value = settings[name]
-        if isinstance(value, int) and value < 1:
-            raise UserError(f"--{name} {value}: wanted at least 1")
+    check_numbers(settings)
     if any(epoch < 0 or side < 1 for epoch, side in (settings["grow"] or {}).items()):
         raise UserError(f"--grow {settings['grow']}: wanted epochs from 0 and sides of at least 1 pixel")
     options = dict(settings["trainer"] or {})

@@ -24,6 +24,10 @@ _MAX_BYTES = 2**17  # of a recipe; the longest packaged one has 2 kB
 _DEEPEST = 30  # lists and mappings inside each other
 _MOST_OPEN = 100  # brackets; the scanner looks at all open ones for every word of a line: 1,000 take it a second
 _OWN_PATH = re.compile(r"ssl_kit(?:\.\w+)+")
+# What says where a run goes and with whom it talks, not how it learns: for the command line only
+_PLACES = ("run", "out", "html", "csv", "json", "resume", "overwrite", "allow", "wandb", "tensorboard")
+_TRAINER_PLACES = ("devices", "num_nodes", "strategy", "default_root_dir", "logger", "callbacks", "profiler")
+_EITHER = (("epochs", "minutes"),)  # of each pair the one that is named last counts
 
 
 class _Loader(yaml.SafeLoader):
@@ -74,6 +78,50 @@ def read_recipe(name: str) -> dict[str, Any]:
     if not isinstance(recipe, dict):
         raise UserError(f"{path} holds a {type(recipe).__name__}; a recipe is a mapping such as {{epochs: 10}}")
     return recipe
+
+
+def places_in(recipe: dict[str, Any]) -> list[str]:
+    """The entries of a recipe that say where, as options; those that ask for nothing (false, null) do not count.
+
+    A run's own recipe of an earlier version names them all.
+    """
+    trainer = recipe.get("trainer")
+    inside = {f"trainer.{key}": value for key, value in trainer.items()} if isinstance(trainer, dict) else {}
+    known = (*_PLACES, *(f"trainer.{key}" for key in _TRAINER_PLACES))
+    written = {str(key).replace("-", "_"): value for key, value in {**recipe, **inside}.items()}
+    return [name for name in known if written.get(name) not in (None, False, [], {}, "auto")]
+
+
+def without_places(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe without its entries that say where."""
+    kept = {key: value for key, value in recipe.items() if str(key).replace("-", "_") not in _PLACES}
+    if isinstance(kept.get("trainer"), dict):
+        kept["trainer"] = {key: value for key, value in kept["trainer"].items() if key not in _TRAINER_PLACES}
+    return kept
+
+
+def read_how(name: str) -> dict[str, Any]:
+    """A recipe given by `-c`: it says how to train, the command line says where.
+
+    Raises:
+        UserError: as `read_recipe`; or it names a folder, a logger, processes or what may be overwritten.
+    """
+    recipe = read_recipe(name)
+    if places := places_in(recipe):
+        raise UserError(f"{name}: a recipe says how to train, not where: leave {places[0]} out, give --{places[0]}")
+    return without_places(recipe)
+
+
+def last_of_each_pair(recipes: Sequence[dict[str, Any]], typed: Sequence[str]) -> None:
+    """Strikes from recipes, given in order, what a later one or an option replaces under another name."""
+    named = {argument.removeprefix("--").partition("=")[0] for argument in typed if argument.startswith("--")}
+    for pair in _EITHER:
+        replaced = bool(named & set(pair))
+        for recipe in reversed(recipes):
+            told = [key for key in pair if recipe.get(key) is not None]
+            for key in told if replaced else ():
+                del recipe[key]
+            replaced |= bool(told)
 
 
 def _plain_values(text: str) -> Any:

@@ -15,39 +15,42 @@ from typing import Any
 import numpy as np
 
 import ssl_kit
-from ssl_kit.core.files import if_room, read_json, write_json
+from ssl_kit.core.files import if_room
+from ssl_kit.core.owned import RUN, Former, Record
 from ssl_kit.training.distributed import rank
 from ssl_kit.training.monitor import Curves
 
-FILE = "run.json"
 _PACKAGES = ("torch", "torchvision", "pytorch-lightning", "timm", "faiss-cpu", "numba", "numpy")
 
 
-class RunRecord:
-    """Entries of `run.json`, written whenever one changes; a resumed run keeps those of its first sitting.
+class RunRecord(Record):
+    """The record of a run, `run.json`, written whenever an entry changes; a resumed run keeps those it was begun with.
 
-    Inside a `with` block whatever ends the block early becomes the status: "interrupted" by a signal, or "failed".
+    Inside a `with` block whatever ends the run early becomes its status: "interrupted" by a signal, or "failed". A
+    sitting that ends before `begin` changes nothing.
 
     Attributes:
-        entries: JSON-able; every key is optional for readers.
+        former: the run that this one replaces, if any.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.entries: dict[str, Any] = read_json(folder / FILE) if (folder / FILE).is_file() else {}
-
-    def __enter__(self) -> RunRecord:
-        return self
+    def __init__(self, folder: Path, resume: bool = False):
+        super().__init__(folder, RUN)
+        self.former = Former(folder)
+        self._begun = False
+        if not resume:  # of a former run, which is still whole
+            self.entries, self.names = {}, {RUN}
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None and (self.folder / FILE).is_file():
-            with if_room(self.folder / FILE):
+        if kind is not None and self._begun:
+            with if_room(self.folder / RUN):
                 self.update(status="interrupted" if issubclass(kind, SystemExit | KeyboardInterrupt) else "failed")
+        super().__exit__(kind, value, trace)
 
     def begin(self, **entries: Any) -> None:
         """The first entries of a run, or of a further sitting."""
+        self._begun = True
         started = self.entries.get("started", time.strftime("%Y-%m-%d %H:%M:%S"))
         self.update(
             run=str(self.folder),
@@ -62,7 +65,7 @@ class RunRecord:
         """Sets entries and writes the file, the first of several processes for all."""
         self.entries |= entries
         if rank() == 0:
-            write_json(self.folder / FILE, self.entries)
+            self.write()
 
     def progress(self, curves: Curves) -> None:
         """Verdict, speed and time from the curves so far."""

@@ -10,11 +10,13 @@ import numpy as np
 from PIL import Image
 
 from ssl_kit.core.console import next_command, result
-from ssl_kit.core.errors import UserError
+from ssl_kit.core.errors import UserError, check_numbers
 from ssl_kit.core.files import atomic_file
+from ssl_kit.core.owned import check_output
 from ssl_kit.core.random import permutation
 from ssl_kit.data.decode import BadImageError, decode
 from ssl_kit.data.sources import Source, open_source
+from ssl_kit.report.pictures import made_here
 from ssl_kit.views.host import apply_host
 from ssl_kit.views.recipe import View, ViewRecipe
 from ssl_kit.views.sample import sample
@@ -48,8 +50,9 @@ def views(
         seed: of the run that would see these views.
         epoch: of that run.
     """
-    if count < 1:
-        raise UserError(f"count is {count}; wanted at least 1 original")
+    check_numbers({"image_size": image_size, "count": count, "views_per_image": views_per_image, "epoch": epoch})
+    check_numbers({"channels": channels, "seed": seed})
+    check_output(out, data)
     source = open_source(data, channels=channels, in_memory=False)
     chosen = _decodable(source, count)
     images, rows = list(chosen.values()), np.array(list(chosen), np.int64)
@@ -58,7 +61,8 @@ def views(
     drawn = views.build((side, side), source.channels, views_per_image)
     grid = _grid(images, rows, drawn, side, seed, epoch)
     with atomic_file(out) as temporary:
-        Image.fromarray(grid[..., 0] if grid.shape[2] == 1 else grid).save(temporary, format="PNG")
+        image = Image.fromarray(grid[..., 0] if grid.shape[2] == 1 else grid)
+        image.save(temporary, format="PNG", pnginfo=made_here())
     result(
         f"{out}: {len(images)} originals (left), {views_per_image} views of each, {side} x {side} pixels, epoch {epoch}"
     )

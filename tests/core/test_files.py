@@ -7,6 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,8 @@ from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import (
     DamagedError,
     FullError,
+    NotOursError,
+    append_line,
     atomic_file,
     atomic_folder,
     check_space,
@@ -126,12 +130,113 @@ def test_a_failed_replacement_brings_the_old_folder_back(tmp_path, monkeypatch):
     assert whole(tmp_path / "folder") == "old" and os.listdir(tmp_path) == ["folder"]
 
 
-def test_a_link_is_replaced_and_not_what_it_points_to(tmp_path):
+def test_nothing_is_written_through_a_link_and_the_link_stays(tmp_path):
     write(tmp_path / "elsewhere", "elsewhere")
+    (tmp_path / "elsewhere.json").write_text("1")
     (tmp_path / "folder").symlink_to(tmp_path / "elsewhere")
-    write(tmp_path / "folder", "new")
-    assert whole(tmp_path / "folder") == "new" and not (tmp_path / "folder").is_symlink()
-    assert whole(tmp_path / "elsewhere") == "elsewhere" and sorted(os.listdir(tmp_path)) == ["elsewhere", "folder"]
+    (tmp_path / "file.json").symlink_to(tmp_path / "elsewhere.json")
+    with pytest.raises(NotOursError, match="is a link"):
+        write(tmp_path / "folder", "new")
+    for call in (write_json, append_line):
+        with pytest.raises(NotOursError, match="is a link"):
+            call(tmp_path / "file.json", 2)
+    assert whole(tmp_path / "elsewhere") == "elsewhere" and (tmp_path / "elsewhere.json").read_text() == "1"
+    assert (tmp_path / "folder").is_symlink() and (tmp_path / "file.json").is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["elsewhere", "elsewhere.json", "file.json", "folder"]
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+@pytest.mark.parametrize("linked", [True, False])
+def test_what_others_have_put_into_a_folder_of_ours_goes_on_into_the_new_one(tmp_path, exchange, linked, monkeypatch):
+    if not exchange:
+        monkeypatch.setattr(files, "_exchanged", lambda one, other: False)
+    if not linked:
+        monkeypatch.setattr(os, "link", fails_with(errno.EPERM))
+    folder = tmp_path / "folder"
+    write(folder, "old")
+    (folder / "notes").mkdir()
+    (folder / "notes" / "mine.txt").write_text("mine")
+    (folder / "empty").mkdir()
+    (folder / "there").symlink_to(tmp_path)
+    write(folder, "new")
+    assert whole(folder) == "new" and (folder / "notes" / "mine.txt").read_text() == "mine"
+    assert (folder / "empty").is_dir() and (folder / "there").is_symlink()
+    assert sorted(os.listdir(folder)) == ["a", "empty", "manifest.json", "notes", "there"]
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_a_folder_of_somebody_else_is_not_replaced(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a").write_text("mine")
+    with pytest.raises(NotOursError, match=r"holds 'a' and no manifest\.json"):
+        write(tmp_path / "folder", "new")
+    assert (tmp_path / "folder" / "a").read_text() == "mine" and os.listdir(tmp_path) == ["folder"]
+
+
+def test_a_file_of_somebody_else_in_a_folder_of_ours_is_not_replaced(tmp_path):
+    with atomic_folder(tmp_path / "folder", manifest={}) as temporary:
+        (temporary / "b").write_text("ours")
+    (tmp_path / "folder" / "a").write_text("mine")
+    with pytest.raises(NotOursError, match="a is not ssl_kit's"):
+        write(tmp_path / "folder", "new")
+    assert (tmp_path / "folder" / "a").read_text() == "mine" and (tmp_path / "folder" / "b").exists()
+
+
+def fails_with(number):
+    def fails(*arguments, **named):
+        raise OSError(number, os.strerror(number))
+
+    return fails
+
+
+@pytest.mark.parametrize("kind", ["folder", "link", "pipe"])
+def test_a_lock_that_is_no_file_is_told_in_one_line(tmp_path, kind):
+    path = tmp_path / "run" / ".lock"
+    path.parent.mkdir()
+    {"folder": path.mkdir, "link": lambda: path.symlink_to(tmp_path / "x"), "pipe": lambda: os.mkfifo(path)}[kind]()
+    with pytest.raises(UserError, match=r"\.lock cannot be opened"), lock(tmp_path / "run"):
+        pass
+    assert os.path.lexists(path) and not (tmp_path / "x").exists()
+
+
+def test_what_is_in_a_lock_file_of_somebody_else_stays(tmp_path):
+    (tmp_path / ".lock").write_text("mine")
+    with lock(tmp_path):
+        pass
+    assert (tmp_path / ".lock").read_text() == "mine"
+
+
+def test_a_folder_that_was_only_locked_is_gone_again_and_one_that_was_there_stays(tmp_path):
+    with lock(tmp_path / "new" / "run"):
+        pass
+    assert not os.listdir(tmp_path)
+    (tmp_path / "old").mkdir()
+    with lock(tmp_path / "old"):
+        pass
+    with lock(tmp_path / "new" / "run"):
+        (tmp_path / "new" / "run" / "a").touch()
+    assert sorted(os.listdir(tmp_path)) == ["new", "old"] and (tmp_path / "new" / "run" / "a").exists()
+
+
+def test_a_lock_that_its_former_holder_removes_is_taken_anew(tmp_path):
+    folder = tmp_path / "run"
+    holding, done = threading.Event(), threading.Event()
+
+    def first():
+        with lock(folder):
+            holding.set()
+            time.sleep(0.2)  # the other one opens the file and waits for it; then it is removed
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    holding.wait()
+    with lock(folder, wait=True):
+        done.set()
+        assert (folder / ".lock").exists()
+        with pytest.raises(UserError, match="in use"), lock(folder):
+            pass
+    thread.join()
+    assert done.is_set()
 
 
 def in_little_room(size, work):
@@ -283,3 +388,72 @@ def test_a_second_process_is_refused_while_the_lock_is_held(tmp_path):
         assert "in use by another" in second.stderr and "held" not in second.stdout
     assert "held" in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert issubclass(DamagedError, UserError)
+
+
+@pytest.fixture
+def disk(tmp_path, monkeypatch):
+    """What the disk is asked for, in order: ("sync", inode, bytes by then), and ("name", inode) of a new `target`."""
+    asked, target = [], tmp_path / "target"
+    fsync = os.fsync
+
+    def noted(handle):
+        fsync(handle)
+        asked.append(("sync", os.fstat(handle).st_ino, os.fstat(handle).st_size))
+
+    def naming(rename):
+        def renamed(one, other):
+            done = rename(one, other)
+            if os.path.lexists(target) and asked[-1:] != [("name", target.stat().st_ino)]:
+                asked.append(("name", target.stat().st_ino))
+            return done
+
+        return renamed
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "replace", naming(os.replace))
+    monkeypatch.setattr(files, "_exchanged", naming(files._exchanged))
+    return asked
+
+
+def around_the_name(asked, path):
+    """{inode: bytes} of what was on the disk before `path` had its name, and after."""
+    named = asked.index(("name", path.stat().st_ino))
+    return [{inode: size for kind, inode, *size in part if kind == "sync"} for part in (asked[:named], asked[named:])]
+
+
+@pytest.mark.parametrize("way", ["new", "exchanged", "moved"])
+def test_a_folder_is_on_the_disk_before_it_has_its_name_and_its_name_afterwards(tmp_path, disk, monkeypatch, way):
+    """After a power cut there is the old one or the new: every file, each folder, then the name, then its parent."""
+    target = tmp_path / "target"
+    if way != "new":
+        write(target, "old")
+    if way == "moved":
+        monkeypatch.setattr(files, "_exchanged", lambda one, other: False)
+    disk.clear()
+    with atomic_folder(target, manifest={}) as temporary:
+        (temporary / "deeper").mkdir()
+        for name in ("a", "deeper/b"):
+            (temporary / name).write_text(name * 10_000)
+    before, after = around_the_name(disk, target)
+    for name in ("a", "deeper/b", "manifest.json"):
+        assert before[(target / name).stat().st_ino] == [(target / name).stat().st_size], name
+    assert {target.stat().st_ino, (target / "deeper").stat().st_ino} <= before.keys()
+    assert tmp_path.stat().st_ino in after
+
+
+@pytest.mark.parametrize("old", [None, "old"])
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_its_name_afterwards(tmp_path, disk, old):
+    target = tmp_path / "target"
+    if old:
+        target.write_text(old)
+    with atomic_file(target) as temporary:
+        temporary.write_text("new" * 10_000)
+    before, after = around_the_name(disk, target)
+    assert before == {target.stat().st_ino: [30_000]} and tmp_path.stat().st_ino in after
+
+
+def test_an_appended_line_is_on_the_disk_when_it_is_told(tmp_path, disk):
+    for number in range(2):
+        append_line(tmp_path / "lines", {"number": number})
+        lines = (tmp_path / "lines").stat()
+        assert disk[-1] == ("sync", lines.st_ino, lines.st_size)
