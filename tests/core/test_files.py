@@ -421,8 +421,11 @@ def around_the_name(asked, path):
     return [{inode: size for kind, inode, *size in part if kind == "sync"} for part in (asked[:named], asked[named:])]
 
 
+@pytest.mark.parametrize("manifest", [None, {}])
 @pytest.mark.parametrize("way", ["new", "exchanged", "moved"])
-def test_a_folder_is_on_the_disk_before_it_has_its_name_and_its_name_afterwards(tmp_path, disk, monkeypatch, way):
+def test_a_folder_is_on_the_disk_before_it_has_its_name_and_its_name_afterwards(
+    tmp_path, disk, monkeypatch, way, manifest
+):
     """After a power cut there is the old one or the new: every file, each folder, then the name, then its parent."""
     target = tmp_path / "target"
     if way != "new":
@@ -430,12 +433,12 @@ def test_a_folder_is_on_the_disk_before_it_has_its_name_and_its_name_afterwards(
     if way == "moved":
         monkeypatch.setattr(files, "_exchanged", lambda one, other: False)
     disk.clear()
-    with atomic_folder(target, manifest={}) as temporary:
+    with atomic_folder(target, manifest) as temporary:
         (temporary / "deeper").mkdir()
         for name in ("a", "deeper/b"):
             (temporary / name).write_text(name * 10_000)
     before, after = around_the_name(disk, target)
-    for name in ("a", "deeper/b", "manifest.json"):
+    for name in ("a", "deeper/b", *(["manifest.json"] if manifest is not None else [])):
         assert before[(target / name).stat().st_ino] == [(target / name).stat().st_size], name
     assert {target.stat().st_ino, (target / "deeper").stat().st_ino} <= before.keys()
     assert tmp_path.stat().st_ino in after
