@@ -181,3 +181,22 @@ def test_a_moment_with_negative_eigenvalues_gets_the_ridge_it_needs():
     assert torch.allclose(factor @ factor.T, moment, atol=2e-4)
     healthy = torch.eye(3, dtype=torch.float64)
     assert torch.allclose(_cholesky(healthy, 1e-6, 1e-6).square(), healthy * (1 + 2e-6), rtol=1e-12)
+
+
+def test_a_column_that_is_constant_up_to_rounding_has_no_say():
+    """Its rounding alone would be blown up to unit variance; a millionth of its size is where values begin."""
+    (train, labels), (test, test_labels) = clusters(400), clusters(200, seed=1)
+    flips = np.random.default_rng(2).integers(0, 2, 400, dtype=np.int32)
+    for value in (0.1, -3000.0, 1e-12):
+        train[:, 3] = (np.full(400, value, np.float32).view(np.int32) + flips).view(np.float32)  # the last bit
+        assert len(np.unique(train[:, 3])) == 2
+        scaling = Scaling.of(train)
+        assert scaling.scale[3] == 0 and np.count_nonzero(scaling.scale) == train.shape[1] - 1
+        assert (scaling.apply(train)[:, 3] == 0).all()
+    test[:, 3] = 1e-12 * 1.01
+    with_it = linear_probe(as_embeddings(train, labels), as_embeddings(test, test_labels), l2=1e-3)
+    without = (np.delete(vectors, 3, axis=1) for vectors in (train, test))
+    kept = linear_probe(*map(as_embeddings, without, (labels, test_labels)), l2=1e-3)
+    assert np.array_equal(with_it.predictions, kept.predictions)
+    train[:, 3] = 3000.0 * (1 + 1e-5 * flips)
+    assert Scaling.of(train).scale[3] > 0

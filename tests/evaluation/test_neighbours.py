@@ -7,6 +7,9 @@ import pytest
 
 from ssl_kit.evaluation.neighbours import (
     CUSTOMARY,
+    KS,
+    TEMPERATURES,
+    choose_k,
     knn,
     knn_accuracy,
     knn_predict,
@@ -15,6 +18,7 @@ from ssl_kit.evaluation.neighbours import (
     search,
     vote,
 )
+from ssl_kit.evaluation.result import holdout
 
 
 def clusters(count, dim=16, num_classes=5, spread=0.35, seed=0):
@@ -123,3 +127,21 @@ def test_shuffled_test_labels_change_no_choice_and_score_chance():
     assert np.array_equal(shuffled.predictions, honest.predictions)
     assert abs(shuffled.metrics["top1"] - 0.2) < 3 * np.sqrt(0.16 / 1_000)
     assert honest.metrics["top1"] > 0.5
+
+
+@pytest.mark.parametrize("spread", [0.35, 100.0])  # the second: labels that nothing tells
+def test_k_is_chosen_on_images_that_have_no_vote(spread):
+    """Every k and temperature against a gallery without the held-out fifth; the best, at the smallest k."""
+    vectors, labels = clusters(200, spread=spread)
+    vectors = normalised(vectors)
+    fitted, held = holdout(labels, 0.2, 0)
+    assert not set(fitted) & set(held)
+    scores = {}
+    for k in sorted({min(k, len(fitted)) for k in KS}):
+        for temperature in TEMPERATURES:
+            predicted = knn_predict(vectors[fitted], labels[fitted], vectors[held], k=k, temperature=temperature)
+            scores[k, temperature] = (predicted == labels[held]).mean()
+    k, temperature, accuracy = choose_k(vectors, labels, 5)
+    assert accuracy == pytest.approx(max(scores.values())) == pytest.approx(scores[k, temperature])
+    assert k == min(one for (one, _), score in scores.items() if score == max(scores.values()))
+    assert accuracy < (1.0 if spread < 1 else 0.5)
