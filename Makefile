@@ -21,9 +21,9 @@ demo: .venv/demo
 	rm -rf demo
 	$(BIN)/ssl-kit pretrain mnist5k:train -c simclr_mnist_demo --run $(RUN)
 	$(BIN)/ssl-kit evaluate $(RUN) mnist5k --dims '[8]'
-	$(BIN)/ssl-kit embed $(RUN) mnist5k --out $(EMB)
+	$(BIN)/ssl-kit embed $(RUN) mnist5k:train --out $(EMB)
 	$(BIN)/ssl-kit index $(EMB)
-	$(BIN)/python -c "from ssl_kit.data.sources import open_source as o; from PIL import Image; Image.fromarray(o('mnist5k').images[7]).save('demo/query.png')"
+	$(BIN)/python -c "from ssl_kit.data.sources import open_source as o; from PIL import Image; Image.fromarray(o('mnist5k:test').images[7]).save('demo/query.png')"
 	$(BIN)/ssl-kit search $(EMB) demo/query.png -k 5 --html demo/search.html
 	$(BIN)/ssl-kit report $(RUN)
 

@@ -399,7 +399,7 @@ def test_what_would_take_too_long_or_too_much_is_refused(signed, tmp_path, monke
     if what == "time":
         monkeypatch.setattr(searching, "_PATIENCE", 0.0)
     else:
-        monkeypatch.setattr(searching, "available_memory", lambda: 3 * 4 * DIM * ROWS)  # and nothing for the answers
+        monkeypatch.setattr(searching, "available_memory", lambda: 6 * 4 * DIM * ROWS)  # and nothing for the answers
     assert cli.main(["search", str(folder), "3.png"]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     wanted = "would take about" if what == "time" else "would need 0 MiB of memory"
