@@ -15,17 +15,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import IO
+from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from ssl_kit.core.processes import is_first
-
-# what would move the cursor, ring or recolour the terminal, in names of files above all; shown as Python writes it
-_CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
+from ssl_kit.core.streams import printable, terminal
 
 _settings = {"to_stderr": False, "quiet": False, "live": False}
 
@@ -51,8 +50,7 @@ def warn(text: str) -> None:
     """Prints one line that a user should not miss, on stderr, also under `--quiet`; one process for all."""
     if not is_first():
         return
-    console = stderr_console()
-    console.print(printable(f"warning: {text}", console.file), style="yellow", soft_wrap=True)
+    stderr_console().print(f"warning: {text}", style="yellow", soft_wrap=True)
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -62,7 +60,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
     console = _console()
     cells = [[printable(str(cell), console.file) for cell in row] for row in (columns, *rows)]
     if not console.is_terminal:
-        _print("\n".join([title, *_aligned(cells)]))
+        console.print("\n".join([title, *_aligned(cells)]), soft_wrap=True)
         return
     grid = Table(title=printable(title, console.file), title_justify="left", header_style="bold")
     for position, column in enumerate(cells[0]):
@@ -98,7 +96,7 @@ def shows_bars() -> bool:
 
 def stderr_console() -> Console:
     """The console of bars and warnings; colours and width follow the terminal, `NO_COLOR` is obeyed by rich."""
-    return Console(stderr=True, highlight=False, markup=False, emoji=False)
+    return _Console(sys.stderr)
 
 
 def live(on: bool) -> None:
@@ -121,20 +119,24 @@ def if_interrupted(kept: Callable[[], str]) -> Iterator[None]:
         raise KeyboardInterrupt(kept()) from stop
 
 
-def printable(text: str, stream: IO[str]) -> str:
-    """The text as `stream` can take it: control characters, and what its encoding lacks, as backslash escapes."""
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    return text.translate(_CONTROL).encode(encoding, "backslashreplace").decode(encoding)
+class _Console(Console):
+    """Prints on what lies behind a stream; names in the text cannot steer it."""
+
+    def __init__(self, stream: Any):
+        super().__init__(file=terminal(stream), highlight=False, markup=False, emoji=False)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Prints texts with escapes, also those of others that rich puts above a progress bar."""
+        texts = [one.plain if isinstance(one, Text) else one for one in objects]
+        super().print(*(printable(one, self.file) if isinstance(one, str) else one for one in texts), **options)
 
 
 def _console() -> Console:
-    stream = sys.stderr if _settings["to_stderr"] else sys.stdout
-    return Console(file=stream, highlight=False, markup=False, emoji=False)
+    return _Console(sys.stderr if _settings["to_stderr"] else sys.stdout)
 
 
 def _print(text: str) -> None:
-    console = _console()
-    console.print(printable(text, console.file), soft_wrap=True)
+    _console().print(text, soft_wrap=True)
 
 
 def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:

@@ -1,4 +1,5 @@
-"""Requests to stop: SIGTERM (schedulers, containers), SIGINT (Ctrl-C), SIGUSR1 (a scheduler's warning before the end).
+"""Requests to stop: SIGTERM (schedulers, containers), SIGINT (Ctrl-C), SIGUSR1 (a scheduler's warning before the end),
+SIGHUP (the terminal was closed, the connection is lost; not under nohup).
 
 Nothing is ever saved inside a handler. Until `patient` is set there is nothing to save: the first signal ends the block
 right where it is, as Ctrl-C does. From then on it is only noted in `received`, and whoever works inside stops where the
@@ -11,7 +12,13 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any
 
-_HEEDED = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
+_HEEDED = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
+
+
+def heeded() -> list[signal.Signals]:
+    """Those that this system has, without a SIGHUP that nohup has put off."""
+    numbers = [getattr(signal, name) for name in _HEEDED if hasattr(signal, name)]
+    return [one for one in numbers if one.name != "SIGHUP" or signal.getsignal(one) != signal.SIG_IGN]
 
 
 class Signals:
@@ -28,7 +35,7 @@ class Signals:
         self._former: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
-        for number in _HEEDED:
+        for number in heeded():
             try:
                 self._former[number] = signal.signal(number, self._note)
             except ValueError:  # not the main thread: whoever runs us there heeds signals

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ssl_kit.core.environment import prepare
 from ssl_kit.core.errors import UserError
 from ssl_kit.encoders.encoder import Encoder
 
@@ -66,6 +67,7 @@ def write_onnx(encoder: Encoder, path: Path, *, from_pixels: bool = False) -> No
     Raises:
         UserError: the `onnx` extra is missing, or the model cannot be exported.
     """
+    prepare()
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
@@ -106,6 +108,7 @@ def write_onnx(encoder: Encoder, path: Path, *, from_pixels: bool = False) -> No
 
 def run_onnx(path: Path, *batches: np.ndarray) -> np.ndarray:
     """(B, D) float32: what ONNX Runtime makes of batches of the file's one input, together."""
+    prepare()  # or it would write an id of this machine to the disk, and tell its maker of each model
     try:
         import onnxruntime
     except ImportError as error:

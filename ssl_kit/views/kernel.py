@@ -6,10 +6,8 @@ channels; what follows works on planes, one channel after the other, because suc
 
 Why it looks as it does:
 - Images are given by address, so that one compiled signature serves arrays, rows of arrays and lists.
-- Everything comes in as arguments and all helpers are in this file: numba's disk cache holds globals as they were when
-  it was written, and looks at the time stamp of the outermost function's file only.
-- Inner loops run over whole one-dimensional C-contiguous slices. A row of a two-dimensional slice has a stride that
-  the compiler does not know: eight times slower.
+- Everything comes in as arguments, and all helpers are here: numba's cache holds old globals and sees this file only.
+- Inner loops run over whole 1-D C-contiguous slices: a row of a 2-D one, of unknown stride, is eight times slower.
 - `error_model="numpy"`, no NaN, unsigned computed indices: branches in the inner loops would stop vectorisation.
 - Compilation is kept short: only the outermost function is cached and gets Python wrappers, every helper is called
   from one place (the compiler copies it into each), and nothing here allocates, reshapes or assigns to slices.
@@ -25,6 +23,8 @@ import numpy as np
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
+from ssl_kit.views.cached import cached
+
 _FAST = {"nnan", "ninf", "nsz", "arcp", "contract", "reassoc"}
 _inner = njit(error_model="numpy", fastmath=_FAST, no_cpython_wrapper=True, no_cfunc_wrapper=True)  # type: ignore[call-overload]
 
@@ -39,7 +39,7 @@ def _pointer(typing_context, address):
     return types.voidptr(address), generate
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@cached(nogil=True, error_model="numpy")
 def make_views(addresses, heights, widths, params, h, w, scratch, out):
     """Makes one view per image.
 

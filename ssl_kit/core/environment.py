@@ -1,0 +1,105 @@
+"""What surrounds a command: the folders that libraries write to, what they would send, and what the machine refuses.
+
+Light, as `core/streams.py` is: it is needed before the libraries are loaded, and when they cannot be.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+# variables that name a folder for what a library keeps between two processes; weights are only read, and stay
+_CACHES = {
+    "NUMBA_CACHE_DIR": "numba",
+    "TORCHINDUCTOR_CACHE_DIR": "torchinductor",
+    "TRITON_CACHE_DIR": "triton",
+    "CUDA_CACHE_PATH": "cuda",
+    "MPLCONFIGDIR": "matplotlib",
+}
+_NOTHING_SENT = {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+_ADVICE = {
+    errno.EMFILE: "allow this process more open files, such as ulimit -n 4096",
+    errno.ENFILE: "the whole machine has too many files open: end other programs",
+    errno.ENOSPC: "make room there",
+    errno.EDQUOT: "make room there",
+    errno.EFBIG: "files may not grow so large there: see ulimit -f",
+    errno.EROFS: "choose a path on another file system",
+    errno.EIO: "the disk or the network behind it fails: see the messages of the system",
+    errno.ESTALE: "the network drive has lost it: mount it again",
+    errno.ENOMEM: "free some memory",
+}
+_PLACE = "choose another path, or mend that one"  # what helps against all others
+_TOLD_BY_TEXT = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+_OURS = (errno.EBADF, errno.EFAULT, errno.ENOTTY, errno.ESPIPE, errno.ECHILD)  # only a mistake in a program has these
+
+
+def prepare() -> None:
+    """Points libraries that write caches at one folder, and keeps others from sending; what the user has set wins.
+
+    Call it before they are loaded.
+    """
+    folder = cache_folder()
+    names = {name: str(folder / inside) for name, inside in _CACHES.items()} if folder is not None else {}
+    for name, value in {**names, **_NOTHING_SENT}.items():
+        os.environ.setdefault(name, value)
+
+
+def cache_folder() -> Path | None:
+    """`$XDG_CACHE_HOME/ssl_kit`, by default below `~/.cache`; one in TMP where that cannot be written, or None.
+
+    Only a folder that nobody else can write to: numba runs what lies there.
+    """
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    usual = Path(base if os.path.isabs(base) else os.path.expanduser("~/.cache"), "ssl_kit")
+    if usual.is_absolute() and _is_own(usual):
+        return usual
+    try:
+        instead = Path(tempfile.gettempdir(), f"ssl_kit-{os.getuid() if hasattr(os, 'getuid') else 'cache'}")
+    except FileNotFoundError:  # no folder for temporary files
+        return None
+    return instead if _is_own(instead) and not instead.is_symlink() else None
+
+
+def _is_own(folder: Path) -> bool:
+    """Whether it is there, or can be made, for this user to write to and for no other."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.stat()
+    except OSError:
+        return False
+    mine = not hasattr(os, "getuid") or (found.st_uid == os.getuid() and not found.st_mode & stat.S_IWOTH)
+    return mine and os.access(folder, os.W_OK | os.X_OK)
+
+
+def refusal(error: BaseException) -> str | None:
+    """One line when an error, or what a library has made of it, is the machine's: the path, what it is, what to do.
+
+    Returns:
+        None for a mistake of a program.
+    """
+    current: BaseException | None = error
+    meant = True  # the error itself or its cause; what was being handled meanwhile may have been harmless
+    while current is not None:
+        number = _number(current, meant)
+        if number is not None:
+            names = [getattr(current, name, None) for name in ("filename", "filename2")]
+            paths = " and ".join(os.fsdecode(name) for name in names if isinstance(name, str | bytes | os.PathLike))
+            said = f"{paths}: {os.strerror(number)}" if paths else str(current).strip() or os.strerror(number)
+            return f"{said}; {_ADVICE.get(number, _PLACE)}"
+        meant = meant and current.__cause__ is not None
+        current = current.__cause__ or current.__context__
+    return None
+
+
+def _number(error: BaseException, meant: bool) -> int | None:
+    """The system's number of an error that is the machine's, by itself or in its text."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number is not None:
+        return number if number in _ADVICE or (meant and number not in _OURS) else None
+    told = (*_ADVICE, *(_TOLD_BY_TEXT if meant else ()))
+    return next((number for number in told if os.strerror(number) in str(error)), None)

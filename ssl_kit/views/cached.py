@@ -1,0 +1,68 @@
+"""numba's cache on disk for one function, in the cache folder of this package; a cache that fails costs time only.
+
+By itself numba looks for a place beside the source file too, and passes on what goes wrong there: a disk that fills up
+would end a training, and a file that a power cut has emptied every command from then on.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from numba import config, njit
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, UserProvidedCacheLocator
+
+from ssl_kit.core.console import warn
+from ssl_kit.core.environment import prepare
+
+
+def cached(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """`njit(cache=True, **options)`; where nothing can be kept this is said, and each process compiles."""
+
+    def compiled(function: Callable[..., Any]) -> Any:
+        made = njit(**options)(function)
+        prepare()
+        config.CACHE_DIR = config.CACHE_DIR or os.environ.get("NUMBA_CACHE_DIR", "")  # numba may have come first
+        try:
+            made._cache = _Cache(function)
+        except RuntimeError:  # numba's word for no place to write to
+            _say("no folder for caches can be written to")
+        return made
+
+    return compiled
+
+
+def _say(reason: str) -> None:
+    warn(f"views are compiled anew, which takes half a minute: {reason}; XDG_CACHE_HOME names another place")
+
+
+class _InFolder(CompileResultCacheImpl):
+    _locator_classes = (UserProvidedCacheLocator,)
+
+
+class _Cache(FunctionCache):
+    _impl_class = _InFolder
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """The compiled function, or None when it is not there or damaged."""
+        with self._given_up():
+            try:
+                return super().load_overload(sig, target_context)
+            except Exception:  # the bytes of a damaged file may mean anything
+                self.flush()
+        return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        """Keeps it, if it can be kept."""
+        with self._given_up():
+            super().save_overload(sig, data)
+
+    @contextmanager
+    def _given_up(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.disable()
+            _say(f"{error.strerror} in {self.cache_path}")
