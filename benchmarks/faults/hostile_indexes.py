@@ -27,6 +27,7 @@ from ssl_kit.evaluation.index import Gallery, build_index, search_index
 from ssl_kit.evaluation.index_file import write_index
 from ssl_kit.evaluation.neighbours import normalised
 from ssl_kit.evaluation.searching import FILE, Index, index_signature, vectors_fingerprint
+from ssl_kit.parts import part_names
 
 ROWS, DIM = 600, 16
 KEYS = (
@@ -38,7 +39,7 @@ MAPPED = ("Flat", "IVF8,Flat", "IVF8,SQ8", "IVF8,PQ4x4")
 OURS, OTHER = b"\x01" * 32, b"\x02" * 32  # keys
 ENTERED = "FAISS's reader was entered"
 _DECIDES = (  # of a manifest: what an index is of, and is signed
-    *("files", "index", "rows", "dims", "dtype", "layers", "metric", "normalised", "precision", "encoder_sha256"),
+    *("index", "rows", "dims", "dtype", "layers", "metric", "normalised", "precision", "encoder_sha256"),
     "preprocessing",
 )
 _FOREIGN = "foreign"  # the file that hostile lists name
@@ -144,8 +145,11 @@ class IndexTrials:
         """Whether all that decides is as it was signed; words of a manifest that decide nothing may be damaged."""
         if isinstance(manifest, bytes):
             manifest = read_json(self.folder / MANIFEST)
-        wanted = self.signed(key, mapped)
-        return data == self.files[key] and all(manifest.get(name) == wanted.get(name) for name in _DECIDES)
+        wanted, files = self.signed(key, mapped), [*part_names(self.honest), FILE]  # skipped.csv decides nothing
+        same = all(manifest.get(name) == wanted.get(name) for name in _DECIDES)
+        return (
+            same and data == self.files[key] and all(manifest["files"][name] == wanted["files"][name] for name in files)
+        )
 
     # --- manifests
 
