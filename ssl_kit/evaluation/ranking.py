@@ -17,8 +17,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
 from ssl_kit.core.errors import UserError
+from ssl_kit.encoders.encoder import Encoder
+from ssl_kit.evaluation.baselines import Pixels
 from ssl_kit.evaluation.features import Network, view_features
 from ssl_kit.evaluation.health import sample_rows
 from ssl_kit.evaluation.neighbours import normalised, search
@@ -167,6 +171,40 @@ def instance_retrieval(
     settings = {"ks": list(ks), "num_images": len(first), "area": list(area), "dim": first.shape[1], "seed": seed}
     made = {"encoder_sha256": network.sha256, "train": None, "test": source.name, "versions": versions()}
     return Result("instances", features, metrics, settings, made, time.perf_counter() - started)
+
+
+class Halves(nn.Module):
+    """Wide images, (B, C, h, 2 w) in [0, 1], to the features of their left and right halves, (B, 2 D).
+
+    Args:
+        network: (B, C, h, w) to (B, D).
+
+    Attributes:
+        dim: 2 D.
+    """
+
+    def __init__(self, network: Encoder | Pixels):
+        super().__init__()
+        self.network, self.dim = network, 2 * network.dim
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, h, 2 w) to (B, 2 D)."""
+        halves = (half.contiguous(memory_format=torch.channels_last) for half in images.chunk(2, dim=3))
+        return torch.cat([self.network(half) for half in halves], dim=1)
+
+
+def halves_top1(features: np.ndarray) -> float:
+    """The fraction of images whose left half is nearer to its own right half than to all others.
+
+    By cosine around the mean of all right halves: cosines of pixels, and of a network that has learnt nothing, see
+    little but what all images have in common.
+
+    Args:
+        features: (N, 2 D) of `Halves`.
+    """
+    left, right = np.split(features, 2, axis=1)
+    mean = right.mean(axis=0)
+    return float((_ranks(normalised(left - mean), normalised(right - mean)) == 1).mean())
 
 
 def _ranks(queries: np.ndarray, gallery: np.ndarray) -> np.ndarray:

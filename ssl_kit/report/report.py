@@ -42,7 +42,8 @@ def write_report(runs: Sequence[Path | str], out: Path | str) -> dict[str, Any]:
         out: the HTML file, replaced in one step.
 
     Returns:
-        `{"report": path, "bytes": size, "runs": [{"name", "state", "verdict"}]}`.
+        `{"report": path, "bytes": size, "runs": [{"name", "state", "verdict", "scores"}]}`: the verdict of run.json,
+        its state alone and as a line, and how the scores compare in words, empty without any.
 
     Raises:
         UserError: one of `runs` is no run folder.
@@ -78,12 +79,9 @@ def write_report(runs: Sequence[Path | str], out: Path | str) -> dict[str, Any]:
         bokeh=charts.bokeh_js() if divs else "",
     )
     write_page(out, page)
-    told = [{"name": card["name"], "state": card["verdict"].state, "verdict": _told(card["verdict"])} for card in cards]
+    heads = [(card["name"], card["verdict"]) for card in cards]
+    told = [{"name": name, "state": one.state, "verdict": one.line, "scores": one.scores} for name, one in heads]
     return {"report": str(out), "bytes": Path(out).stat().st_size, "runs": told}
-
-
-def _told(judged: Verdict) -> str:
-    return f"{judged.word}: {judged.sentence}"
 
 
 def _card(run: Run) -> dict[str, Any]:

@@ -114,6 +114,11 @@ class Table:
         return f"{self.setting or self.title}: {f'encoder {ours.text} {ours.interval}' if ours else 'baselines only'}"
 
 
+def judged_by(method: str) -> tuple[str, ...]:
+    """The evaluations that judge a method, given by its class's name, the first one first."""
+    return HEADLINES_BY_METHOD.get(method, HEADLINES)
+
+
 def feature_name(features: str) -> str:
     """The words for a record's `features`."""
     name = features.removeprefix(PRETRAINED)

@@ -12,11 +12,10 @@ from typing import Any
 from ssl_kit.report.reading import Run
 from ssl_kit.report.scores import (
     ENCODER,
-    HEADLINES,
-    HEADLINES_BY_METHOD,
     Score,
     feature_name,
     feature_order,
+    judged_by,
     measured_on,
     score,
 )
@@ -101,7 +100,7 @@ def dimension_lines(run: Run) -> dict[str, list[Line]]:
     without a line.
     """
     drawn = {}
-    for evaluation in HEADLINES_BY_METHOD.get(run.method, HEADLINES):
+    for evaluation in judged_by(run.method):
         found = _by_dimension(_latest(run, evaluation))
         lines = []
         for features in sorted(found, key=feature_order):

@@ -1,4 +1,8 @@
-"""The verdict in one sentence: what the scores say beside their baselines, otherwise what run.json says."""
+"""The head of the page: the verdict of run.json word for word, and beside it how the scores compare, as facts.
+
+Whether scores change the verdict is decided where they are made (`verbs/judging.py`), and stands in run.json from then
+on: a page judges nothing.
+"""
 
 from __future__ import annotations
 
@@ -11,118 +15,127 @@ from ssl_kit.report.scores import (
     ABOVE,
     ENCODER,
     EVALUATIONS,
-    GAIN,
-    HEADLINES,
-    HEADLINES_BY_METHOD,
     PRETRAINED,
     Row,
     Score,
     axis_of,
     feature_name,
     full_size,
+    judged_by,
     score,
 )
 
 BASELINES = {"pixels": "raw pixels", "random_init": "the same network untrained", "pca": "PCA of the pixels"}
+LAMPS = {  # of the states that a training can have; any other is unknown
+    "learning": "learning",
+    "learns, less than raw pixels know": "weak",
+    "stuck": "stuck",
+    "collapsed": "collapsed",
+}
+_WAITING = {"starting": "Starting", "running": "Training"}  # statuses of a run whose verdict is still to come
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The encoder beside its baselines in the evaluation that comes first for its method.
+
+    Attributes:
+        record: of the encoder, as results.jsonl has it.
+        others: score by features: baselines, then pretrained models.
+        signs: by features, 1: the encoder is surely above, -1: surely below, 0: neither. By the paired 95 % interval of
+            the difference where it was measured, otherwise by whether the intervals of the two touch.
+        judges: whether this evaluation may speak against the method.
+    """
+
+    title: str
+    record: dict[str, Any]
+    ours: Score
+    others: dict[str, Score]
+    signs: dict[str, int]
+    judges: bool
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`state` picks the lamp: learning, weak, stuck, collapsed, running or unknown. `word` and `sentence` say it."""
+    """What the head of the page says.
+
+    Attributes:
+        state: that run.json tells, "unknown" where it tells none.
+        reason: likewise, word for word; may be empty.
+        word: the headline.
+        lamp: its sign and colour: learning, weak, stuck, collapsed, running or unknown.
+        scores: how they compare, in a sentence; empty without any.
+        rows: of the plot beside the headline.
+        axis: its scale.
+        metric: its title.
+    """
 
     state: str
+    reason: str
     word: str
-    sentence: str
-    reason: str = ""
+    lamp: str
+    scores: str = ""
     rows: list[Row] = field(default_factory=list)
     axis: tuple[float, float] | None = None
     metric: str = ""
 
+    @property
+    def line(self) -> str:
+        """State and reason as the last line of `ssl-kit pretrain` has them."""
+        return f"{self.state} - {self.reason}"
+
+    @property
+    def starts_small(self) -> bool:
+        """Whether the reason needs a capital letter where it stands alone; "kNN" stays as it is."""
+        return self.reason[:2].islower()
+
 
 def verdict(run: Run) -> Verdict:
-    """The sentence at the top: from the scores when the run was evaluated, otherwise from run.json."""
+    """What run.json says of the run, and what its scores say beside their baselines."""
     told = run.info.get("verdict")
     told = told if isinstance(told, dict) else {}
-    state, reason = str(told.get("state") or "unknown"), _sentence(str(told.get("reason") or ""))
-    judged = _judged(run)
-    if judged is None:
-        return _unjudged(run, state, reason)
-    if state in ("collapsed", "stuck") and judged.state != "learning":
-        return Verdict(state, state.capitalize(), judged.sentence, reason, judged.rows, judged.axis, judged.metric)
-    return judged
-
-
-def _sentence(text: str) -> str:
-    # run.json's reasons start small and end bare; on the page they stand alone. kNN stays kNN
-    text = text.strip()
-    first = text[:1].upper() if text[:2].islower() else text[:1]
-    return first + text[1:] + ("." if text[-1:].isalnum() else "") if text else ""
-
-
-def _unjudged(run: Run, state: str, reason: str) -> Verdict:
+    state = str(told.get("state"))
+    state = state if state in LAMPS else "unknown"
+    reason = str(told.get("reason") or "").strip()
     status = str(run.info.get("status") or "")
-    if state in ("learning", "stuck", "collapsed"):
-        return Verdict(state, state.capitalize(), reason or "No score yet.")
-    if status in ("starting", "running"):
-        sentence = reason or "No score yet: curves appear after the first steps, scores after the first evaluation."
-        return Verdict("running", "Starting" if status == "starting" else "Training", sentence)
-    return Verdict("unknown", "Not judged yet", reason or "No score yet: evaluate the encoder on labelled images.")
+    word, lamp = state.capitalize(), LAMPS.get(state, "unknown")
+    if state == "unknown" and status in _WAITING:
+        word, lamp = f"{_WAITING[status]}, unknown so far", "running"
+    found = compared(run)
+    if not reason:
+        reason = "no score yet: evaluate the encoder on labelled images" if found is None else "nothing was measured"
+    if found is None:
+        return Verdict(state, reason, word, lamp)
+    rows = [_row(name, one) for name, one in found.others.items()]
+    rows = [_row(ENCODER, found.ours), *sorted(rows, key=lambda row: -(row.scores[0].value if row.scores[0] else 0.0))]
+    return Verdict(state, reason, word, lamp, _sentence(found, run), rows, axis_of(rows), f"{found.title}, top-1")
 
 
-def _judged(run: Run) -> Verdict | None:
-    """Compares the encoder with its baselines on the headline evaluation; None if there is no encoder score."""
-    for evaluation in HEADLINES_BY_METHOD.get(run.method, HEADLINES):
+def compared(run: Run) -> Compared | None:
+    """The evaluation that comes first for the run's method, of those that the encoder has a score in."""
+    order = judged_by(run.method)
+    for evaluation in order:
         latest: dict[str, dict[str, Any]] = {}
         for record in full_size([one for one in run.results if one["evaluation"] == evaluation]):
             features = record["features"]
             # the row whose k was chosen on train is the figure to quote; a customary one only without it
             if features not in latest or record["settings"].get("chosen", True):
                 latest[features] = record
-        if ENCODER in latest and score(latest[ENCODER], "top1"):
-            return _compared(evaluation, latest, judges=evaluation != "knn" or run.method != "MAE")
+        ours = score(latest[ENCODER], "top1") if ENCODER in latest else None
+        if ours is None:
+            continue
+        names = [name for name in BASELINES if name in latest] + sorted(n for n in latest if n.startswith(PRETRAINED))
+        others = {name: value for name in names if (value := score(latest[name], "top1"))}
+        signs = {name: _sign(ours, other, score(latest[ENCODER], ABOVE + name)) for name, other in others.items()}
+        judges = evaluation != "knn" or order[0] == "knn"
+        return Compared(EVALUATIONS[evaluation][0], latest[ENCODER], ours, others, signs, judges)
     return None
 
 
-def _compared(evaluation: str, latest: dict[str, dict[str, Any]], *, judges: bool) -> Verdict:
-    ours = score(latest[ENCODER], "top1")
-    assert ours is not None
-    others = {name: value for name in BASELINES if name in latest and (value := score(latest[name], "top1"))}
-    models = sorted(name for name in latest if name.startswith(PRETRAINED))
-    beside = others | {name: value for name in models if (value := score(latest[name], "top1"))}
-    title = EVALUATIONS[evaluation][0]
-    gaps = [_gap(ours.value - other.value, BASELINES.get(name, feature_name(name))) for name, other in beside.items()]
-    sentence = f"{title} {_short(ours)}{', ' if gaps else ''}{_listed(gaps)}."
-    rows = [Row(feature_name(name), "", name == ENCODER, [one]) for name, one in [(ENCODER, ours), *beside.items()]]
-    rows[1:] = sorted(rows[1:], key=lambda row: -(row.scores[0].value if row.scores[0] else 0.0))
-    state, word, reason = _state(ours, list(others.values()), _gain(latest[ENCODER], others))
-    if not judges and state != "learning":
-        state, word, reason = "unknown", "Not judged yet", "kNN does not judge a masked autoencoder: fine-tuning does."
-    return Verdict(state, word, sentence, reason, rows, axis_of(rows), f"{title}, top-1")
-
-
-def _gain(record: dict[str, Any], others: dict[str, Score]) -> Score | None:
-    """The paired distance to the best of `others`; a pretrained model, which may be better, is none of them."""
-    if not others:
-        return None
-    best = max(others, key=lambda name: others[name].value)
-    measured = score(record, f"{ABOVE}{best}")
-    if measured is None and record["settings"].get("best_baseline", best) in others:
-        return score(record, GAIN)  # the only distance in records of before there were several
-    return measured
-
-
-def _state(ours: Score, others: list[Score], gain: Score | None) -> tuple[str, str, str]:
-    """State, word and reason: by the paired interval of the gain, otherwise by whether the two intervals touch."""
-    if not others:
-        return "unknown", "No baseline", "There is nothing to compare with: baselines are missing."
-    if gain is None or gain.low is None or gain.high is None:
-        best = max(others, key=lambda other: other.value)
-        gain = Score(ours.value - best.value, _low(ours) - _high(best), _high(ours) - _low(best))
-    if _low(gain) > 0:
-        return "learning", "Learning", ""
-    if _high(gain) < 0:
-        return "stuck", "Worse than its baselines", "What it learnt is of less use than the best baseline."
-    return "weak", "No clear gain", f"The difference to the best baseline may be nothing: {gain.interval}."
+def _sign(ours: Score, other: Score, gap: Score | None) -> int:
+    if gap is None or gap.low is None or gap.high is None:
+        gap = Score(ours.value - other.value, _low(ours) - _high(other), _high(ours) - _low(other))
+    return 1 if _low(gap) > 0 else -1 if _high(gap) < 0 else 0
 
 
 def _low(one: Score) -> float:
@@ -133,15 +146,28 @@ def _high(one: Score) -> float:
     return one.value if one.high is None else one.high
 
 
-def _short(one: Score) -> str:
-    interval = "" if one.low is None or one.high is None else f" [{one.low:.2f}, {one.high:.2f}]"
-    return f"{one.value:.2f}{interval}"
+def _row(features: str, one: Score) -> Row:
+    return Row(feature_name(features), "", features == ENCODER, [one])
 
 
-def _gap(difference: float, name: str) -> str:
-    if abs(difference) < 0.005:
+def _sentence(found: Compared, run: Run) -> str:
+    interval = (
+        "" if found.ours.low is None or found.ours.high is None else f" [{found.ours.low:.2f}, {found.ours.high:.2f}]"
+    )
+    gaps = [
+        _gap(found.ours.value - other.value, found.signs[name], BASELINES.get(name, feature_name(name)))
+        for name, other in found.others.items()
+    ]
+    told = f"{found.title} {found.ours.value:.2f}{interval}{', ' if gaps else ''}{_listed(gaps)}."
+    if not found.judges:
+        told += f" {found.title} does not judge {run.method}: {EVALUATIONS[judged_by(run.method)[0]][0].lower()} does."
+    return told
+
+
+def _gap(difference: float, sign: int, name: str) -> str:
+    if not sign:
         return f"level with {name}"
-    return f"{abs(difference):.2f} {'above' if difference > 0 else 'below'} {name}"
+    return f"{abs(difference):.2f} {'above' if sign > 0 else 'below'} {name}"
 
 
 def _listed(parts: Sequence[str]) -> str:

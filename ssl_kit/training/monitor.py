@@ -31,6 +31,7 @@ COLUMNS = (
     *("step", "epoch", "images", "seconds", "loss", "lr", "images_per_second", "waiting_share"),
     *("gradient_norm", "held_steps", "views_low", "views_high", "views_std"),
     *("effective_rank", "embedding_std", "images_std", "alignment", "uniformity", "turned", "grown", "knn_top1"),
+    *("knn_pixels", "knn_pca", "crops_top1", "crops_pixels"),
 )
 _PLACE = ("step", "epoch", "images", "seconds")  # of every row
 _MEASURE_STEPS = 200  # between measurements, at least: with labels one costs about ten steps
@@ -219,7 +220,7 @@ class Curves(pl.Callback):
             logger.log_metrics(scores, step=trainer.global_step)
         if self.finished is not None:
             self.finished(row)
-        if self.verdict.state not in (former.state, "unknown", "learning"):
+        if self.verdict.state in ("stuck", "collapsed") and self.verdict.state != former.state:
             warn(f"step {trainer.global_step:,}: {self.verdict.state} - {self.verdict.reason}")
 
     def _moved(self, pl_module: pl.LightningModule) -> dict[str, float]:
@@ -298,7 +299,7 @@ class Bar(pl.Callback):
             row = self.curves.row
             text = f"loss {row['loss']:.3f} · {row['images_per_second']:,.0f} images/s"
             text += f" · waiting {row['waiting_share']:.0%}"
-            for column, label in (("effective_rank", "rank"), ("knn_top1", "kNN")):
+            for column, label in (("effective_rank", "rank"), ("knn_top1", "kNN"), ("crops_top1", "crops")):
                 value = self.curves.last(column)
                 text += f" · {label} {value:.3g}" if value is not None else ""
             if self.curves.verdict.state != "unknown":
@@ -320,7 +321,7 @@ class Bar(pl.Callback):
             if now:
                 text += f" · loss {now['loss']:.3f} · {now['images_per_second']:,.0f} images/s"
                 text += f" · waiting {now['waiting_share']:.1%}"
-            shown = ("effective_rank", "embedding_std", "alignment", "uniformity", "knn_top1")
+            shown = ("effective_rank", "embedding_std", "alignment", "uniformity", "knn_top1", "crops_top1")
             scores = [f"{key} {row[key]:.3f}" for key in shown if key in row]
             say(" · ".join([text, *scores, state if now else "untrained"]))
 

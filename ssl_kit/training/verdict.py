@@ -1,19 +1,32 @@
-"""The verdict on a run: `learning`, `stuck` or `collapsed`, with the reason in words. A function of the curves alone.
+"""The verdict on a run in one word, with the reason in words. A function of the curves alone: nothing reads a clock.
+
+    learning     from 200 steps and one epoch on: a score is surely above that of the encoder before the first step
+    learns, less than raw pixels know    the same, while the score is surely below raw pixels or PCA of the pixels
+    stuck, collapsed                     from 100 steps on: a sign below is wrong
+    unknown      everything else, with what is missing
 
     sign                what it is                                                   measured
-    effective_rank      directions that features of clean images span               before the first step and with kNN
+    effective_rank      directions that features of clean images span               before the first step, at looks
     embedding_std       their spread on the unit sphere; 0 if all are equal           likewise
     uniformity          Wang & Isola 2020, eq. 5; 0 if all are equal                  likewise
     turned              angle between the encoder's weights now and at the start     likewise, from 0
     grown               length of the encoder's weights, as a multiple of the first     likewise, from 1
-    knn_top1            of held-out images, where there are labels                   likewise
     loss                mean over the interval, against its chance level             every logging interval
     active_units        of the code, where a method's loss tells it                  likewise
     explained_variance  of the target by the decoder, where told                     likewise
     views_low .. _std   range and contrast of the views that the method was given    likewise
 
-Everything is compared with what the same encoder gave before the first step, since what is healthy differs between
-encoders and images. `benchmarks/verdict.py` holds it to deliberately broken and to healthy runs.
+    score               what it is                                                   measured
+    knn_top1            of held-out images, where there are labels                   before the first step, at looks
+    knn_pixels, _pca    the same for raw pixels and PCA of them                      before the first step
+    crops_top1          of left halves of images that find their right halves        likewise
+    crops_pixels        the same for raw pixels                                      before the first step
+
+kNN decides where it was measured and judges the method, otherwise crops do. Everything is compared with what the same
+encoder gave before the first step, since what is healthy differs between encoders and images. "Surely" is by 95 %
+intervals of Wilson 1927 over the images asked: above the start when the two intervals do not touch; below a baseline
+when the score's interval lies below the baseline's value. Between the two the score is level with the baseline, which
+does not count against a run. `benchmarks/verdict.py` holds all this to deliberately broken and to healthy runs.
 """
 
 from __future__ import annotations
@@ -33,17 +46,26 @@ _GROWN = 10.0  # times; 200 healthy steps, also of Adam, stay below 4
 _FEWER = 0.8  # of the directions at the start
 _LOST = 0.25  # of the directions at the start; 200 healthy steps of MAE leave more than half
 _NOISE = 2.0  # standard errors of kNN
+_Z = 1.96  # of a 95 % interval
 _OUTSIDE = 0.01  # views may leave [0, 1] by rounding
 _CONTRAST = 0.1  # of the images' own; the strongest views keep more
 _EARLY = 100  # steps: before, warm-up and chance decide
+_STEPS = 200  # before, an encoder may differ from its start and have learnt little
+_EPOCHS = 1.0  # before, some images were never trained on
 _BUCKETS = 1_024  # of a sketch
 
 Row = dict[str, float]
+BELOW = "learns, less than raw pixels know"
+# score -> its name, and the columns of what it stands beside; the first that was measured decides
+_SCORES = {
+    "knn_top1": ("kNN", {"knn_pixels": "raw pixels", "knn_pca": "PCA of the pixels"}),
+    "crops_top1": ("crop to crop", {"crops_pixels": "raw pixels"}),
+}
 _UNSEEN: Row = {"views_low": 0.0, "views_high": 1.0, "views_std": 1.0}
 
 
 class Verdict(NamedTuple):
-    """`state`: learning, stuck, collapsed or unknown; `reason`: a clause in words."""
+    """`state`: learning, `BELOW`, stuck, collapsed or unknown; `reason`: a clause in words."""
 
     state: str
     reason: str
@@ -56,6 +78,8 @@ def verdict(
     chance_loss: float | None = None,
     contrastive: bool = False,
     held_out: int = 2_000,
+    cropped: int = 512,
+    knn_judges: bool = True,
 ) -> Verdict:
     """Judges the rows of `metrics.csv`.
 
@@ -65,7 +89,9 @@ def verdict(
         chance_loss: where a collapsed model's loss sits; None if unknown.
         contrastive: whether the method holds images apart and their views together, so that rank and kNN must beat
             those of random weights.
-        held_out: labelled images that `knn_top1` is measured on, where it is: how much of its change is chance.
+        held_out: labelled images that `knn_top1` is measured on, where it is: how much of it is chance.
+        cropped: images that `crops_top1` is measured on, likewise.
+        knn_judges: whether kNN is what the method is judged by; otherwise crops are, and kNN never counts against it.
     """
     measured = [row for row in history if "effective_rank" in row and row["step"] > 0]
     logged = [row for row in history if "loss" in row]
@@ -73,19 +99,60 @@ def verdict(
         return Verdict("unknown", "nothing was measured yet")
     start = next((row for row in history if "effective_rank" in row and row["step"] == 0), {})
     now, losses = measured[-1], [row["loss"] for row in logged]
-    certain = _wrong_input(next((row for row in reversed(logged) if "views_low" in row), _UNSEEN), now) or _collapsed(
-        now, start, dim
-    )
-    suspected = (
-        _not_moving(now)
+    wrong = (
+        _wrong_input(next((row for row in reversed(logged) if "views_low" in row), _UNSEEN), now)
+        or _collapsed(now, start, dim)
+        or _not_moving(now)
         or _unused_code(logged[-1])
         or _at_chance(losses, chance_loss)
         or _lost(now, start, dim)
         or (_worse_than_random(now, start, dim, held_out) if contrastive else None)
     )
-    if certain is None and suspected is not None and now["step"] < _EARLY:
-        return Verdict("unknown", f"{now['step']:.0f} steps are too few to tell; so far {suspected.reason}")
-    return certain or suspected or Verdict("learning", _good_signs(now, start, losses[-1], dim, chance_loss))
+    if wrong is not None and now["step"] < _EARLY:
+        return Verdict("unknown", f"{now['step']:,.0f} steps are too few to tell; so far {wrong.reason}")
+    counts = {"knn_top1": held_out, "crops_top1": cropped}
+    return wrong or _gained(now, start, _signs(now, losses[-1], dim, chance_loss), counts, knn_judges)
+
+
+def _gained(now: Row, start: Row, signs: str, counts: dict[str, int], knn_judges: bool) -> Verdict:
+    """Of a run without a bad sign: has its score risen, and above what pixels give?"""
+    if short := too_short(now["step"], now["epoch"]):
+        return Verdict("unknown", f"{short}; {signs}")
+    order = list(_SCORES) if knn_judges else list(reversed(_SCORES))
+    score = next((name for name in order if name in now and name in start), None)
+    if score is None:
+        return Verdict("unknown", f"no score was measured that could show it; {signs}")
+    (name, baselines), value, untrained = _SCORES[score], now[score], start[score]
+    low, high = _interval(value, counts[score])  # not paired: which images were right is not kept
+    if low <= _interval(untrained, counts[score])[1]:
+        return Verdict(
+            "unknown", f"{name}, {value:.3f}, is not surely above that at the start ({untrained:.3f}); {signs}"
+        )
+    told = f"{signs}, {name} {value:.3f} against {untrained:.3f} at the start"
+    if not (beside := {column: start[column] for column in baselines if column in start}):
+        return Verdict("learning", told)
+    best = max(beside, key=lambda column: beside[column])
+    place = "above" if low > beside[best] else "below" if high < beside[best] else "level with"
+    told += f", {place} {baselines[best]} ({beside[best]:.3f})"
+    below = place == "below" and (knn_judges or score != "knn_top1")
+    return Verdict(BELOW if below else "learning", told)
+
+
+def too_short(steps: float, epochs: float) -> str:
+    """Why so much training cannot be called learning yet, in words; empty when it can."""
+    if steps < _STEPS:
+        return f"{steps:,.0f} steps are too few to tell, {_STEPS} are needed"
+    if epochs < _EPOCHS:
+        return f"not every image was trained on yet, {epochs:.2f} epochs were made"
+    return ""
+
+
+def _interval(share: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share of `count` images, by Wilson 1927 (doi:10.1080/01621459.1927.10502953)."""
+    count = max(1, count)
+    centre = (share + _Z**2 / (2 * count)) / (1 + _Z**2 / count)
+    half = _Z * (share * (1 - share) / count + _Z**2 / (4 * count**2)) ** 0.5 / (1 + _Z**2 / count)
+    return centre - half, centre + half
 
 
 def _wrong_input(logged: Row, now: Row) -> Verdict | None:
@@ -164,12 +231,10 @@ def _worse_than_random(now: Row, start: Row, dim: int, held_out: int) -> Verdict
     return None
 
 
-def _good_signs(now: Row, start: Row, loss: float, dim: int, chance_loss: float | None) -> str:
+def _signs(now: Row, loss: float, dim: int, chance_loss: float | None) -> str:
     signs = [f"effective rank {now['effective_rank']:.1f} of {dim}"]
     if chance_loss is not None:
         signs.append(f"loss {loss:.3f} against {chance_loss:.3f} at chance")
-    if "knn_top1" in now and "knn_top1" in start:
-        signs.append(f"kNN {now['knn_top1']:.3f} against {start['knn_top1']:.3f} at the start")
     return ", ".join(signs)
 
 

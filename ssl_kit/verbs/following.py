@@ -21,22 +21,33 @@ from ssl_kit.data.labels import stratified
 from ssl_kit.data.sources import Source
 from ssl_kit.embeddings import embed
 from ssl_kit.encoders.encoder import Encoder
+from ssl_kit.evaluation.baselines import Pca, Pixels, centre
 from ssl_kit.evaluation.health import alignment, uniformity
 from ssl_kit.evaluation.neighbours import knn_accuracy
+from ssl_kit.evaluation.ranking import Halves, halves_top1
 from ssl_kit.methods.method import Method
 from ssl_kit.report.pictures import draw_grid
 from ssl_kit.report.report import write_report
+from ssl_kit.report.scores import judged_by
 from ssl_kit.training.checkpoint import Checkpoints
+from ssl_kit.training.chunked import Chunkable
 from ssl_kit.training.distributed import parts, rank, world_size
-from ssl_kit.training.monitor import Curves, feature_health
+from ssl_kit.training.monitor import Curves, Judge, feature_health
 from ssl_kit.training.together import from_all, from_first, same_buffers, wait
+from ssl_kit.training.verdict import verdict
 from ssl_kit.verbs.record import RunRecord
-from ssl_kit.views.recipe import View
+from ssl_kit.views.recipe import View, plain
+
+Arrays = list[np.ndarray]  # of one score: features, and labels where it needs them
 
 _MEASURED = 2_048  # images whose rank is followed
 _PAIRS = 256  # of them, whose two views are compared
 _GALLERY = 10_000  # labelled images that vote in the monitor's kNN, at most
 _QUERIES = 2_000  # labelled images held out for the monitor's kNN, at most
+_CROPPED = 512  # images of which one half looks for the other, at most
+_PIXEL_SIDE = 32  # of the images that raw pixels are compared on, at most
+_PCA_ROWS = 2_048  # of the gallery that PCA of the pixels is fitted on: all of them take 3 s more and give 0.006
+_PCA_DIM = 128  # at most, otherwise that of the encoder
 _BATCH = 256  # of them, embedded together
 _SHOWN = 8  # images in the pictures of a method
 _HELD_OUT = 0.05  # of the labelled images, at most
@@ -53,7 +64,7 @@ def hold_out(source: Source) -> tuple[Source, Source | None, Source | None]:
     if held.sum() < 2:  # a few images of each of many classes
         return source, None, None
     rest = np.flatnonzero(labelled & ~held)
-    gallery = rest[np.linspace(0, len(rest) - 1, min(_GALLERY, len(rest))).astype(np.int64)]
+    gallery = rest[_spread(len(rest), _GALLERY)]
     say(
         f"labels found: kNN is followed on {held.sum():,} images held out of training; labels are used for nothing else"
     )
@@ -70,7 +81,9 @@ def kept(folder: Path) -> str:
 
 
 class Measure:
-    """Features of fixed images: rank and spread always, kNN of held-out images when there are labels.
+    """Features of fixed images: rank, spread, and whether halves of images find each other; kNN where there are labels.
+
+    The first look, before the first step, gives the last two for raw pixels too.
 
     Several processes share the images, each of them once; the scores do not depend on how many they are. All must call
     it.
@@ -82,6 +95,10 @@ class Measure:
         view: of clean images.
         pair: the run's own views, for the alignment where there are two.
         encoder: which encoder of the method is looked at; the trained one by default.
+
+    Attributes:
+        held_out: images that kNN is measured on.
+        cropped: images whose halves look for each other.
     """
 
     def __init__(
@@ -93,10 +110,14 @@ class Measure:
         pair: Sequence[View] = (),
         encoder: Callable[[Method], Encoder] = lambda method: method.encoder,
     ):
-        images = training.subset(np.linspace(0, len(training) - 1, min(_MEASURED, len(training))).astype(np.int64))
+        images = training.subset(_spread(len(training), _MEASURED))
         self.images, self.view, self.encoder = Share(images), view, encoder
-        self.voters = None if gallery is None or queries is None else (Share(gallery), Share(queries))
-        self.held_out = 0 if queries is None else len(queries)
+        halved = training.subset(_spread(len(training), _CROPPED))
+        self.held_out, self.cropped = 0, len(halved)
+        self.scores: list[Neighbours | Crops] = [Crops(halved)]
+        if gallery is not None and queries is not None:
+            self.held_out = len(queries)
+            self.scores.append(Neighbours(gallery, queries))
         few = images.subset(np.arange(min(_PAIRS, len(images))))
         rows = [np.arange(len(few))]
         self._contrast = float(next(iter(ViewLoader(few, rows, (view,))))["views"][0].std())
@@ -108,18 +129,90 @@ class Measure:
         encoder = self.encoder(method)
         same_buffers(encoder)
         vectors, _ = self.images.embedded(encoder, self.view, "rank")
-        voters: list[np.ndarray] = []
-        for share, label in zip(self.voters or (), ("kNN gallery", "kNN queries"), strict=False):
-            voters += share.embedded(encoder, self.view, label)
-        return from_first(lambda: self._scores(encoder, vectors, voters))
+        found = [score.embedded(encoder, self.view) for score in self.scores]
+        pixels = self._pixels() if method.global_step == 0 else []
+        return from_first(lambda: self._scores(encoder, vectors, found, pixels))
 
-    def _scores(self, encoder: Encoder, vectors: np.ndarray, voters: Sequence[np.ndarray]) -> dict[str, float]:
+    def _pixels(self) -> list[Arrays]:
+        """Raw pixels in the place of features."""
+        shrink = min(1.0, _PIXEL_SIDE / max(self.view.size))
+        height, width = (max(1, round(shrink * side)) for side in self.view.size)
+        pixels = Pixels((height, width), self.images.source.channels)
+        return [score.embedded(pixels, plain(pixels.image_size)) for score in self.scores]
+
+    def _scores(
+        self, encoder: Encoder, vectors: np.ndarray, found: list[Arrays], pixels: list[Arrays]
+    ) -> dict[str, float]:
         scores = feature_health(vectors) | {"uniformity": uniformity(vectors), "images_std": self._contrast}
         if self._two_views:
             scores["alignment"] = alignment(*(_features(encoder, views) for views in self._two_views))
-        if voters:
-            scores["knn_top1"] = float(knn_accuracy(*voters))
+        for score, features in zip(self.scores, found, strict=True):
+            scores |= score.of(features)
+        for score, features in zip(self.scores, pixels, strict=bool(pixels)):
+            scores |= score.of_pixels(features, encoder.dim)
         return scores
+
+
+def judge_of(learner: Method, measure: Measure, record: RunRecord) -> Judge:
+    """The verdict on the rows so far of a run of `learner` that `measure` looks at; its chance level is in `record`."""
+    return lambda rows: verdict(
+        rows,
+        dim=learner.encoder.dim,
+        chance_loss=record.entries.get("chance_loss"),
+        contrastive=isinstance(learner, Chunkable),  # its loss compares images
+        held_out=measure.held_out,
+        cropped=measure.cropped,
+        knn_judges=judged_by(type(learner).__name__)[0] == "knn",
+    )
+
+
+class Neighbours:
+    """kNN of held-out images among labelled ones."""
+
+    def __init__(self, gallery: Source, queries: Source):
+        self.shares = Share(gallery), Share(queries)
+
+    def embedded(self, network: Encoder | Pixels, view: View) -> Arrays:
+        """Features and labels of the gallery, then of the queries; all processes must ask."""
+        gallery, queries = self.shares
+        return [*gallery.embedded(network, view, "kNN gallery"), *queries.embedded(network, view, "kNN queries")]
+
+    def of(self, found: Arrays) -> dict[str, float]:
+        """Top-1 of the encoder."""
+        return {"knn_top1": knn_accuracy(*found)}
+
+    def of_pixels(self, found: Arrays, dim: int) -> dict[str, float]:
+        """Top-1 of raw pixels and of their PCA, at the encoder's dimension where that is at most 128."""
+        gallery, labels, queries, asked = found
+        centre(gallery, queries)
+        pca = Pca.of(gallery[_spread(len(gallery), _PCA_ROWS)], min(dim, _PCA_DIM))
+        reduced = knn_accuracy(pca.apply(gallery), labels, pca.apply(queries), asked)
+        return {"knn_pixels": knn_accuracy(*found), "knn_pca": reduced}
+
+
+class Crops:
+    """Whether the left half of an image finds its right half among those of all images; needs no label."""
+
+    def __init__(self, images: Source):
+        self.share = Share(images)
+
+    def embedded(self, network: Encoder | Pixels, view: View) -> Arrays:
+        """Features of both halves, each as large as `view`, in one array; all processes must ask."""
+        height, width = view.size
+        return [self.share.embedded(Halves(network), plain((height, 2 * width)), "crops")[0]]
+
+    def of(self, found: Arrays) -> dict[str, float]:
+        """Top-1 of the encoder."""
+        return {"crops_top1": halves_top1(*found)}
+
+    def of_pixels(self, found: Arrays, dim: int) -> dict[str, float]:
+        """Top-1 of raw pixels."""
+        return {"crops_pixels": halves_top1(*found)}
+
+
+def _spread(count: int, most: int) -> np.ndarray:
+    """(min(count, most),) int64 positions, evenly spread over 0 .. count - 1."""
+    return np.linspace(0, count - 1, min(most, count)).astype(np.int64)
 
 
 class Share:
@@ -130,7 +223,7 @@ class Share:
         self.rows = np.concatenate([*batches[rank() :: world_size()], np.empty(0, np.int64)]).astype(np.int64)
         self.source = source.subset(self.rows) if world_size() > 1 else source
 
-    def embedded(self, encoder: Encoder, view: View, label: str) -> tuple[np.ndarray, np.ndarray]:
+    def embedded(self, encoder: Encoder | Pixels | Halves, view: View, label: str) -> tuple[np.ndarray, np.ndarray]:
         """Features (N, D) and labels (N,) of the images of all processes, in the order of the source."""
         rows, vectors, labels = self.rows[:0], np.empty((0, encoder.dim), np.float32), self.rows[:0]
         if len(self.rows):
@@ -176,7 +269,7 @@ class Show:
         if type(method).pictures is Method.pictures:
             return
         if self._batch is None:
-            rows = np.linspace(0, len(self.training) - 1, min(_SHOWN, len(self.training))).astype(np.int64)
+            rows = _spread(len(self.training), _SHOWN)
             self._batch = next(iter(ViewLoader(self.training, [rows], self.views, seed=self.seed)))
         views = [view.to(method.device) for view in self._batch["views"]]
         mode = method.training

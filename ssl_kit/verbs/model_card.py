@@ -8,6 +8,7 @@ from typing import Any
 from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.encoders.exporting import PIXELS
 from ssl_kit.report.reading import read_run
+from ssl_kit.report.verdict import verdict
 
 _SCORES = ("top1", "balanced_accuracy", "map_at_r", "recall_at_1")  # the first that a result has is its score
 
@@ -69,15 +70,16 @@ def _use(encoder: Encoder, entries: dict[str, Any], name: str) -> str:
 
 
 def _training(run: Path) -> list[str]:
-    info = read_run(run).info
-    data, versions, verdict = (_entries(info.get(name)) for name in ("data", "versions", "verdict"))
+    read = read_run(run)
+    info = read.info
+    data, versions = (_entries(info.get(name)) for name in ("data", "versions"))
     facts = [
         ("method", info.get("method")),
         ("images", f"{data.get('images'):,} of {data.get('root')}" if isinstance(data.get("images"), int) else None),
         ("epochs", info.get("epochs")),
         ("seed", info.get("seed")),
         ("command", f"`{info['command']}`" if "command" in info else None),
-        ("verdict", f"{verdict['state']}: {verdict.get('reason', '')}" if "state" in verdict else None),
+        ("verdict", verdict(read).line if "verdict" in info else None),
         ("versions", ", ".join(f"{key} {versions[key]}" for key in ("ssl_kit", "torch", "timm") if key in versions)),
     ]
     known = [(key, value) for key, value in facts if value not in (None, "")]

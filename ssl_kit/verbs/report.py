@@ -19,7 +19,8 @@ def report(runs: list[str], *, out: str | None = None) -> dict[str, Any]:
         out: the HTML file to write; one run without it writes RUN/report.html, several need it.
 
     Returns:
-        `{"report": path, "bytes": size, "runs": [{"name", "state", "verdict"}]}`.
+        `{"report": path, "bytes": size, "runs": [{"name", "state", "verdict", "scores"}]}`: the verdict of run.json,
+        its state alone and as a line, and how the scores compare in words, empty without any.
 
     Raises:
         UserError: no run, a folder that is no run, or several runs without `out`.
@@ -37,6 +38,8 @@ def report(runs: list[str], *, out: str | None = None) -> dict[str, Any]:
     written = write_report(folders, target)
     for run in written["runs"]:
         result(f"{run['name']}: {run['verdict']}")
+        if run["scores"]:
+            result(f"{run['name']}: {run['scores']}")
     result(f"wrote {target} ({written['bytes'] / 1e6:.1f} MB)")
     next_command(f"open {target.resolve().as_uri()}")
     return written

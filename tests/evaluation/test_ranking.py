@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 
 from ssl_kit.core.errors import UserError
@@ -11,7 +12,7 @@ from ssl_kit.data.sources import open_source
 from ssl_kit.evaluation import ranking
 from ssl_kit.evaluation.baselines import Pixels
 from ssl_kit.evaluation.features import Network
-from ssl_kit.evaluation.ranking import _ranks, instance_retrieval, retrieval
+from ssl_kit.evaluation.ranking import Halves, _ranks, halves_top1, instance_retrieval, retrieval
 
 
 def clusters(count, dim=8, num_classes=5, seed=0):
@@ -90,6 +91,28 @@ def test_ranks_count_the_nearer_ones_and_ties_win_nothing():
     assert _ranks(queries, queries[[1, 0, 2, 3]]).tolist() == [3, 3, 1, 1]  # another at 1, three at 0: the middle one
     collapsed = np.ones((9, 4), np.float32)
     assert _ranks(collapsed, collapsed).tolist() == [5.0] * 9
+
+
+def test_halves_are_left_and_right_and_a_network_sees_each_alone():
+    images = torch.arange(2 * 3 * 4 * 10.0).reshape(2, 3, 4, 10)
+    halves = Halves(Pixels((4, 5), 3))
+    made = halves(images)
+    assert made.shape == (2, halves.dim) == (2, 120)
+    assert torch.equal(made[:, :60], images[..., :5].flatten(1)) and torch.equal(
+        made[:, 60:], images[..., 5:].flatten(1)
+    )
+
+
+def test_halves_find_each_other_around_the_mean_and_ties_win_nothing():
+    rng = np.random.default_rng(0)
+    codes = rng.standard_normal((50, 8)).astype(np.float32)
+    noise = rng.standard_normal((50, 8)).astype(np.float32)
+    assert halves_top1(np.hstack((codes, codes))) == 1.0
+    assert halves_top1(np.hstack((codes + 1_000, codes + 1_000))) == 1.0  # what all have in common tells nothing apart
+    assert halves_top1(np.hstack((codes, noise))) < 0.15
+    mixed = np.where(np.arange(50)[:, None] < 30, codes, noise)
+    assert 0.6 <= halves_top1(np.hstack((codes, mixed))) < 0.75
+    assert halves_top1(np.hstack((noise, np.ones_like(noise)))) == 0.0
 
 
 def test_crops_are_found_by_pixels_when_they_are_large_and_repeat_by_the_seed():

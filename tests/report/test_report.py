@@ -13,7 +13,7 @@ from ssl_kit.report import report as module
 from ssl_kit.report.pictures import draw_grid
 from ssl_kit.report.reading import Run, read_run
 from ssl_kit.report.report import duration, facts, next_step, write_report
-from ssl_kit.report.verdict import verdict
+from ssl_kit.report.verdict import LAMPS, verdict
 from ssl_kit.verbs.report import report
 
 SECTIONS = ["verdict", "sees", "curves", "scores", "looks", "neighbours", "map", "made"]
@@ -104,7 +104,7 @@ def test_before_the_first_step_only_pictures_are_there_and_no_chart_code(tmp_pat
     (run / "run.json").write_text(json.dumps({"status": "starting"}))
     page = page_of(run)
     assert [attributes["id"] for attributes in page.all("section")] == SECTIONS
-    assert "Starting" in page.words and "No score yet." in page.words
+    assert "Starting, unknown so far" in page.words and "no score yet: evaluate" in page.words
     assert f"ssl-kit evaluate {run} LABELLED" in page.words
     assert len(page.all("script")) == 1 and len(page.html) < 200_000
     assert [one["alt"] for one in page.all("img")] == [
@@ -269,9 +269,26 @@ def test_the_verb_writes_beside_the_run_and_returns_the_record(make_run, capsys)
     run = make_run()
     told = report([str(run)])
     assert told["report"] == str(run / "report.html") and told["bytes"] == (run / "report.html").stat().st_size
-    assert told["runs"] == [{"name": "run", "state": "learning", "verdict": told["runs"][0]["verdict"]}]
+    facts = "kNN 0.71 [0.70, 0.72], 0.33 above raw pixels, 0.35 above the same network untrained and "
+    (one,) = told["runs"]
+    assert one["scores"].startswith(facts)
+    assert one == {"name": "run", "state": "learning", "verdict": "learning - rank 50", "scores": one["scores"]}
     assert json.dumps(told)
-    assert capsys.readouterr().out.splitlines()[-1].startswith("next: ")
+    said = capsys.readouterr().out.splitlines()
+    assert said[:2] == ["run: learning - rank 50", f"run: {one['scores']}"] and said[-1].startswith("next: ")
+
+
+def test_the_page_shows_the_state_and_the_reason_of_run_json(make_run, tmp_path):
+    for state in (*LAMPS, "unknown"):
+        told = {"state": state, "reason": "kNN 0.31, below PCA (0.4)"}
+        run = make_run(state.split()[0], info={"verdict": told})
+        head = page_of(run).html.split('<section class="hero"')[1].split("</section>")[0]
+        assert f'<span class="word">{state.capitalize()}</span>' in head and told["reason"] in head
+        assert "clear gain" not in head and "Worse" not in head and "0.33 above raw pixels" in head
+        others = [one.capitalize() for one in (*LAMPS, "unknown") if one != state]
+        assert not any(f">{one}<" in head for one in others)
+    both = page_of(make_run("a"), make_run("b", info={"verdict": told}), out=tmp_path / "both.html")
+    assert "Learning rank 50" in both.words and f"Unknown {told['reason']}" in both.words
 
 
 def test_the_verb_says_what_is_wrong(make_run, tmp_path):

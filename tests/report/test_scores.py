@@ -5,109 +5,118 @@ from fabricated import record, scores
 
 from ssl_kit.report.reading import Run
 from ssl_kit.report.scores import Score, axis_of, full_size, score_tables
-from ssl_kit.report.verdict import verdict
+from ssl_kit.report.verdict import LAMPS, verdict
+from ssl_kit.training.verdict import BELOW
 
 
 def run_of(tmp_path, results=(), name="run", **info) -> Run:
     return Run(tmp_path / name, info={"name": name, **info}, results=list(results))
 
 
-def test_the_sentence_of_the_design(tmp_path):
-    judged = verdict(run_of(tmp_path, scores()))
-    assert judged.state == "learning"
+LEARNING = {"state": "learning", "reason": "kNN 0.7 against 0.2 at the start"}
+
+
+def test_the_head_is_what_run_json_says_with_the_scores_as_facts_beside_it(tmp_path):
+    head = verdict(run_of(tmp_path, scores(), verdict=LEARNING))
+    assert (head.state, head.word, head.lamp, head.reason) == ("learning", "Learning", "learning", LEARNING["reason"])
+    assert head.line == "learning - kNN 0.7 against 0.2 at the start"
     expected = "kNN 0.71 [0.70, 0.72], 0.33 above raw pixels and 0.35 above the same network untrained."
-    assert judged.sentence == expected
-    assert [row.is_encoder for row in judged.rows] == [True, False, False]
+    assert head.scores == expected
+    assert [row.is_encoder for row in head.rows] == [True, False, False]
+
+
+@pytest.mark.parametrize("encoder", [0.71, 0.38, 0.1])
+@pytest.mark.parametrize("state", [*LAMPS, "unknown"])
+def test_no_score_makes_the_page_say_another_verdict(tmp_path, encoder, state):
+    head = verdict(run_of(tmp_path, scores(encoder), verdict={"state": state, "reason": "so it is"}))
+    assert (head.state, head.word.lower(), head.reason) == (state, state, "so it is") and head.scores
+
+
+def test_every_verdict_that_training_gives_has_a_lamp(tmp_path):
+    given = {"learning", BELOW, "stuck", "collapsed"}
+    assert set(LAMPS) == given and len(set(LAMPS.values())) == len(given)
 
 
 @pytest.mark.parametrize(
-    ("encoder", "state"),
-    [(0.401, "learning"), (0.399, "weak"), (0.38, "weak"), (0.361, "weak"), (0.359, "stuck"), (0.1, "stuck")],
+    ("encoder", "place"),
+    [
+        (0.401, "0.02 above raw pixels"),
+        (0.399, "level with raw pixels"),
+        (0.361, "level with raw pixels"),
+        (0.359, "0.02 below raw pixels"),
+    ],
 )
-def test_learning_needs_an_interval_clear_of_the_best_baseline(tmp_path, encoder, state):
-    # half widths are 0.01 and the best baseline is 0.38: clear from 0.40 on, clearly worse below 0.36
-    assert verdict(run_of(tmp_path, scores(encoder))).state == state
+def test_a_distance_is_told_where_the_intervals_do_not_touch(tmp_path, encoder, place):
+    # half widths are 0.01 and pixels have 0.38
+    assert f", {place} and " in verdict(run_of(tmp_path, scores(encoder))).scores
 
 
 def test_a_paired_interval_decides_where_there_is_one(tmp_path):
     # separate intervals touch, but on the same images the encoder is better (or worse) by more than chance
-    for low, high, state in ((0.001, 0.019, "learning"), (-0.001, 0.02, "weak"), (-0.02, -0.001, "stuck")):
-        results = scores(0.39)
-        results[0]["metrics"] |= {"above_best_baseline": 0.01, "above_best_baseline_low": low}
-        results[0]["metrics"] |= {"above_best_baseline_high": high}
-        assert verdict(run_of(tmp_path, results)).state == state
+    for low, high, place in ((0.001, 0.019, "0.01 above"), (-0.001, 0.02, "level with"), (-0.02, -0.001, "0.01 below")):
+        results = scores(0.37 if high < 0 else 0.39)
+        results[0]["metrics"] |= {"above_pixels": 0.01, "above_pixels_low": low, "above_pixels_high": high}
+        assert f", {place} raw pixels" in verdict(run_of(tmp_path, results)).scores
 
 
-def test_a_better_pretrained_model_is_shown_and_does_not_say_that_nothing_was_learnt(tmp_path):
+def test_a_better_pretrained_model_is_a_fact_like_the_others(tmp_path):
     results = [*scores(0.71), record("knn", "pretrained:resnet18", 0.9, k=1, temperature=None, chosen=True, dim=512)]
     results[0]["settings"] |= {"best_baseline": "pretrained:resnet18"}
     for name, gap in (("above_best_baseline", -0.19), ("above_pixels", 0.33), ("above_pretrained:resnet18", -0.19)):
         results[0]["metrics"] |= {name: gap, f"{name}_low": gap - 0.01, f"{name}_high": gap + 0.01}
     run = run_of(tmp_path, results)
-    judged = verdict(run)
-    assert judged.state == "learning"
-    assert judged.sentence.endswith("same network untrained and 0.19 below pretrained resnet18.")
-    assert [row.name for row in judged.rows][:2] == ["this encoder", "pretrained resnet18"]
+    head = verdict(run)
+    assert head.scores.endswith("same network untrained and 0.19 below pretrained resnet18.")
+    assert [row.name for row in head.rows][:2] == ["this encoder", "pretrained resnet18"]
     (table,) = score_tables([run])
     assert table.metrics == ["Top-1", "Above the best baseline"]
     assert [row.name for row in table.rows][:2] == ["this encoder", "pretrained resnet18"]
-    del results[0]["metrics"]["above_pixels"]  # as before there were several: its own intervals decide
-    assert verdict(run).state == "learning"
 
 
 @pytest.mark.parametrize(
-    ("reason", "told"),
-    [
-        ("flat", "Flat."),
-        ("kNN 0.2 at the start", "kNN 0.2 at the start."),
-        ("Done!", "Done!"),
-        (" a b ", "A b."),
-        ("", ""),
-    ],
+    ("reason", "small"), [("flat", True), ("kNN 0.2 at the start", False), ("100 steps", False), ("", True)]
 )
-def test_a_reason_becomes_a_sentence(tmp_path, reason, told):
-    judged = verdict(run_of(tmp_path, verdict={"state": "stuck", "reason": reason}))
-    assert judged.sentence == (told or "No score yet.")
+def test_a_reason_stands_word_for_word_with_a_capital_letter_where_it_needs_one(tmp_path, reason, small):
+    head = verdict(run_of(tmp_path, verdict={"state": "stuck", "reason": reason}))
+    assert head.reason == (reason or "no score yet: evaluate the encoder on labelled images")
+    assert head.starts_small == small
 
 
-def test_without_baselines_nothing_is_claimed(tmp_path):
-    judged = verdict(run_of(tmp_path, scores()[:1]))
-    assert (judged.state, judged.sentence) == ("unknown", "kNN 0.71 [0.70, 0.72].")
-
-
-def test_a_collapse_seen_in_training_is_kept_unless_the_scores_refute_it(tmp_path):
-    told = {"state": "collapsed", "reason": "rank 1.0"}
-    judged = verdict(run_of(tmp_path, scores(0.1), verdict=told))
-    assert (judged.state, judged.reason) == ("collapsed", "Rank 1.0.") and "below raw pixels" in judged.sentence
-    assert verdict(run_of(tmp_path, scores(0.71), verdict=told)).state == "learning"
+def test_scores_without_baselines_claim_nothing(tmp_path):
+    head = verdict(run_of(tmp_path, scores()[:1]))
+    assert (head.state, head.scores) == ("unknown", "kNN 0.71 [0.70, 0.72].")
 
 
 @pytest.mark.parametrize(
-    ("info", "state", "word"),
+    ("info", "state", "word", "lamp"),
     [
-        ({"verdict": {"state": "stuck", "reason": "flat"}}, "stuck", "Stuck"),
-        ({"status": "running"}, "running", "Training"),
-        ({"status": "finished", "verdict": {"state": "nonsense"}}, "unknown", "Not judged yet"),
-        ({"verdict": "odd"}, "unknown", "Not judged yet"),
-        ({}, "unknown", "Not judged yet"),
+        ({"verdict": {"state": "stuck", "reason": "flat"}}, "stuck", "Stuck", "stuck"),
+        ({"verdict": {"state": BELOW, "reason": "x"}}, BELOW, "Learns, less than raw pixels know", "weak"),
+        ({"status": "running"}, "unknown", "Training, unknown so far", "running"),
+        ({"status": "starting"}, "unknown", "Starting, unknown so far", "running"),
+        ({"status": "running", "verdict": LEARNING}, "learning", "Learning", "learning"),
+        ({"status": "finished", "verdict": {"state": "nonsense"}}, "unknown", "Unknown", "unknown"),
+        ({"verdict": "odd"}, "unknown", "Unknown", "unknown"),
+        ({}, "unknown", "Unknown", "unknown"),
     ],
 )
-def test_without_scores_run_json_speaks(tmp_path, info, state, word):
-    judged = verdict(run_of(tmp_path, **info))
-    assert (judged.state, judged.word) == (state, word) and judged.sentence
+def test_without_scores_run_json_speaks(tmp_path, info, state, word, lamp):
+    head = verdict(run_of(tmp_path, **info))
+    assert (head.state, head.word, head.lamp) == (state, word, lamp) and head.reason and not head.scores
 
 
-def test_knn_does_not_condemn_a_masked_autoencoder_and_fine_tuning_goes_first(tmp_path):
-    assert verdict(run_of(tmp_path, scores(0.1), method="ssl_kit.methods.mae.MAE")).state == "unknown"
+def test_knn_does_not_judge_a_masked_autoencoder_and_fine_tuning_goes_first(tmp_path):
+    head = verdict(run_of(tmp_path, scores(0.1), method="ssl_kit.methods.mae.MAE"))
+    assert head.scores.endswith("untrained. kNN does not judge MAE: fine-tuning does.")
     tuned = [record("finetune", "encoder", 0.9), record("finetune", "random_init", 0.7)]
-    judged = verdict(run_of(tmp_path, scores(0.1) + tuned, method="MAE"))
-    assert judged.state == "learning" and judged.sentence.startswith("Fine-tuning 0.90")
+    head = verdict(run_of(tmp_path, scores(0.1) + tuned, method="MAE"))
+    assert head.scores == "Fine-tuning 0.90 [0.89, 0.91], 0.20 above the same network untrained."
 
 
 def test_the_chosen_row_is_quoted_whatever_the_order(tmp_path):
     customary = record("knn", "encoder", 0.60, k=200, chosen=False, dim=64)
     for results in ([customary, *scores()], [*scores(), customary]):
-        assert verdict(run_of(tmp_path, results)).sentence.startswith("kNN 0.71")
+        assert verdict(run_of(tmp_path, results)).scores.startswith("kNN 0.71")
 
 
 def test_full_size_takes_pca_at_the_encoders_dimension():

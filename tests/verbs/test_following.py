@@ -1,0 +1,130 @@
+"""What is measured while a run goes on: scores beside those of raw pixels, in any number of processes."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import ranks
+import torch
+from PIL import Image
+from sklearn.decomposition import PCA
+from sklearn.neighbors import KNeighborsClassifier
+from stripes import pattern
+
+from ssl_kit.data.sources import open_source
+from ssl_kit.encoders import Encoder
+from ssl_kit.methods.method import Method
+from ssl_kit.training.distributed import rank
+from ssl_kit.training.optim import Optim
+from ssl_kit.training.together import joined
+from ssl_kit.verbs.following import Measure, hold_out
+from ssl_kit.views.recipe import plain
+
+SIZE = (16, 16)
+
+
+class Bare(Method):
+    """An encoder that nothing trains, at some step."""
+
+    num_views = 2
+
+    def __init__(self, step=0, size=SIZE):
+        torch.manual_seed(0)
+        super().__init__(Encoder("resnet18_small", {"channels": [8, 8, 8, 16]}, size), Optim(lr=0.1))
+        self._trainer = SimpleNamespace(global_step=step)
+
+    def loss(self, views, key):
+        return {}
+
+
+@pytest.fixture(scope="module")
+def images():
+    """(800, 16, 16, 3) uint8 in four classes, and their labels."""
+    return np.stack([pattern(row % 4, row) for row in range(800)]), np.array(["abcd"[row % 4] for row in range(800)])
+
+
+def voted(gallery, labels, queries, asked):
+    """kNN top-1 by scikit-learn: 20 neighbours by cosine vote with exp(cos / 0.07)."""
+    weigh = lambda distances: np.exp((1 - distances) / 0.07)
+    voters = KNeighborsClassifier(20, metric="cosine", algorithm="brute", weights=weigh).fit(gallery, labels)
+    return (voters.predict(queries) == asked).mean()
+
+
+def test_knn_of_raw_pixels_and_of_their_pca_is_that_of_independent_code(images):
+    training, gallery, queries = hold_out(open_source(images))
+    scores = Measure(training, gallery, queries, plain(SIZE))(Bare())
+    voters, asked = (part.images.reshape(len(part), -1) / 255 for part in (gallery, queries))
+    mean = voters.mean(axis=0)
+    pixels = voters - mean, gallery.labels, asked - mean, queries.labels
+    assert scores["knn_pixels"] == pytest.approx(voted(*pixels), abs=1.5 / len(asked))
+    pca = PCA(16, svd_solver="full").fit(voters)
+    reduced = pca.transform(voters), gallery.labels, pca.transform(asked), queries.labels
+    assert scores["knn_pca"] == pytest.approx(voted(*reduced), abs=1.5 / len(asked))
+    assert 0.3 < scores["knn_pixels"] != scores["knn_pca"]  # there is something to tell apart
+
+
+def test_crops_are_the_two_halves_of_an_image_around_the_mean(images):
+    """Wide images, whose halves need no resizing."""
+    rng = np.random.default_rng(0)
+    wide = rng.integers(0, 256, (700, 8, 16, 3), dtype=np.uint8)
+    wide[:300, :, 8:] = wide[:300, :, :8] // 2 + 60  # of these the right half is the left one, paler
+    measure = Measure(open_source(wide), None, None, plain((8, 8)))
+    assert measure.cropped == 512 and measure.held_out == 0
+    scores = measure(Bare(size=(8, 8)))
+    rows = np.linspace(0, 699, 512).astype(int)
+    left, right = wide[rows, :, :8].reshape(512, -1) / 255, wide[rows, :, 8:].reshape(512, -1) / 255
+    left, right = left - right.mean(axis=0), right - right.mean(axis=0)
+    cosines = left @ right.T / np.linalg.norm(left, axis=1)[:, None] / np.linalg.norm(right, axis=1)
+    assert scores["crops_pixels"] == pytest.approx((cosines.argmax(axis=1) == np.arange(512)).mean(), abs=1e-9)
+    assert 0.4 < scores["crops_pixels"] < 0.5 and "knn_top1" not in scores
+
+
+def test_pixels_are_measured_once_and_the_encoder_at_each_look(images):
+    measure = Measure(*hold_out(open_source(images)), plain(SIZE))
+    first, later = measure(Bare()), measure(Bare(step=1))
+    beside = {"knn_pixels", "knn_pca", "crops_pixels"}
+    assert first.keys() - later.keys() == beside and {"knn_top1", "crops_top1"} <= later.keys()
+    assert {name: first[name] for name in later} == later  # the encoder is the same
+    assert all(isinstance(value, float) for value in first.values())
+
+
+def test_large_images_are_compared_at_32_pixels(images):
+    large = np.repeat(np.repeat(images[0][:40], 6, axis=1), 6, axis=2)
+    small = Measure(open_source(images[0][:40]), None, None, plain(SIZE))(Bare())["crops_pixels"]
+    measure = Measure(open_source(large), None, None, plain((96, 96)))
+    asked = []
+    measure.scores[0].embedded, ask = lambda *told: asked.append(told) or ask(*told), measure.scores[0].embedded
+    assert measure(Bare(size=(96, 96)))["crops_pixels"] == pytest.approx(small, abs=0.1)
+    assert [view.size for _, view in asked] == [(96, 96), (32, 32)]
+
+
+def folder_of(root, images, labels=None):
+    for row, image in enumerate(images):
+        place = root / (labels[row] if labels is not None else "")
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(place / f"{row:03d}.png")
+    return root
+
+
+def scored(folder, answers):
+    """The scores of this many processes, two files being broken."""
+    with joined():
+        source = open_source(folder, in_memory=False, max_bad=0.5)
+        scores = Measure(*hold_out(source), plain(SIZE))(Bare())
+        (answers / f"{rank()}.json").write_text(json.dumps(scores))
+
+
+@pytest.mark.parametrize("with_labels", [True, False])
+def test_several_processes_give_the_scores_of_one_also_with_broken_files(images, tmp_path, with_labels):
+    root = folder_of(tmp_path / "images", images[0][:560], images[1] if with_labels else None)
+    for name in sorted(root.rglob("*.png"))[3:300:200]:
+        name.write_bytes(name.read_bytes()[:90])
+    found = []
+    for count in (1, 2):
+        answers = tmp_path / str(count)
+        answers.mkdir()
+        assert ranks.ended(ranks.start(count, answers, scored, str(root), answers)) == [0] * count
+        found += [json.loads((answers / f"{number}.json").read_text()) for number in range(count)]
+    assert found[0] == found[1] == found[2]
+    assert ("knn_pca" in found[0]) == with_labels and "crops_pixels" in found[0]
