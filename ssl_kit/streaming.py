@@ -30,7 +30,17 @@ from rich.progress import Progress
 import ssl_kit
 from ssl_kit.core.console import progress
 from ssl_kit.core.errors import UserError
-from ssl_kit.core.files import MANIFEST, DamagedError, atomic_file, listed, lock, sha256, verify_file, write_sealed
+from ssl_kit.core.files import (
+    MANIFEST,
+    DamagedError,
+    NotOursError,
+    atomic_file,
+    is_inside,
+    sha256,
+    verify_file,
+    write_sealed,
+)
+from ssl_kit.core.locking import lock
 from ssl_kit.core.owned import Former
 from ssl_kit.core.sealed import LARGE_JSON, fingerprint, read_json, read_sealed
 from ssl_kit.data.skipped import write_skipped
@@ -56,9 +66,8 @@ from ssl_kit.parts import (
 )
 
 PLAN = "plan.json"
-_OURS = r"part-\d{5,}\.parquet|skipped\.csv|manifest\.json|index\.faiss"
-# What is there only until the manifest is, and what killed writers of it have left
-_PASSING = r"part-\d{5,}\.json|plan\.json|\.(part-\d{5,}\.\w+|\w+\.json|skipped\.csv|index\.faiss)\.[a-z0-9_]{8}\.tmp"
+# What killed writers have left
+_LITTER = r"\.(part-\d{5,}\.\w+|\w+\.json|skipped\.csv)\.[a-z0-9_]{8}\.tmp"
 _LISTED = 65_536  # ids that are hashed at a time
 
 
@@ -84,6 +93,10 @@ class Embedded:
     parts: int
     missing: int
     images: int
+
+
+def _record_name(number: int) -> str:
+    return part_name(number).removesuffix("parquet") + "json"
 
 
 def parse_shard(text: str) -> Shard:
@@ -135,7 +148,7 @@ def embed_to(
     parts, shard = part_slices(len(source)), shard or Shard(0, 1)
     if (folder / MANIFEST).exists():  # finished before, perhaps killed before it was tidied up
         _same_plan(read_sealed(folder / MANIFEST, LARGE_JSON).get("plan"), plan, folder)
-        _tidy(folder)
+        _tidy(folder, plan)
         return Embedded(True, len(parts), 0, 0)
     folder.mkdir(parents=True, exist_ok=True)
     _begin(folder, plan)
@@ -186,6 +199,9 @@ def _begin(folder: Path, plan: dict[str, Any]) -> None:
     if (folder / PLAN).exists():
         _same_plan(read_sealed(folder / PLAN), plan, folder)
     else:
+        for name in (PLAN, SKIPPED, *_parts_of(plan, folder)):
+            if os.path.lexists(folder / name):
+                raise NotOursError(f"{folder / name} is not ssl_kit's: move it away, or choose another --out")
         write_sealed(folder / PLAN, plan)
 
 
@@ -277,7 +293,7 @@ class _Making:
         return vectors[:count], np.concatenate(kept) if kept else np.empty(0, dtype=np.int64)
 
     def _record_path(self, number: int) -> Path:
-        return (self.folder / part_name(number)).with_suffix(".json")
+        return self.folder / _record_name(number)
 
 
 def _complete(folder: Path, making: _Making, about: dict[str, Any], parts: int) -> None:
@@ -309,14 +325,15 @@ def _complete(folder: Path, making: _Making, about: dict[str, Any], parts: int) 
             "files": {**files, SKIPPED: sha256(folder / SKIPPED)},
         }
         write_sealed(folder / MANIFEST, manifest)
-        _tidy(folder)
+        _tidy(folder, about["plan"])
 
 
-def _tidy(folder: Path) -> None:
+def _tidy(folder: Path, plan: dict[str, Any]) -> None:
     """Removes what is needed only until the manifest is there, what killed writers left, and what was replaced."""
-    for path in sorted(folder.iterdir()):
-        if re.fullmatch(_PASSING, path.name) and path.is_file() and not path.is_symlink():
-            path.unlink(missing_ok=True)
+    records = [name for name in _parts_of(plan, folder) if name.endswith(".json")]
+    litter = [path.name for path in folder.iterdir() if re.fullmatch(_LITTER, path.name)]
+    for name in (*records, *litter, PLAN):
+        (folder / name).unlink(missing_ok=True)
     former(folder).remove()
 
 
@@ -326,12 +343,24 @@ def former(folder: Path) -> Former:
 
 
 def our_files(folder: Path) -> list[str]:
-    """Names of the files of ours in a folder of embeddings, finished or begun."""
-    known = listed(folder)
-    if not known:  # begun, or with a manifest that is damaged
-        known = {name for name in os.listdir(folder) if re.fullmatch(_OURS, name)} if is_ours(folder) else set()
-    known |= {name for name in os.listdir(folder) if re.fullmatch(_PASSING, name)} if known else set()
-    return sorted(name for name in known if (folder / name).is_file() and not (folder / name).is_symlink())
+    """Names of the files of ours in a folder of embeddings: what its manifest lists, or the plan of a begun one.
+
+    A manifest that was altered is believed as far as names go: what it tells of may still be overwritten.
+    """
+    names: set[str] = set()
+    if is_ours(folder) and (folder / MANIFEST).is_file():
+        names = {MANIFEST, *filter(is_inside, read_json(folder / MANIFEST, LARGE_JSON).get("files") or ())}
+    elif is_ours(folder):
+        names = {PLAN, SKIPPED, *_parts_of(read_json(folder / PLAN), folder)}
+    return sorted(name for name in names if (folder / name).is_file() and not (folder / name).is_symlink())
+
+
+def _parts_of(plan: dict[str, Any], folder: Path) -> list[str]:
+    """The files in the folder that are parts which a plan asks for, or their records."""
+    images, rows = plan.get("images"), plan.get("part_rows")
+    count = -(-images // rows) if type(images) is int and type(rows) is int and rows > 0 else 0
+    found = ((name, re.fullmatch(r"part-(\d{5,})\.(parquet|json)", name)) for name in sorted(os.listdir(folder)))
+    return [name for name, part in found if part is not None and int(part[1]) < count]
 
 
 def is_ours(folder: Path) -> bool:

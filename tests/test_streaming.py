@@ -145,7 +145,7 @@ def test_an_interruption_at_any_write_changes_nothing(run, tmp_path, undisturbed
         except KeyboardInterrupt:
             assert not (out / "manifest.json").exists() or interrupted > 20
         monkeypatch.setattr(files, "sync", sync)
-        (out / ".part-00001.parquet.abc.tmp").write_bytes(b"left by a killed writer")
+        (out / ".part-00001.parquet.abcdefgh.tmp").write_bytes(b"left by a killed writer")
         run(out)
         assert contents(out) == undisturbed, interrupted
         interrupted += 3
@@ -154,7 +154,7 @@ def test_an_interruption_at_any_write_changes_nothing(run, tmp_path, undisturbed
 
 def test_what_is_left_between_manifest_and_tidying_is_removed(run, tmp_path, undisturbed):
     run(tmp_path / "EMB")
-    for name in ("plan.json", "part-00001.json", ".manifest.json.abc.tmp"):
+    for name in ("plan.json", "part-00001.json", ".manifest.json.abcdefgh.tmp"):
         (tmp_path / "EMB" / name).write_text("{}")
     assert run(tmp_path / "EMB")["embedded"] == 0
     assert contents(tmp_path / "EMB") == undisturbed

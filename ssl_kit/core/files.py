@@ -21,7 +21,6 @@ import json
 import os
 import re
 import shutil
-import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -33,14 +32,10 @@ from safetensors import SafetensorError
 
 from ssl_kit.core.console import warn
 from ssl_kit.core.errors import DamagedError, UserError
+from ssl_kit.core.locking import locked
 from ssl_kit.core.sealed import LARGE_JSON, MAX_JSON, read_json, read_sealed, sealed  # noqa: F401 (who writes files reads some)
 
-try:
-    import fcntl
-except ImportError:  # Windows: nothing is locked, and what killed writers leave stays
-    fcntl = None  # type: ignore[assignment]
-
-MANIFEST, LOCK = "manifest.json", ".lock"
+MANIFEST = "manifest.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of fcntl.h and linux/fs.h
 
@@ -104,10 +99,10 @@ def atomic_folder(
 
     Raises:
         FullError: the disk is full.
-        NotOursError: `path` is a link, or holds files and no `record`.
+        NotOursError: `path` is a link, or holds files of these names that are not ours.
     """
     target = Path(path)
-    _check_ours(target, record)
+    _check_place(target)
     with _said_when_full(target), _beside(target, ".tmp", folder=True) as temporary:
         yield temporary
         if manifest is not None:
@@ -116,32 +111,27 @@ def atomic_folder(
             sync(file)
         sync(temporary)
         os.chmod(temporary, 0o755)
-        _check_ours(target, record)
-        _carry(target, temporary)
+        _check_place(target)
+        _carry(target, temporary, record)
         _put_in_place(temporary, target)
 
 
-def _check_ours(target: Path, record: str) -> None:
+def _check_place(target: Path) -> None:
     if target.is_symlink():
         raise NotOursError(f"{target} is a link: nothing is replaced through it; remove it, or choose another folder")
-    if not target.is_dir() or (target / record).is_file():
-        return
-    if shown := sorted(name for name in os.listdir(target) if not name.startswith(".")):
-        raise NotOursError(
-            f"{target} holds {shown[0]!r} and no {record}: it is not ssl_kit's to replace; choose another folder"
-        )
 
 
-def _carry(target: Path, made: Path) -> None:
+def _carry(target: Path, made: Path, record: str) -> None:
     """Links into `made` what `target`, whose place it takes, holds beside files of ours; both have it for a moment."""
     if not target.is_dir():
         return
-    own = set(entries(made))
-    known = listed(target)
+    own, known = set(entries(made)), listed(target)
+    if not known and (target / record).is_file():
+        known = own  # it lists none, or cannot be read: ours by their names
     for name in entries(target):
-        if name in own and known and name not in known:
+        if name in own and name not in known:
             raise NotOursError(f"{target / name} is not ssl_kit's: move it away, or choose another folder")
-        if name in own or name in known:
+        if name in known:
             continue
         (made / name).parent.mkdir(parents=True, exist_ok=True)
         if (target / name).is_dir() and not (target / name).is_symlink():
@@ -214,7 +204,7 @@ def settle(path: Path | str) -> None:
     if os.path.lexists(target):
         return
     for retired in _left(target, r"\.old"):
-        with _locked(retired, wait=True):
+        with locked(retired, wait=True):
             if (retired / target.name).exists() and not os.path.lexists(target):
                 os.replace(retired / target.name, target)
 
@@ -231,7 +221,7 @@ def _beside(target: Path, suffix: str, *, folder: bool = False) -> Iterator[Path
             handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=suffix, dir=target.parent)
             os.close(handle)
             temporary = Path(name)
-        with _locked(temporary, wait=True):
+        with locked(temporary, wait=True):
             if not temporary.exists():  # another writer came in between and took it for litter
                 continue
             try:
@@ -245,7 +235,7 @@ def _sweep(target: Path) -> None:
     """Removes what killed writers of `target` have left."""
     settle(target)
     for litter in _left(target, r"\.(tmp|old)"):
-        with _locked(litter, wait=False) as dead:
+        with locked(litter, wait=False) as dead:
             if dead:
                 _remove(litter)
 
@@ -255,28 +245,6 @@ def _left(target: Path, suffix: str) -> list[Path]:
     name = re.compile(rf"\.{re.escape(target.name)}\.[a-z0-9_]{{8}}{suffix}")
     found = os.listdir(target.parent) if target.parent.is_dir() else []
     return [target.parent / one for one in found if name.fullmatch(one)]
-
-
-@contextmanager
-def _locked(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Holds a file or folder; yields whether it does: no when it is gone, another holds it, or there are no locks."""
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        yield False
-        return
-    try:
-        yield fcntl is not None and _lock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    finally:
-        os.close(handle)
-
-
-def _lock(handle: int, how: int) -> bool:
-    try:
-        fcntl.flock(handle, how)
-    except OSError:  # held by another, or a file system without locks
-        return False
-    return True
 
 
 def _remove(path: Path) -> None:
@@ -415,56 +383,3 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-@contextmanager
-def lock(folder: Path | str, *, wait: bool = False) -> Iterator[None]:
-    """Holds `folder` for this process; a second holder is refused at once, or waits. The lock ends with the process.
-
-    A folder that is made for it, and in which nothing is written then, is gone again afterwards.
-
-    Raises:
-        UserError: another process holds it, or its `.lock` is something else than a file that can be opened.
-    """
-    folder = Path(folder)
-    made = [one for one in (folder, *folder.parents) if not one.exists()]
-    handle = _held(folder / LOCK, wait)
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            if made and os.listdir(folder) == [LOCK]:
-                os.unlink(folder / LOCK)
-                for one in made:
-                    os.rmdir(one)
-        os.close(handle)
-
-
-def _held(path: Path, wait: bool) -> int:
-    """An open handle that holds the lock file `path`; what is in the file, if it is somebody else's, stays as it is."""
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
-            if not stat.S_ISREG(os.fstat(handle).st_mode):
-                raise OSError(errno.EINVAL, "no regular file")
-        except OSError as error:
-            raise UserError(
-                f"{path} cannot be opened ({error.strerror}): ssl-kit holds a folder by this file while it works in "
-                "it; choose another folder, or see to that file"
-            ) from error
-        if fcntl is None:
-            return handle
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            os.close(handle)
-            raise UserError(
-                f"{path.parent} is in use by another ssl-kit process: wait for it, or choose another folder"
-            ) from error
-        except OSError:  # a file system without locks
-            return handle
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.stat(path), os.fstat(handle)):
-                return handle
-        os.close(handle)  # its former holder has removed it meanwhile

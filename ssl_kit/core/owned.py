@@ -25,7 +25,8 @@ from typing import Any
 from ssl_kit.core import files
 from ssl_kit.core.console import say
 from ssl_kit.core.errors import DamagedError, UserError
-from ssl_kit.core.files import LOCK, MANIFEST, NotOursError, entries, is_inside, listed, read_json, sync, write_json
+from ssl_kit.core.files import MANIFEST, NotOursError, entries, is_inside, listed, read_json, sync, write_json
+from ssl_kit.core.locking import LOCK
 from ssl_kit.core.sealed import LARGE_JSON
 
 RUN, RESULTS = "run.json", "results.json"
@@ -207,11 +208,6 @@ class Record:
         if os.path.lexists(path):
             raise NotOursError(f"{path} is not ssl_kit's: move it away, or choose another folder")
         self.names.add(str(name))
-        self.write()
-
-    def claim_all(self, names: Iterable[str]) -> None:
-        """Lists files that may be written from now on, or that others have written for us."""
-        self.names |= set(names)
         self.write()
 
     def write(self) -> None:

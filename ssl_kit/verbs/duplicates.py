@@ -15,7 +15,8 @@ import numpy as np
 
 from ssl_kit.core.console import next_command, progress, say, table, warn
 from ssl_kit.core.errors import DamagedError, UserError, check_numbers
-from ssl_kit.core.files import lock, read_json, write_csv
+from ssl_kit.core.files import read_json, write_csv
+from ssl_kit.core.locking import lock
 from ssl_kit.core.machine import available_cores
 from ssl_kit.core.owned import check_output, record_in
 from ssl_kit.core.random import permutation

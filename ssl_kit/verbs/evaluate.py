@@ -14,7 +14,8 @@ import torch
 
 from ssl_kit.core.console import if_interrupted, next_command, say
 from ssl_kit.core.errors import UserError, check_numbers
-from ssl_kit.core.files import append_line, lock, write_csv
+from ssl_kit.core.files import append_line, write_csv
+from ssl_kit.core.locking import lock
 from ssl_kit.core.owned import check_place, record_in
 from ssl_kit.data.sources import Source, open_labelled
 from ssl_kit.encoders.encoder import Encoder, find_encoder
@@ -24,6 +25,7 @@ from ssl_kit.evaluation.leaks import Leaks, find_leaks
 from ssl_kit.evaluation.result import Result
 from ssl_kit.report.report import write_report
 from ssl_kit.verbs.evaluation_pictures import Pictures
+from ssl_kit.verbs.judging import settle
 from ssl_kit.verbs.score_table import Scored, compared, print_curve, print_gaps, print_scores, print_spread, spread
 from ssl_kit.verbs.scoring import EVALUATIONS, Task, default_names
 
@@ -171,7 +173,7 @@ def _one(name: str, path: Path, folder: Path, opened: _Opened, options: _Options
     task = Task(train, test, folder, options.dims, nested, options.balanced, seed, options.batch_size)
     results: list[Result] = []
     kept = f"features made so far are kept in {folder / 'features'}, scores are not; the same command goes on"
-    with lock(folder), record_in(folder), if_interrupted(lambda: kept):
+    with lock(folder), record_in(folder) as entries, if_interrupted(lambda: kept):
         pictures = Pictures(folder / "pictures", train, test, seed)
         every = feature_sets(
             loaded,
@@ -200,6 +202,7 @@ def _one(name: str, path: Path, folder: Path, opened: _Opened, options: _Options
         print_scores(results)
         print_gaps(results)
         print_curve(results)
+        settle(entries)
         report = folder / "report.html"
         write_report([folder], report)
     say(f"results: {folder / 'results.jsonl'}; report: {report}")

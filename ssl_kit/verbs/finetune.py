@@ -18,7 +18,8 @@ import torch
 
 from ssl_kit.core.console import if_interrupted, next_command, result, say, table
 from ssl_kit.core.errors import UserError, check_numbers
-from ssl_kit.core.files import append_line, lock, read_json, write_json
+from ssl_kit.core.files import append_line, read_json, write_json
+from ssl_kit.core.locking import lock
 from ssl_kit.core.machine import (
     Precision,
     available_cores,
@@ -43,6 +44,7 @@ from ssl_kit.training.optim import Optim
 from ssl_kit.training.watchdog import Watchdog
 from ssl_kit.verbs.building import quiet_lightning
 from ssl_kit.verbs.evaluate import results_folder
+from ssl_kit.verbs.judging import settle
 from ssl_kit.views.recipe import ViewRecipe
 
 _HELD_OUT = 0.1  # of the labelled training images: the epoch is chosen on them
@@ -131,7 +133,7 @@ def finetune(
     results = []
     made = {"encoder_sha256": loaded.sha256, "train": train.name, "test": test.name}
     kept = f"the states saved in {folder / 'finetuning'} are kept; go on with --resume"
-    with lock(folder), record_in(folder), if_interrupted(lambda: kept), Signals() as signals:
+    with lock(folder), record_in(folder) as record, if_interrupted(lambda: kept), Signals() as signals:
         begun = {**settings, "views": asdict(views), **made, "images": len(train)}
         training = _begin(folder / "finetuning", begun, resume)
         for name in ("encoder", "random_init") if scratch else ("encoder",):
@@ -158,6 +160,7 @@ def finetune(
                 network.save(folder / "finetuned", {"encoder": str(path), "classes": list(train.classes), **made})
         results = _compared(results, labels, seed)
         _record(folder / "results.jsonl", results, training)
+        settle(record)
         write_report([folder], folder / "report.html")
     _print(results)
     next_command(f"ssl-kit report {shlex.quote(str(folder))}")

@@ -10,7 +10,8 @@ from typing import Any
 
 from ssl_kit.core.console import if_interrupted, next_command, table, warn
 from ssl_kit.core.errors import UserError
-from ssl_kit.core.files import MANIFEST, atomic_file, lock, read_manifest, verify_file, write_sealed
+from ssl_kit.core.files import MANIFEST, atomic_file, read_manifest, verify_file, write_sealed
+from ssl_kit.core.locking import lock
 from ssl_kit.core.sealed import LARGE_JSON
 from ssl_kit.core.signing import make_key
 from ssl_kit.data.loading import available_memory

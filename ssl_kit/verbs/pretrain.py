@@ -27,7 +27,6 @@ from ssl_kit.encoders.encoder import Encoder, initialise
 from ssl_kit.methods.method import Method
 from ssl_kit.report.pictures import draw_views
 from ssl_kit.report.report import write_report
-from ssl_kit.report.scores import judged_by
 from ssl_kit.training.average import Average
 from ssl_kit.training.checkpoint import Checkpoints, SafeCheckpointIO, newest, resumable
 from ssl_kit.training.chunked import Chunkable, no_chunks
@@ -36,7 +35,6 @@ from ssl_kit.training.distributed import rank, world_size
 from ssl_kit.training.horizon import Horizon
 from ssl_kit.training.monitor import Bar, Curves
 from ssl_kit.training.together import Member, Processes, from_first, joined, wait
-from ssl_kit.training.verdict import verdict
 from ssl_kit.training.watchdog import Watchdog
 from ssl_kit.verbs.building import build_method, check_resumable, quiet_lightning, resolved_recipe, save_recipe
 from ssl_kit.verbs.fitting import (
@@ -47,7 +45,7 @@ from ssl_kit.verbs.fitting import (
     view_schedule,
     view_size,
 )
-from ssl_kit.verbs.following import Measure, Refresh, Show, Skips, hold_out, kept
+from ssl_kit.verbs.following import Measure, Refresh, Show, Skips, hold_out, judge_of, kept
 from ssl_kit.verbs.record import RunRecord, versions
 from ssl_kit.verbs.rehearsal import rehearse
 from ssl_kit.verbs.several import all_fit, check_images, check_processes, held, images_per_step
@@ -168,8 +166,7 @@ def pretrain(
         if rank() == 0:
             if not resume:
                 rehearse(learner, kinds, seed)  # the last that may be refused
-            if overwrite:
-                record.former.set_aside()
+                record.former.set_aside()  # there is one where `overwrite` says so, or it was killed as it began
             _describe(record, data, source, learner, seed)
             save_recipe(folder / "recipe.yaml", resolved_recipe(settings, learner))
             _draw(folder / "pictures" / "views.png", source, kinds[0], seed)
@@ -223,19 +220,10 @@ def _train(
     if settings["ema"] is not None:
         averages = [Average(settings["ema"], watchdog, lambda: horizon.total, cosine=settings["ema_cosine"])]
         measure.encoder = averages[0].encoder
-    judge = lambda rows: verdict(
-        rows,
-        dim=learner.encoder.dim,
-        chance_loss=record.entries.get("chance_loss"),
-        contrastive=isinstance(learner, Chunkable),  # its loss compares images
-        held_out=measure.held_out,
-        cropped=measure.cropped,
-        knn_judges=judged_by(type(learner).__name__)[0] == "knn",
-    )
     curves = Curves(
         folder / "metrics.csv",
         measure=measure,
-        judge=judge,
+        judge=judge_of(learner, measure, record),
         watchdog=watchdog,
         measure_every=settings["evaluate_every"],
         interrupted=stopped,
@@ -274,7 +262,8 @@ def _train(
         chance_loss=learner.chance_loss(loader.images_per_step),
     )
     path = from_first(lambda: str(newest(folder / "checkpoints") or "")) if resume else ""
-    trainer.fit(learner, datamodule=loader, ckpt_path=path or None)
+    with record.written_by_others("tensorboard", "wandb"):
+        trainer.fit(learner, datamodule=loader, ckpt_path=path or None)
     if checkpoints.stopped is not None:
         result(f"stopped; {kept(folder)}")
         wait()  # the first one has said all

@@ -7,6 +7,8 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +17,7 @@ from typing import Any
 import numpy as np
 
 import ssl_kit
-from ssl_kit.core.files import if_room
+from ssl_kit.core.files import entries, if_room
 from ssl_kit.core.owned import RUN, Former, Record
 from ssl_kit.training.distributed import rank
 from ssl_kit.training.monitor import Curves
@@ -66,6 +68,23 @@ class RunRecord(Record):
         self.entries |= entries
         if rank() == 0:
             self.write()
+
+    @contextmanager
+    def written_by_others(self, *folders: str) -> Iterator[None]:
+        """Lists the files that loggers make in folders of the run, which know nothing of the record."""
+        there = lambda: {
+            f"{name}/{file}"
+            for name in folders
+            for file in entries(self.folder / name)
+            if (self.folder / name / file).is_file() and not (self.folder / name / file).is_symlink()
+        }
+        before = there()
+        try:
+            yield
+        finally:
+            if rank() == 0 and (made := there() - before):
+                self.names |= made
+                self.write()
 
     def progress(self, curves: Curves) -> None:
         """Verdict, speed and time from the curves so far."""

@@ -10,7 +10,8 @@ from typing import Any
 
 from ssl_kit.core.console import say
 from ssl_kit.core.errors import UserError
-from ssl_kit.core.files import lock, read_json
+from ssl_kit.core.files import read_json
+from ssl_kit.core.locking import lock
 from ssl_kit.core.processes import on_this_machine, started
 from ssl_kit.data.sources import Source
 from ssl_kit.training.distributed import rank, world_size

@@ -9,7 +9,7 @@ import pytest
 from ssl_kit.core import owned
 from ssl_kit.core.errors import DamagedError, UserError
 from ssl_kit.core.files import NotOursError, append_line, atomic_folder, write_csv, write_json
-from ssl_kit.core.owned import Former, Record, check_output, check_ours, check_place, our_files, record_of, remove
+from ssl_kit.core.owned import Former, Record, check_ours, check_output, check_place, our_files, record_of, remove
 
 
 def everything(folder):
@@ -157,13 +157,13 @@ def test_results_do_not_go_where_they_would_meet_images_or_a_home(tmp_path, monk
         return
     with pytest.raises(UserError) as caught:
         check_place(folder + "/", str(tmp_path / "images"), removing=removing)
-    assert "\n" not in str(caught.value) and "name" in str(caught.value) or "choose" in str(caught.value)
+    assert ("\n" not in str(caught.value) and "name" in str(caught.value)) or "choose" in str(caught.value)
 
 
 def test_a_list_of_images_is_not_to_be_inside_and_a_mounted_disk_not_to_be_replaced(tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "list.csv").touch()
-    with pytest.raises(UserError, match="holds .*the images"):
+    with pytest.raises(UserError, match=r"holds .*the images"):
         check_place(tmp_path / "run", str(tmp_path / "run" / "list.csv"))
     with monkeypatch.context() as patch:
         patch.setattr(os.path, "ismount", lambda path: str(path) == str(tmp_path / "run"))

@@ -170,7 +170,7 @@ def test_one_of_both_is_drawn_per_batch_and_none_without():
 
 def test_mistakes_are_one_line(tuned, labelled_folder, capsys):
     folder, _ = tuned
-    with pytest.raises(UserError, match=r"--fraction 2\.0: wanted a share"):
+    with pytest.raises(UserError, match=r"--fraction 2\.0: wanted a number in \(0, 1\]"):
         finetune(str(folder / "encoder"), str(labelled_folder), fraction=2.0)
     assert cli.main(["finetune", str(folder / "encoder"), str(labelled_folder), "--epochs", "0"]) == 2
     assert "--epochs 0" in capsys.readouterr().err
