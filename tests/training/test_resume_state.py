@@ -1,8 +1,10 @@
 """Every item of the training state is needed: without any one of them, a resumed run is another run."""
 
+import itertools
 import random
 import shutil
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import torch
 
 from ssl_kit.core.files import read_json
 from ssl_kit.methods.simclr import SimCLR
-from ssl_kit.training import monitor
+from ssl_kit.training import horizon, monitor
 from ssl_kit.training.checkpoint import Checkpoints, SafeCheckpointIO, newest
 from ssl_kit.training.monitor import Curves, read_curves
 from ssl_kit.verbs import following
@@ -48,9 +50,23 @@ def drawing():
         yield
 
 
-def pretrain(folder, run, resume=False):
-    verb.pretrain(str(folder), run=str(run), resume=resume, **SETTINGS)
+def pretrain(folder, run, resume=False, **settings):
+    verb.pretrain(str(folder), run=str(run), resume=resume, **{**SETTINGS, **settings})
     return outcome(run)
+
+
+def pretrain_until(step, folder, run, **settings):
+    """A run that is told to stop after `step` steps, as by SIGTERM."""
+    end = Checkpoints.on_train_batch_end
+
+    def stop(self, trainer, *rest):
+        self.signals.received = signal.SIGTERM if trainer.global_step == step else None
+        end(self, trainer, *rest)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Checkpoints, "on_train_batch_end", stop)
+        pretrain(folder, run, **settings)
+    return run
 
 
 def outcome(run):
@@ -68,16 +84,7 @@ def undisturbed(labelled_folder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def stopped(labelled_folder, tmp_path_factory):
     """A run that was stopped."""
-    run, end = tmp_path_factory.mktemp("runs") / "stopped", Checkpoints.on_train_batch_end
-
-    def stop(self, trainer, *rest):
-        self.signals.received = signal.SIGTERM if trainer.global_step == STOPPED else None
-        end(self, trainer, *rest)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(Checkpoints, "on_train_batch_end", stop)
-        pretrain(labelled_folder, run)
-    return run
+    return pretrain_until(STOPPED, labelled_folder, tmp_path_factory.mktemp("runs") / "stopped")
 
 
 def _zero(tensors, word):
@@ -151,6 +158,27 @@ def test_with_all_of_it_the_run_is_the_undisturbed_one(labelled_folder, stopped,
     assert newest(stopped / "checkpoints").name == f"step-{STOPPED:08d}"
     assert resumed(labelled_folder, stopped, tmp_path / "run", monkeypatch, lambda state: None) == undisturbed
     assert undisturbed[2] == f"step-{STEPS:08d}"
+
+
+def test_a_run_that_was_stopped_where_a_row_is_written_keeps_it(labelled_folder, undisturbed, tmp_path):
+    run = pretrain_until(20, labelled_folder, tmp_path / "run")
+    rows = [row for row in read_curves(run / "metrics.csv") if row["step"] == 20]
+    assert ["loss" in row for row in rows] == [True, False]  # and a measurement
+    assert pretrain(labelled_folder, run, resume=True) == undisturbed
+
+
+def test_a_run_by_minutes_goes_on_at_the_rate_it_had(labelled_folder, tmp_path, monkeypatch):
+    """From the very next step: the horizon is measured anew only some steps later."""
+    clock = (0.05 * look for look in itertools.count())  # it goes on when it is looked at, once a step
+    monkeypatch.setattr(horizon, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setitem(Curves.__init__.__kwdefaults__, "interval", 1)
+    timed = {"epochs": None, "minutes": 0.05}
+    run = pretrain_until(30, labelled_folder, tmp_path / "run", **timed)
+    pretrain(labelled_folder, run, resume=True, **timed)
+    rates = [row["lr"] for row in read_curves(run / "metrics.csv") if "lr" in row]
+    assert 50 <= len(rates) <= 70  # 3 s of 0.05 s a step
+    falls = [one - other for one, other in itertools.pairwise(rates[15:])]
+    assert all(0 < fall < 0.05 * max(rates) for fall in falls)  # half a cosine: at most pi / 2 / 50 of the peak
 
 
 @pytest.mark.parametrize("item", ITEMS)
