@@ -12,7 +12,7 @@ import numpy as np
 
 from ssl_kit.core.console import next_command, progress, say, table, warn
 from ssl_kit.core.errors import UserError
-from ssl_kit.core.files import FullError
+from ssl_kit.core.signing import find_key
 from ssl_kit.data.listing import escape_path, folder_of_images, unescape
 from ssl_kit.evaluation.searching import BATCH, Index, Neighbour, has_index, picture
 from ssl_kit.verbs.index import make_index
@@ -94,10 +94,11 @@ def _make_missing_index(folder: Path) -> None:
     """Makes an index where there is none, if it can be kept; the vectors answer otherwise."""
     if not folder.is_dir() or has_index(folder) or not os.access(folder, os.W_OK):
         return
+    find_key()  # one that is refused is to be mended, no reason to go without
     say(f"{folder} has no index yet: making one (`ssl-kit index` has a choice of kinds)")
     try:
         make_index(str(folder))
-    except FullError as error:
+    except (UserError, OSError) as error:  # no room, another process at it, a user's own file in its place
         warn(str(error))
 
 

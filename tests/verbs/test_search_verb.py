@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+from contextlib import nullcontext
 from functools import lru_cache
 
 import numpy as np
@@ -18,6 +19,7 @@ from PIL import Image
 from ssl_kit import cli
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import write_sealed
+from ssl_kit.core.locking import lock
 from ssl_kit.core.sealed import read_sealed
 from ssl_kit.data import sources
 from ssl_kit.data.sources import open_source
@@ -79,7 +81,7 @@ def test_a_folder_without_an_index_gets_one_first(indexed, labelled_folder, tmp_
     assert (folder / "index.faiss").stat().st_mtime_ns == made
 
 
-@pytest.mark.parametrize("why", ["no right", "no room"])
+@pytest.mark.parametrize("why", ["no right", "no room", "a user's own", "in use"])
 def test_where_no_index_can_be_kept_the_vectors_answer(indexed, labelled_folder, tmp_path, monkeypatch, capsys, why):
     image = [str(labelled_folder / "a" / "003.png"), "b/005.png"]
     wanted = search(str(indexed), image, k=3)["queries"]
@@ -91,15 +93,24 @@ def test_where_no_index_can_be_kept_the_vectors_answer(indexed, labelled_folder,
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     if why == "no right":
         monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # root may always
-    else:
+    elif why == "no room":
         monkeypatch.setattr(index_verb, "write_index", full)
+    elif why == "a user's own":
+        (folder / "index.faiss").write_bytes(b"of a user's own")
+        before["index.faiss"] = b"of a user's own"
     capsys.readouterr()
-    assert search(str(folder), image, k=3)["queries"] == wanted
+    with lock(folder) if why == "in use" else nullcontext():
+        assert search(str(folder), image, k=3)["queries"] == wanted
     said = capsys.readouterr()
-    assert "the vectors answer instead" in said.err and ("making one" in said.out) == (why == "no room")
-    assert not (folder / "index.faiss").exists()
+    assert "the vectors answer instead" in said.err and ("making one" in said.out) == (why != "no right")
     after = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert after == before if why == "no right" else set(after) - {".lock"} == set(before) - {".lock"}
+    if why == "no room":  # the manifest names what was to come
+        after["manifest.json"] = before["manifest.json"]
+    assert {**after, ".lock": b""} == {**before, ".lock": b""}
+    monkeypatch.setenv("SSL_KIT_KEY", "no key")
+    if why != "no right":
+        with pytest.raises(UserError, match="64 hexadecimal digits"):
+            search(str(folder), image, k=3)
 
 
 def full(*_):
