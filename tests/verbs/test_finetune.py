@@ -13,6 +13,7 @@ from sklearn.metrics import roc_auc_score
 
 from ssl_kit import cli
 from ssl_kit.core.errors import UserError
+from ssl_kit.core.locking import lock
 from ssl_kit.data.sources import open_labelled, open_source
 from ssl_kit.encoders import Encoder
 from ssl_kit.evaluation.finetune import BestEpoch, FineTune
@@ -87,6 +88,16 @@ def test_the_classifier_is_a_timm_folder_with_the_scores_of_its_best_epoch(tuned
     encoder = Encoder.load(folder / "out" / "finetuned")
     images = torch.rand(2, 3, 16, 16)
     assert torch.allclose(encoder(images), loaded(encoder.normalise(images)), atol=1e-5)
+
+
+def test_a_folder_that_another_process_fine_tunes_in_is_left_alone(tuned, coloured, tmp_path):
+    """Refused at once, before the other's states are taken for old ones and removed."""
+    begun = tmp_path / "out" / "finetuning" / "settings.json"
+    begun.parent.mkdir(parents=True)
+    begun.write_text("{}")
+    with lock(tmp_path / "out"), pytest.raises(UserError, match="in use by another"):
+        finetune(str(tuned[0] / "encoder"), str(coloured), out=str(tmp_path / "out"), **QUICK | {"epochs": 1})
+    assert begun.read_text() == "{}" and [path.name for path in begun.parent.iterdir()] == ["settings.json"]
 
 
 def test_a_share_keeps_every_class_and_follows_the_seed(labelled_folder):
