@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from ssl_kit.core.errors import DamagedError, UserError
 from ssl_kit.core.files import MANIFEST, unreplaced, verify_file
+from ssl_kit.core.parquet import batches, contents, types
 
 FORMAT = "ssl_kit embeddings 1"
 PART_ROWS = 65_536
@@ -26,7 +27,7 @@ Storage = Literal["float32", "float16"]
 
 _PART = re.compile(r"part-\d{5,}\.parquet")
 _MAX_DIMS = 2**20  # a stranger's manifest may not ask for more
-_PACKED, _FREE = 16, 2**26  # a part unpacks to at most 16 times its bytes and 64 MiB: ids and labels are packed
+_PACKED, _FREE = 16, 2**24  # a part unpacks to at most 16 times its bytes and 16 MiB: ids and labels are packed
 
 
 def part_name(number: int) -> str:
@@ -75,38 +76,48 @@ def write_part(
 
 
 def read_part(path: Path, dims: int, dtype: str) -> pa.Table:
-    """A part's three columns, after its header was compared with what the manifest promises.
+    """A part's three columns, after its headers were compared with what the manifest promises.
 
     Raises:
         DamagedError: it cannot be read, or is not what `write_part` writes.
     """
-    wanted = pa.list_(pa.float32() if dtype == "float32" else pa.float16(), dims)
-    try:
-        with pq.ParquetFile(path) as file:
-            schema, rows = file.schema_arrow, file.metadata.num_rows
-            check_size(file, path)
-            if schema.names != ["id", "label", "embedding"] or schema.field("embedding").type != wanted:
-                raise DamagedError(f"{path} has {schema.names}; wanted id, label, embedding of {dims} {dtype}")
-            if rows > PART_ROWS:
-                raise DamagedError(f"{path} has {rows:,} rows; parts have at most {PART_ROWS:,}")
-            table = file.read()
-        table.validate(full=True)  # text that is none would raise later, and elsewhere
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DamagedError(f"{path} cannot be read as Parquet: {error}") from error
-    if table["id"].null_count or table["id"].type != pa.string() or table["label"].type not in (pa.string(), pa.null()):
-        raise DamagedError(f"{path} has ids or labels that are no strings")
+    table = _read(path, ("id", "label", "embedding"))
+    if table["embedding"].type != pa.list_(pa.float32() if dtype == "float32" else pa.float16(), dims):
+        raise DamagedError(f"{path} has vectors of {table['embedding'].type}; wanted {dims} {dtype}")
     return table
 
 
-def check_size(file: pq.ParquetFile, path: Path) -> None:
-    """Raises `DamagedError` for a file that says it unpacks to far more than it is: vectors are never packed.
+def _read(path: Path, columns: Sequence[str]) -> pa.Table:
+    """Some columns of a part; its headers are judged before anything is unpacked.
 
-    (A column's own entry would tell more, but pyarrow 26 ends the process over some damaged ones.)
+    Raises:
+        DamagedError: it cannot be read, is not what `write_part` writes, or unpacks to more than its bytes can mean.
     """
-    groups = (file.metadata.row_group(group) for group in range(file.metadata.num_row_groups))
-    unpacked = sum(abs(group.total_byte_size) for group in groups)
-    if unpacked > _FREE + _PACKED * path.stat().st_size:
-        raise DamagedError(f"{path} says that it unpacks to {unpacked:,} bytes; not what ssl_kit writes")
+    inside = contents(path, ("id", *columns))
+    kinds = types(path, inside)
+    right = inside.names == ["id", "label", "embedding"] and kinds["id"] == pa.string()
+    if not right or kinds.get("label", pa.null()) not in (pa.string(), pa.null()):
+        raise DamagedError(f"{path} has {inside.names[:5]}, or ids or labels that are no strings")
+    rows, most = inside.columns["id"].rows, _FREE + _PACKED * inside.size
+    unpacked = sum(column.unpacked for column in inside.columns.values())
+    vectors = kinds.get("embedding", pa.list_(pa.float16(), 0))
+    numbers = inside.columns["embedding"].rows if "embedding" in columns else 0
+    if not pa.types.is_fixed_size_list(vectors) or numbers != rows * vectors.list_size:
+        raise DamagedError(f"{path} has rows without a vector, or no vectors: {str(vectors)[:60]!r}")
+    if rows > PART_ROWS or unpacked > most or numbers * vectors.value_type.bit_width > 8 * inside.size:
+        raise DamagedError(
+            f"{path}: {inside.size:,} bytes that unpack to {rows:,} rows of {unpacked:,} bytes; not what ssl_kit writes"
+        )
+    found, strings = [], 0
+    for batch in batches(path, inside, PART_ROWS):
+        strings += sum(batch[name].nbytes for name in inside.columns if name != "embedding")
+        if strings > most:
+            raise DamagedError(f"{path}: ids and labels of more than {most:,} bytes; not what ssl_kit writes")
+        found.append(batch)
+    table = pa.Table.from_batches(found, pa.schema(kinds)).select(list(columns))
+    if "id" in columns and table["id"].null_count:
+        raise DamagedError(f"{path} has rows without an id")
+    return table
 
 
 def matrix(table: pa.Table, dims: int, path: Path) -> np.ndarray:
@@ -192,27 +203,16 @@ def read_rows(folder: Path, info: dict[str, Any], rows: np.ndarray, column: str)
     for name in part_names(info):
         if not len(wanted) or start > wanted[-1]:
             break
-        try:
-            with pq.ParquetFile(folder / name) as file:
-                inside = wanted[(wanted >= start) & (wanted < start + file.metadata.num_rows)]
-                if len(inside):
-                    verify_file(folder, name, info["files"][name])
-                    check_size(file, folder / name)
-                    values = _sound(file, column).take(pa.array(inside - start)).to_pylist()
-                    found |= {int(row): value for row, value in zip(inside, values, strict=True)}
-                start += file.metadata.num_rows
-        except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
-            raise DamagedError(f"{folder / name} cannot be read as Parquet: {error}") from error
+        count = contents(folder / name, ("id",)).columns["id"].rows
+        inside = wanted[(wanted >= start) & (wanted < start + count)]
+        if len(inside):
+            verify_file(folder, name, info["files"][name])
+            values = _read(folder / name, (column,))[column].take(pa.array(inside - start)).to_pylist()
+            found |= {int(row): value for row, value in zip(inside, values, strict=True)}
+        start += count
     if len(found) < len(wanted):
         raise DamagedError(f"{folder}: the parts hold {start:,} rows, row {wanted[-1]:,} was asked for")
     return found
-
-
-def _sound(file: pq.ParquetFile, column: str) -> pa.ChunkedArray:
-    """One column, validated: text that is none would raise later, and elsewhere."""
-    values = file.read(columns=[column])[column]
-    values.validate(full=True)
-    return values
 
 
 def find_ids(folder: Path, info: dict[str, Any], ids: Sequence[str]) -> dict[str, int]:
@@ -221,12 +221,7 @@ def find_ids(folder: Path, info: dict[str, Any], ids: Sequence[str]) -> dict[str
     start = 0
     for name in part_names(info):
         verify_file(folder, name, info["files"][name])
-        try:
-            with pq.ParquetFile(folder / name) as file:
-                check_size(file, folder / name)
-                column = _sound(file, "id")
-        except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
-            raise DamagedError(f"{folder / name} cannot be read as Parquet: {error}") from error
+        column = _read(folder / name, ("id",))["id"]
         places = np.flatnonzero(pc.is_in(column, value_set=pa.array(ids, pa.string())).to_numpy())
         found |= {column[int(place)].as_py(): start + int(place) for place in places}
         if len(found) == len(set(ids)):

@@ -5,19 +5,30 @@ from __future__ import annotations
 import csv
 import difflib
 import math
-from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
 from ssl_kit.core.errors import UserError
 from ssl_kit.data.listing import escape
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 _BUILTIN = ("digits", "mnist5k")
+_LONGEST = 4_096  # characters of a cell: no path that can be opened has more
+_LONGEST_ROW = 2**20  # characters of a row of a CSV file: thousands of columns
+_NAMED = 20  # columns that a message lists
+# Rows, and bytes that they unpack to, that a Parquet file of any size may have, and how many more for each of its
+# bytes. A row becomes 100 bytes of Python. Numbered names packed by zstd at its highest level, the densest list that
+# is met, have 2.7 rows and unpack to 60 bytes per byte.
+_ROWS, _UNPACKED = (2**18, 4), (2**24, 128)
 
 
 def read_table(path: Path) -> tuple[list[str], list[str | None]]:
-    """Reads a manifest.
+    """Reads a manifest, row by row; what is kept is what is returned.
 
     Args:
         path: a `.csv` (UTF-8, a header line) or `.parquet` with a column `path`, relative to the manifest's folder or
@@ -26,52 +37,106 @@ def read_table(path: Path) -> tuple[list[str], list[str | None]]:
     Returns:
         ids: of the rows, in their order (an id is the path with undecodable bytes escaped; see listing.py).
         names: the label of each row or None.
+
+    Raises:
+        UserError: no such column, an empty, repeated or endless path, or more than the file's bytes can mean.
     """
-    columns = _read_csv(path) if path.suffix.lower() == ".csv" else _read_parquet(path)
-    if "path" not in columns:
-        close = difflib.get_close_matches("path", [name.lower() for name in columns], 1) if columns else []
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise UserError(f"{path} has the columns {sorted(columns)}; wanted a column 'path'{hint}")
-    ids = [escape(name.encode("utf-8", "surrogateescape")) for name in columns["path"] if name is not None]
-    if len(ids) < len(columns["path"]) or "" in ids:
-        raise UserError(f"{path} has rows with an empty 'path'; wanted one image file per row")
-    if len(set(ids)) < len(ids):
-        again, times = Counter(ids).most_common(1)[0]
-        raise UserError(
-            f"{path}: {len(ids):,} rows, {len(set(ids)):,} paths ({again!r} {times} times); wanted each once"
-        )
-    names = columns.get("label", [None] * len(ids))
-    return ids, [name or None for name in names]
+    ids: dict[str, None] = {}  # in order, and each once
+    names: list[str | None] = []
+    words: dict[str, str] = {}  # labels repeat: one string for all rows of a class
+    for name, label in _csv_rows(path) if path.suffix.lower() == ".csv" else _parquet_rows(path):
+        if not name:
+            raise UserError(f"{path} has rows with an empty 'path'; wanted one image file per row")
+        if len(name) > _LONGEST or (label and len(label) > _LONGEST):
+            raise UserError(f"{path}: row {len(names) + 1:,} has a cell of more than {_LONGEST:,} characters")
+        id_ = escape(name.encode("utf-8", "surrogateescape"))
+        if id_ in ids:
+            row = next(row for row, one in enumerate(ids, 1) if one == id_)
+            raise UserError(f"{path}: rows {row:,} and {len(ids) + 1:,} have the path {id_!r}; wanted each once")
+        ids[id_] = None
+        names.append(words.setdefault(label, label) if label else None)
+    return list(ids), names
 
 
-def _read_csv(path: Path) -> dict[str, list[str | None]]:
+def _needs_path(path: Path, columns: Sequence[str]) -> None:
+    """Raises `UserError` unless there is a column `path`."""
+    if "path" in columns:
+        return
+    close = difflib.get_close_matches("path", [name.lower() for name in columns[:_NAMED]], 1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    more = f" and {len(columns) - _NAMED:,} more" if len(columns) > _NAMED else ""
+    raise UserError(f"{path} has the columns {sorted(columns[:_NAMED])}{more}; wanted a column 'path'{hint}")
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str | None, str | None]]:
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        lines = _Lines(file)
         try:
-            reader = csv.DictReader(file)
-            rows, names = list(reader), reader.fieldnames or ()  # of an empty file they are read here
+            rows = csv.reader(lines)
+            columns = next(rows, [])
+            _needs_path(path, columns)
+            place = {name: number for number, name in enumerate(columns)}
+            at, label = place["path"], place.get("label", len(columns))
+            for row in rows:
+                lines.length = 0
+                if row:  # blank lines are no rows
+                    yield row[at] if at < len(row) else None, row[label] if label < len(row) else None
         except csv.Error as error:
             raise UserError(f"{path} is not a CSV file: {error}") from error
-    return {name: [row[name] for row in rows] for name in names}
 
 
-def _read_parquet(path: Path) -> dict[str, list[str | None]]:
+class _Lines:
+    """Lines of a text file, no more of them for one row than a row can have; who has got a row sets `length` to 0."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file, self.length = file, 0
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        line = self._file.readline(_LONGEST_ROW + 1)
+        self.length += len(line)
+        if self.length > _LONGEST_ROW:
+            raise csv.Error(f"a row of more than {_LONGEST_ROW:,} characters")
+        if not line:
+            raise StopIteration
+        return line
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str | None, str | None]]:
+    from ssl_kit.core.parquet import batches, contents, is_text, types
+
+    inside = contents(path, ("path", "label"))
+    _needs_path(path, inside.names)
+    for name, type_ in types(path, inside).items():
+        if not is_text(type_) and not _is_scalar(type_):
+            raise UserError(f"{path}: the column {name!r} holds {str(type_)[:60]!r}; wanted text or numbers")
+    rows, unpacked = inside.columns["path"].rows, sum(column.unpacked for column in inside.columns.values())
+    if rows > _ROWS[0] + _ROWS[1] * inside.size or unpacked > _UNPACKED[0] + _UNPACKED[1] * inside.size:
+        raise UserError(
+            f"{path}: {inside.size:,} bytes that unpack to {rows:,} rows of {unpacked:,} bytes; wanted a list of "
+            "images, whose paths all differ"
+        )
+    for batch in batches(path, inside):
+        names = batch["path"].to_pylist()
+        labels = batch["label"].to_pylist() if "label" in inside.columns else [None] * len(names)
+        yield from zip(map(_text, names), map(_text, labels), strict=True)
+
+
+def _is_scalar(type_: pa.DataType) -> bool:
+    """Whether cells of a type are single values of a few bytes."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    try:
-        names = pq.read_schema(path).names
-        table = pq.read_table(path, columns=[name for name in ("path", "label") if name in names], partitioning=None)
-        table.validate(full=True)  # text that is none would raise later
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as Parquet: {error}") from error
-    if "path" not in names:
-        return {name: [] for name in names}
-    return {name: [_text(value) for value in table[name].to_pylist()] for name in table.column_names}
+    kinds = ("null", "boolean", "integer", "floating", "decimal", "temporal")
+    return any(getattr(pa.types, f"is_{kind}")(type_) for kind in kinds)
 
 
 def _text(value: object) -> str | None:
     """A cell as a CSV file has it: nulls and NaN are empty, whole floats (pandas' integers with gaps) are integers."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if isinstance(value, str) or value is None:
+        return value
+    if isinstance(value, float) and math.isnan(value):
         return None
     if isinstance(value, bytes):
         return value.decode("utf-8", "surrogateescape")
