@@ -49,7 +49,7 @@ from ssl_kit.views.sample import HEIGHT, WIDTH, sample
 _PHOTOGRAPH = (375, 500)  # pixels: the median photograph of ImageNet
 _IMAGES = 64  # that are measured, again and again
 _BATCHES = 4  # of a measured pass: training makes two ahead
-_CALLS = 3  # timed, at least
+_CALLS = 3  # timed, at least, where there is time
 _BATCH = {"cpu": 1, "cuda": 8, "mps": 2}  # factor on the batch of a step: a GPU is not full before
 _NAMES = ("bfloat16", "float16")
 
@@ -80,7 +80,7 @@ def doctor(*, seconds: float = 12.0) -> dict[str, Any]:
 
     Decoding, views and a bare SimCLR step are measured one after the other, each with the threads, the place and the
     precision that a training here would choose (the step without `torch.compile`), after a first call that is not
-    counted: the median of three calls or more.
+    counted: the median of three calls or more, of one where three would take too long.
 
     Args:
         seconds: of the measurements, all together, about, beside the first calls; 0 for none.
@@ -236,14 +236,15 @@ def _step(subject: Subject, batch: int, device: str, precision: str) -> Callable
 def _rate(
     work: Callable[[], None], count: int, seconds: float, clock: Callable[[], float] = time.perf_counter
 ) -> float:
-    """Images per second of `work` on `count` of them: the median of at least three calls, in about `seconds`.
+    """Images per second of `work` on `count` of them: the median of the calls in about `seconds`.
 
-    A first call is not counted: it compiles, loads and allocates what later ones find there.
+    Three of them at least where they take no more than three times as long; one on the slowest machines. A first call
+    is not counted: it compiles, loads and allocates what later ones find there.
     """
     work()
     times: list[float] = []
     began = clock()
-    while len(times) < _CALLS or clock() - began < seconds:
+    while not times or clock() - began < (seconds if len(times) >= _CALLS else _CALLS * seconds):
         start = clock()
         work()
         times.append(clock() - start)

@@ -56,13 +56,13 @@ def test_without_time_nothing_is_measured(capsys, monkeypatch):
             doctor(seconds=wrong)
 
 
-@pytest.mark.parametrize(("seconds", "calls"), [(0.0, 4), (20.0, 17)])
+@pytest.mark.parametrize(("seconds", "calls"), [(0.0, 2), (1.0, 4), (20.0, 21)])
 def test_the_call_that_compiles_is_in_no_figure(seconds, calls):
-    """A clock that only work moves: a minute for the first call, then 5 s once, then a second each."""
+    """A clock that only work moves: a minute for the first call, then 1.5 s once, and a second each."""
     now, made = [0.0], []
 
     def work():
-        made.append({0: 60.0, 2: 5.0}.get(len(made), 1.0))
+        made.append({0: 60.0, 2: 1.5}.get(len(made), 1.0))
         now[0] += made[-1]
 
     assert module._rate(work, 10, seconds, lambda: now[0]) == 10.0  # images in the second of a usual call
