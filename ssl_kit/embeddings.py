@@ -132,7 +132,7 @@ class Embeddings:
             "classes": list(self.classes),
             "skipped": len(self.skipped),
         }
-        for name in ("files", "plan", "index"):  # of the folder that these were read from
+        for name in ("files", "plan", "index", "pending"):  # of the folder that these were read from
             self.info.pop(name, None)
         with atomic_folder(folder, self.info) as temporary:
             for part, rows in enumerate(part_slices(len(self))):

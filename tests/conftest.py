@@ -16,6 +16,15 @@ def usual_console():
     live(False)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_key(tmp_path_factory):
+    """Indexes are signed by a key of the tests, not by that of whoever runs them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("keys")))
+        patch.delenv("SSL_KIT_KEY", raising=False)
+        yield
+
+
 @pytest.fixture
 def free_port() -> int:
     """A TCP port on this machine that nobody listens on."""

@@ -12,6 +12,7 @@ A8  one command line: a verb, a place (free, empty, foreign, a run, embeddings o
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import random
@@ -188,6 +189,8 @@ def main() -> None:
     parser.add_argument("--only", default="A8", help="for the sake of the others")
     parser.add_argument("--json", type=Path, help="file of the rows; one that is there is gone on with")
     arguments = parser.parse_args()
+    for verb in cli._verbs():  # a child begins with everything imported
+        importlib.import_module(f"ssl_kit.verbs.{verb}")
     rows = Rows(arguments.json.resolve() if arguments.json else None)
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import netrc
 import os
 import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,9 +13,8 @@ import pytorch_lightning as pl
 
 from ssl_kit.core.console import if_interrupted, next_command, result, say
 from ssl_kit.core.errors import UserError, check_numbers
-from ssl_kit.core.files import NotOursError, entries
 from ssl_kit.core.machine import Precision, Switch, keep_memory, lightning_precision
-from ssl_kit.core.owned import RUN, Former, check_ours, check_place, our_files
+from ssl_kit.core.owned import check_place
 from ssl_kit.core.signals import Signals
 from ssl_kit.data.batches import ViewLoader
 from ssl_kit.data.module import ImageData
@@ -28,7 +25,7 @@ from ssl_kit.methods.method import Method
 from ssl_kit.report.pictures import draw_views
 from ssl_kit.report.report import write_report
 from ssl_kit.training.average import Average
-from ssl_kit.training.checkpoint import Checkpoints, SafeCheckpointIO, newest, resumable
+from ssl_kit.training.checkpoint import Checkpoints, SafeCheckpointIO, newest
 from ssl_kit.training.chunked import Chunkable, no_chunks
 from ssl_kit.training.diagnose import Diagnose
 from ssl_kit.training.distributed import rank, world_size
@@ -46,13 +43,12 @@ from ssl_kit.verbs.fitting import (
     view_size,
 )
 from ssl_kit.verbs.following import Measure, Refresh, Show, Skips, hold_out, judge_of, kept
-from ssl_kit.verbs.record import RunRecord, versions
+from ssl_kit.verbs.record import RunRecord, opened, versions
 from ssl_kit.verbs.rehearsal import rehearse
 from ssl_kit.verbs.several import all_fit, check_images, check_processes, held, images_per_step
 from ssl_kit.views.recipe import View, ViewRecipe, plain
 
 _SHOWN = 8  # images in the picture of the views
-_WRITTEN = ("recipe.yaml", "metrics.csv", "skipped.csv", "diagnose.csv", "report.html", "pictures/views.png")
 
 
 def pretrain(
@@ -138,7 +134,7 @@ def pretrain(
         held(folder),
         if_interrupted(lambda: kept(folder)),
         Signals() as signals,
-        _opened(folder, resume, overwrite) as record,
+        opened(folder, resume, overwrite) as record,
     ):
         reused = keep_memory()
         say(f"freed memory: {'kept (page faults cost 10 % of a step)' if reused else 'given back (not glibc)'}")
@@ -271,42 +267,6 @@ def _train(
     curves.recall()
     record.progress(curves)
     return measure.encoder(learner)
-
-
-@contextmanager
-def _opened(folder: Path, resume: bool, overwrite: bool) -> Iterator[RunRecord]:
-    """The record of the run that begins or goes on in `folder`; the first of several processes looks after the folder.
-
-    A run that `overwrite` replaces is put back where the new one ends before it could be resumed.
-    """
-    if rank() > 0:
-        yield RunRecord(folder, resume)
-        return
-    former = Former(folder)
-    former.settle(resumable(folder / "checkpoints"))
-    _check_folder(folder, resume, overwrite)
-    try:
-        with RunRecord(folder, resume) as record:
-            yield record
-    except BaseException:
-        former.settle(resumable(folder / "checkpoints"))
-        raise
-
-
-def _check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
-    """Raises `UserError` for what may not be in the folder, or must be; nothing is touched."""
-    check_ours(folder)
-    exists = (folder / RUN).is_file() and (folder / "recipe.yaml").is_file()  # else it was killed as it began
-    if resume and overwrite:
-        raise UserError("got --resume and --overwrite; give one of them")
-    if exists and not (resume or overwrite):
-        raise UserError(f"{folder} holds a run already; go on with --resume, or start anew with --overwrite")
-    if resume and not exists:
-        raise UserError(f"--resume: {folder} holds no run; check --run, or leave --resume out to start one")
-    ours = our_files(folder)
-    for name in () if resume else entries(folder):
-        if name in _WRITTEN and name not in ours:
-            raise NotOursError(f"{folder / name} is not ssl_kit's: move it away, or choose another --run")
 
 
 def _check_options(settings: dict[str, Any]) -> None:

@@ -17,11 +17,15 @@ from typing import Any
 import numpy as np
 
 import ssl_kit
-from ssl_kit.core.files import entries, if_room
-from ssl_kit.core.owned import RUN, Former, Record
+from ssl_kit.core.errors import UserError
+from ssl_kit.core.files import NotOursError, entries, if_room
+from ssl_kit.core.owned import RUN, Former, Record, check_ours, our_files
+from ssl_kit.training.checkpoint import resumable
 from ssl_kit.training.distributed import rank
 from ssl_kit.training.monitor import Curves
 
+# The loose files that a run begins with
+_WRITTEN = ("recipe.yaml", "metrics.csv", "skipped.csv", "diagnose.csv", "report.html", "pictures/views.png")
 _PACKAGES = ("torch", "torchvision", "pytorch-lightning", "timm", "faiss-cpu", "numba", "numpy")
 
 
@@ -103,6 +107,42 @@ class RunRecord(Record):
         """What made the encoder, for its folder."""
         keys = ("run", "command", "method", "data", "versions", "started")
         return {key: self.entries[key] for key in keys if key in self.entries}
+
+
+@contextmanager
+def opened(folder: Path, resume: bool, overwrite: bool) -> Iterator[RunRecord]:
+    """The record of the run that begins or goes on in `folder`; the first of several processes looks after the folder.
+
+    A run that `overwrite` replaces is put back where the new one ends before it could be resumed.
+    """
+    if rank() > 0:
+        yield RunRecord(folder, resume)
+        return
+    former = Former(folder)
+    former.settle(resumable(folder / "checkpoints"))
+    _check_folder(folder, resume, overwrite)
+    try:
+        with RunRecord(folder, resume) as record:
+            yield record
+    except BaseException:
+        former.settle(resumable(folder / "checkpoints"))
+        raise
+
+
+def _check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
+    """Raises `UserError` for what may not be in the folder, or must be; nothing is touched."""
+    check_ours(folder)
+    exists = (folder / RUN).is_file() and (folder / "recipe.yaml").is_file()  # else it was killed as it began
+    if resume and overwrite:
+        raise UserError("got --resume and --overwrite; give one of them")
+    if exists and not (resume or overwrite):
+        raise UserError(f"{folder} holds a run already; go on with --resume, or start anew with --overwrite")
+    if resume and not exists:
+        raise UserError(f"--resume: {folder} holds no run; check --run, or leave --resume out to start one")
+    ours = our_files(folder)
+    for name in () if resume else entries(folder):
+        if name in _WRITTEN and name not in ours:
+            raise NotOursError(f"{folder / name} is not ssl_kit's: move it away, or choose another --run")
 
 
 def command() -> str:

@@ -65,7 +65,7 @@ def _step(trial: Method, views: tuple[View, ...], seed: int) -> None:
 
 def _round_trip(encoder: Encoder) -> None:
     encoder.eval()
-    images = torch.rand(_IMAGES, encoder.channels, *encoder.image_size)
+    images = torch.rand(1, encoder.channels, *encoder.image_size)
     with tempfile.TemporaryDirectory(prefix="ssl_kit-") as place, torch.inference_mode():
         try:
             wanted = encoder(images)
