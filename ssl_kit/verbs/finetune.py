@@ -119,6 +119,7 @@ def finetune(
     started = time.perf_counter()
     settings = {key: value for key, value in locals().items() if key not in ("encoder", "labelled", "out", "started")}
     check_numbers(settings)
+    choose_precision(precision, choose_device().value)  # refused before anything is removed
     path = find_encoder(encoder)
     folder, loaded = results_folder(path, out), Encoder.load(path)
     check_place(folder, labelled)

@@ -161,7 +161,8 @@ def pretrain(
 
         if rank() == 0:
             if not resume:
-                rehearse(learner, kinds, seed)  # the last that may be refused
+                smallest = len(training) // loader.steps_per_epoch  # step
+                rehearse(learner, kinds, seed, min(2, smallest))  # the last that may be refused
                 record.former.set_aside()  # there is one where `overwrite` says so, or it was killed as it began
             _describe(record, data, source, learner, seed)
             save_recipe(folder / "recipe.yaml", resolved_recipe(settings, learner))
@@ -281,6 +282,8 @@ def _check_options(settings: dict[str, Any]) -> None:
         "enable_checkpointing": "--checkpoint_minutes",
         "accumulate_grad_batches": "--method.optim.accumulate",
         "gradient_clip_val": "--method.optim.clip",
+        "precision": "--precision",
+        "accelerator": "CUDA_VISIBLE_DEVICES= in the environment to train on the CPU",
     }
     for name in [name for name in options if name in instead]:
         raise UserError(f"--trainer.{name} has no meaning here: use {instead[name]}")
