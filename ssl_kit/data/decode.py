@@ -12,7 +12,7 @@ What becomes of each kind of file:
 - 1, L, P, CMYK, YCbCr, LAB, HSV: Pillow's conversion. Grey of a colour image is ITU-R 601 luma. Colour profiles are
   not applied: the stored numbers are what a network sees, here as in torchvision.
 - animations and multi-page files: the first frame.
-A truncated file is bad, never half an image, and the number of pixels is checked before any is decoded.
+A truncated file is bad, never half an image; what decoding takes is judged before any of it (see headers.py).
 """
 
 from __future__ import annotations
@@ -22,17 +22,19 @@ import io
 import math
 import struct
 import zlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import simplejpeg
 from PIL import Image, ImageFile
 
+from ssl_kit.data.headers import BadImageError, check_image, check_jpeg, check_pixels, jpeg_header, without_texts
+
 # Plugins that may see a stranger's bytes. Left out on purpose: EPS (runs Ghostscript), PDF, FITS, PSD and other
 # formats that nobody stores photographs in but that have had decompression bombs.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "DIB", "PPM", "JPEG2000", "AVIF")
 
-MAX_PIXELS = 178_956_970  # Pillow refuses more than this (2 x MAX_IMAGE_PIXELS); the same limit for every format
+_BAND = 2**19  # pixels that are converted at a time: what conversions take beside the image stays below 16 MiB
 
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 _EXIF_ORIENTATION = 0x0112
@@ -57,10 +59,6 @@ _PILLOW_ERRORS = (
 )
 
 
-class BadImageError(ValueError):
-    """An image file that cannot be decoded whole; the message is the reason, in a few words."""
-
-
 class Decoded(NamedTuple):
     """Pixels and how they relate to the full size.
 
@@ -77,15 +75,15 @@ def image_size(data: bytes) -> tuple[int, int]:
     """(height, width) in pixels of the upright image, from the header alone.
 
     Raises:
-        BadImageError: no image, or more than `MAX_PIXELS`.
+        BadImageError: no image, more than `MAX_PIXELS`, or one that takes far more memory than its file has bytes.
     """
     if data[:3] == _JPEG:
         try:
-            height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+            height, width, space, sampling = simplejpeg.decode_jpeg_header(data)
         except ValueError:
             pass  # a coding that simplejpeg does not know, or damage: Pillow has the last word
         else:
-            _check_pixels(height, width)
+            check_jpeg(data, height, width, space, sampling)
             return (width, height) if _jpeg_orientation(data) >= 5 else (height, width)
     with _open(data) as image:
         width, height = image.size
@@ -116,15 +114,18 @@ def decode(
         decoded = _decode_jpeg(data, channels, box, smallest)
         if decoded is not None:
             return decoded
-    if not data:
-        raise BadImageError("empty file")
+    pixels, orientation = _decode_pillow(data, channels)
+    return Decoded(_upright(pixels, orientation), 1.0, 1.0)
+
+
+def _decode_pillow(data: bytes, channels: int) -> tuple[np.ndarray, int]:
+    """(H, W, channels) as stored, and the EXIF orientation; Pillow's own pixels are freed with the return."""
     with _open(data) as image:
         try:
             image.load()
-            pixels = _upright(_pixels(image, channels), _orientation(image))
+            return _pixels(image, channels), _orientation(image)
         except _PILLOW_ERRORS as error:
             raise BadImageError(f"{image.format}: {_short(error)}") from error
-    return Decoded(pixels, 1.0, 1.0)
 
 
 def _decode_jpeg(
@@ -135,10 +136,10 @@ def _decode_jpeg(
 ) -> Decoded | None:
     """The fast path; None when Pillow has to do it."""
     try:
-        height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+        height, width, space, sampling = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
-    _check_pixels(height, width)
+    check_jpeg(data, height, width, space, sampling)
     if space in ("CMYK", "YCCK"):
         return None
     orientation = _jpeg_orientation(data)
@@ -187,7 +188,7 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 def _jpeg_orientation(data: bytes) -> int:
     # walking the segments costs a few microseconds, a search of the whole file 70, Pillow's parser 100, and this runs
     # twice per image: it parses only files that have any tags
-    header = data[: _jpeg_header_length(data)]
+    header = data[: jpeg_header(data)[0]]
     if b"Exif\x00\x00" not in header and b"tiff:Orientation" not in header:
         return 1
     try:
@@ -197,21 +198,12 @@ def _jpeg_orientation(data: bytes) -> int:
         return 1  # unreadable tags are no reason to lose the pixels
 
 
-def _jpeg_header_length(data: bytes) -> int:
-    """Bytes of a JPEG before its first scan, where all tags are; the whole file where its segments make no sense.
-
-    A segment is 0xFF, a marker, and a big-endian length that counts itself (ITU T.81, B.1.1.4); 0xDA begins a scan.
-    """
-    position = 2
-    while data[position : position + 1] == b"\xff" and data[position + 1 : position + 2] != b"\xda":
-        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    return position if data[position : position + 2] == b"\xff\xda" else len(data)
-
-
 def _orientation(image: Image.Image) -> int:
     """The EXIF orientation 1..8 that is still to be applied; Pillow itself turns a TIFF and states its upright size."""
     if image.format == "TIFF":
         return 1
+    if image.format == "PNG" and "Raw profile type exif" not in image.info:
+        image.info.setdefault("exif", b"")  # else Pillow decodes it to look behind its pixels, where nothing is left
     try:
         value = image.getexif().get(_EXIF_ORIENTATION, 1)
     except _PILLOW_ERRORS:
@@ -224,14 +216,17 @@ def _open(data: bytes) -> Image.Image:
         raise BadImageError("empty file")
     if data.startswith(_PNG) and data[12:16] == b"IHDR" and len(data) >= 24:
         width, height = struct.unpack(">II", data[16:24])  # before Pillow unpacks up to 64 MB of texts and profiles
-        _check_pixels(height, width)
+        check_pixels(height, width)
+        data = without_texts(data)
     try:
         image = Image.open(io.BytesIO(data), formats=_formats())
+        check_image(image, data)
+    except BadImageError:
+        raise
     except Image.UnidentifiedImageError as error:
         raise BadImageError("not an image of a format that is read") from error
     except _PILLOW_ERRORS as error:
         raise BadImageError(_short(error)) from error
-    _check_pixels(image.height, image.width)
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise AssertionError("another package set PIL.ImageFile.LOAD_TRUNCATED_IMAGES: half images would pass as whole")
     return image
@@ -243,29 +238,42 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)  # AVIF and JPEG 2000 are optional parts of Pillow
 
 
-def _check_pixels(height: int, width: int) -> None:
-    if height < 1 or width < 1 or height * width > MAX_PIXELS:
-        raise BadImageError(f"{width:,} x {height:,} pixels; the limit is {MAX_PIXELS:,}")
-
-
 def _pixels(image: Image.Image, channels: int) -> np.ndarray:
-    """(H, W, channels) uint8 of a Pillow image of any mode."""
+    """(H, W, channels) uint8 of a Pillow image of any mode, converted a band of rows at a time."""
+    width, height = image.size
+    rows = max(1, _BAND // width)
+    tops = range(0, height, rows)
+    pieces = lambda: (
+        (image.crop((0, top, width, min(top + rows, height))) for top in tops) if len(tops) > 1 else [image]
+    )
+    bands = lambda: zip(tops, pieces(), strict=True)
+    pixels = np.empty((height, width, channels), np.uint8)
     if image.mode == "F" or image.mode.startswith("I"):
-        grey = _rescaled(np.asarray(image))[:, :, None]
-        return np.ascontiguousarray(np.broadcast_to(grey, (*grey.shape[:2], channels)))
+        ranges = [(values.min(), values.max()) for _, band in bands() for values in (np.asarray(band),)]
+        low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
+        for top, band in bands():
+            pixels[top : top + rows] = _rescaled(np.asarray(band), low, high)[:, :, None]
+    else:
+        for top, band in bands():
+            pixels[top : top + rows] = np.asarray(_converted(band, channels)).reshape(-1, width, channels)
+    return pixels
+
+
+def _converted(image: Image.Image, channels: int) -> Image.Image:
+    """In RGB or grey, on white."""
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     if image.mode not in ("1", "L"):
         image = image.convert("RGB")
-    image = image.convert("RGB" if channels == 3 else "L")
-    pixels = np.array(image, order="C")
-    return pixels if channels == 3 else pixels[:, :, None]
+    return image.convert("RGB" if channels == 3 else "L")
 
 
-def _rescaled(values: np.ndarray) -> np.ndarray:
-    """(H, W) of 16-bit, 32-bit integer or float values -> uint8, by the rules at the top of this file."""
-    low, high = values.min(), values.max()
+def _rescaled(values: np.ndarray, low: Any, high: Any) -> np.ndarray:
+    """(H, W) of 16-bit, 32-bit integer or float values -> uint8, by the rules at the top of this file.
+
+    `low` and `high` are the least and the greatest of the whole image.
+    """
     if not (np.isfinite(low) and np.isfinite(high)):
         raise BadImageError("NaN or infinite pixels")
     if values.dtype.kind in "iu" and low >= 0 and high <= 65535:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageOps
 
-from ssl_kit.data.decode import MAX_PIXELS, BadImageError, _jpeg_header_length, decode, image_size
+from ssl_kit.data.decode import decode, image_size
+from ssl_kit.data.headers import MAX_PIXELS, BadImageError, jpeg_header
 
 ORIENTATION = 0x0112
 
@@ -243,6 +244,58 @@ def test_a_png_is_judged_before_its_texts_are_unpacked():
             function(png)
 
 
+def moved(png, name, content):
+    """A PNG with one more chunk, behind its pixels."""
+    return png[:-12] + chunk(name, content) + png[-12:]
+
+
+def test_the_size_of_a_png_is_read_without_its_pixels():
+    png = encoded(picture(), "PNG")
+    start = png.index(b"IDAT")
+    broken = png[: start + 20] + bytes(200) + png[start + 220 :]
+    assert image_size(broken) == (48, 64)
+    with pytest.raises(BadImageError):
+        decode(broken)
+
+
+def test_a_png_is_turned_wherever_it_says_so():
+    png, tags = encoded(picture(40, 72), "PNG"), exif(6).tobytes()
+    profile = b"\nexif\n  %d\n%s\n" % (len(tags), tags.hex().encode())  # as ImageMagick writes it
+    xmp = b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="6"/>'
+    for name, content in (
+        (b"eXIf", tags.removeprefix(b"Exif\0\0")),
+        (b"iTXt", xmp),
+        (b"tEXt", b"Raw profile type exif\0" + profile),
+        (b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(profile)),
+    ):
+        for file in (moved(png, name, content), moved(moved(png, b"tEXt", b"a\0b"), name, content)):
+            assert image_size(file) == (72, 40) and decode(file).image.shape == (72, 40, 3), name
+    assert image_size(moved(png, b"tEXt", b"a\0b")) == (40, 72)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "I;16", "I", "F"])
+def test_bands_of_rows_are_the_whole(mode, monkeypatch):
+    ramp = np.linspace(-300, 70_000, 48 * 64).reshape(48, 64)
+    values = {"I;16": ramp.clip(0).astype(np.uint16), "I": ramp.astype(np.int32), "F": ramp.astype(np.float32)}
+    image = Image.fromarray(values[mode]) if mode in values else Image.fromarray(picture()).convert(mode)
+    file = encoded(
+        image, "PNG" if mode in ("1", "P", "LA", "RGBA") else "TIFF", **({"transparency": 3} if mode == "P" else {})
+    )
+    whole = [decode(file, channels).image for channels in (1, 3)]
+    for band in (1, 64 * 5, 64 * 48 - 1):
+        monkeypatch.setattr("ssl_kit.data.decode._BAND", band)
+        assert all(np.array_equal(decode(file, image.shape[2]).image, image) for image in whole)
+
+
+def test_a_jpeg_says_how_it_is_coded_whatever_pads_it():
+    for options, frame in (({}, 0xC0), ({"progressive": True}, 0xC2)):
+        data = encoded(picture(), "JPEG", **options)
+        assert jpeg_header(data)[1] == frame
+        place = data.index(b"\xff" + bytes([frame]))
+        padded = data[:place] + b"\xff\xff" + data[place:]
+        assert jpeg_header(padded)[1] == frame and np.array_equal(decode(padded).image, decode(data).image)
+
+
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "TIFF", "PNG"])
 def test_first_frame(kind):
     frames = [Image.new("RGB", (20, 10), colour) for colour in ((255, 0, 0), (0, 0, 255))]
@@ -271,7 +324,7 @@ def test_a_name_says_nothing():
 
 def test_tags_are_searched_before_the_first_scan_only():
     data = encoded(picture(64, 48), "JPEG", exif=exif(6))
-    assert _jpeg_header_length(data) < len(data) and data[_jpeg_header_length(data) :][:2] == b"\xff\xda"
+    assert jpeg_header(data)[0] < len(data) and data[jpeg_header(data)[0] :][:2] == b"\xff\xda"
     plain = encoded(picture(64, 48), "JPEG")
     assert image_size(plain + b"Exif\x00\x00") == (64, 48)
-    assert _jpeg_header_length(b"\xff\xd8 no segments here") == 19
+    assert jpeg_header(b"\xff\xd8 no segments here") == (19, 0)
