@@ -349,7 +349,9 @@ def our_files(folder: Path) -> list[str]:
     """
     names: set[str] = set()
     if is_ours(folder) and (folder / MANIFEST).is_file():
-        names = {MANIFEST, *filter(is_inside, read_json(folder / MANIFEST, LARGE_JSON).get("files") or ())}
+        manifest = read_json(folder / MANIFEST, LARGE_JSON)
+        told = [*(manifest.get("files") or ()), *(manifest.get("pending") or ())]
+        names = {MANIFEST, *filter(is_inside, told)}
     elif is_ours(folder):
         names = {PLAN, SKIPPED, *_parts_of(read_json(folder / PLAN), folder)}
     return sorted(name for name in names if (folder / name).is_file() and not (folder / name).is_symlink())

@@ -218,14 +218,14 @@ def test_other_settings_do_not_mix(run, tmp_path, options, told):
         run(tmp_path / "EMB", **options)
 
 
-def test_overwriting_starts_anew_and_takes_the_index_along(run, tmp_path):
+def test_overwriting_starts_anew_and_keeps_what_no_plan_names(run, tmp_path):
     run(tmp_path / "EMB", shard="0/2")
     with pytest.raises(UserError, match="--overwrite with --shard"):
         run(tmp_path / "EMB", shard="1/2", overwrite=True)
     (tmp_path / "EMB" / "index.faiss").write_bytes(b"old")
     (tmp_path / "EMB" / "notes.txt").write_text("the user's own")
     assert run(tmp_path / "EMB", overwrite=True, dtype="float16")["embedded"] == IMAGES
-    assert not (tmp_path / "EMB" / "index.faiss").exists() and (tmp_path / "EMB" / "notes.txt").exists()
+    assert (tmp_path / "EMB" / "index.faiss").read_bytes() == b"old" and (tmp_path / "EMB" / "notes.txt").exists()
 
 
 def test_a_damaged_part_is_named_before_it_counts(run, tmp_path):

@@ -284,6 +284,7 @@ def test_embeddings_that_are_replaced_go_when_the_new_ones_are_complete(
 ):
     out = tmp_path / "emb"
     assert cli.main(["embed", str(finished), str(images), "--out", str(out)]) == 0
+    assert cli.main(["index", str(out)]) == 0
     (out / "part-00007.parquet").write_text("mine")
     (out / "index.html").write_text("mine")
     before = files(out)
@@ -298,7 +299,7 @@ def test_embeddings_that_are_replaced_go_when_the_new_ones_are_complete(
     assert cli.main(["embed", str(finished), str(images), "--out", str(out), "--overwrite", "--dtype", "float16"]) == 0
     kept = files(out)
     assert kept["part-00007.parquet"] == kept["index.html"] == b"mine" and not (out / ".former").exists()
-    assert kept["part-00000.parquet"] != before["part-00000.parquet"]
+    assert kept["part-00000.parquet"] != before["part-00000.parquet"] and "index.faiss" not in kept
 
 
 def test_other_verbs_leave_what_is_not_theirs(finished, images, tmp_path, capsys):
