@@ -1,8 +1,11 @@
 """The command line: fast help, one line per mistake, what wins over what, nothing imported that was not allowed."""
 
 import json
+import os
+import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -176,3 +179,107 @@ def test_a_failed_run_of_several_processes_ends_before_the_interpreter_does(join
     done = subprocess.run([sys.executable, "-c", ENDING, joined, leave], capture_output=True, text=True, check=False)
     assert done.returncode == code
     assert done.stdout.splitlines() == ["hooks were called", "the interpreter ended"][:words]
+
+
+def command(*words, **options):
+    return subprocess.Popen([sys.executable, "-m", "ssl_kit", *words], stderr=subprocess.PIPE, **options)
+
+
+@pytest.mark.parametrize("words", [["-h"], ["pretrain", "-h"], ["--version"], ["pretrian"]])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_seen_enough_is_no_mistake(words, unbuffered):
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = command(*words, stdout=writer, env={**os.environ, "PYTHONUNBUFFERED": unbuffered})
+    os.close(writer)
+    error = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == (2 if words == ["pretrian"] else 0) and error.count("\n") == (words == ["pretrian"])
+
+
+NASTY = "a\x1b[31mb\x07c\nd"
+SHOWN = r"a\x1b[31mb\x07c\nd"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [NASTY],
+        ["pretrain", NASTY],
+        ["pretrain", "x", "-c", NASTY],
+        ["search", NASTY, "x"],
+        ["views", "x", f"--{NASTY}", "1"],
+        ["doctor", "--seconds", NASTY],
+        ["report", NASTY],
+        ["export", NASTY, "--out", NASTY],
+    ],
+)
+def test_no_error_line_steers_the_terminal(capsys, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    assert SHOWN[:-3] in mistake(capsys, *words)  # some tell the first line of a word only
+
+
+def test_what_is_interrupted_says_it_in_one_line(capsys, monkeypatch):
+    def interrupted(**_):
+        raise KeyboardInterrupt(NASTY)
+
+    monkeypatch.setattr("ssl_kit.verbs.doctor.doctor", interrupted)
+    assert cli.main(["doctor"]) == 130
+    assert capsys.readouterr().err == f"ssl-kit: interrupted; {SHOWN}\n"
+
+
+# what a verb does -> what the line says of it
+REFUSED = {
+    "to a full disk": (lambda folder: Path("/dev/full").write_text("x"), "No space left on device; make room"),
+    "below a file": (lambda folder: (folder / "file" / "x").write_text("x"), "file/x: Not a directory; choose another"),
+    "a name too long": (lambda folder: (folder / (NASTY * 40)).mkdir(), "File name too long; choose another path"),
+    "what has gone": (lambda folder: os.chdir(folder / NASTY), f"{SHOWN}: No such file or directory"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_the_machine_refuses_is_one_line(capsys, tmp_path, monkeypatch, what):
+    do, words = REFUSED[what]
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("ssl_kit.verbs.doctor.doctor", lambda **_: do(tmp_path))
+    assert words in mistake(capsys, "doctor")
+
+
+def test_too_many_open_files_while_importing_are_one_line():
+    """With six open, three of them the streams, Python starts; the first library does not."""
+    limit = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (6, 6))
+    program = "import os, sys\nfrom ssl_kit.cli import run\nheld = [os.open('/dev/null', 0) for _ in range(3)]\n"
+    program += "sys.argv = ['ssl-kit', 'doctor']\nrun()"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, preexec_fn=limit
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1 and "Too many open files; allow this process more" in done.stderr
+
+
+def test_a_mistake_of_ours_is_told_as_such(monkeypatch):
+    monkeypatch.setattr("ssl_kit.verbs.doctor.doctor", lambda **_: {}["x"])
+    with pytest.raises(KeyError):
+        cli.main(["doctor"])
+
+
+DOCUMENT = "from ssl_kit import cli\ncli._run = lambda _: print('x' * 10) or 0\ncli.run()"
+
+
+@pytest.mark.parametrize(("words", "code"), [([], 0), (["--json"], 2)])
+def test_results_that_find_no_room_are_missed(words, code):
+    """People's text may go; the document that a program waits for may not."""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", DOCUMENT, "doctor", *words], stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert done.returncode == code
+    assert (
+        done.stderr.decode() == "ssl-kit: stdout: No space left on device; make room where it leads. All else is done\n"
+    )
+
+
+def test_the_document_is_json_whatever_is_in_a_name(capsys, monkeypatch):
+    monkeypatch.setattr("ssl_kit.verbs.doctor.doctor", lambda **_: {"a": NASTY + "\x7f\x9b"})
+    assert cli.main(["doctor", "--json"]) == 0
+    out = capsys.readouterr().out
+    assert json.loads(out) == {"a": NASTY + "\x7f\x9b"} and out.strip().isprintable()

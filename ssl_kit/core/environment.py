@@ -102,4 +102,5 @@ def _number(error: BaseException, meant: bool) -> int | None:
     if number is not None:
         return number if number in _ADVICE or (meant and number not in _OURS) else None
     told = (*_ADVICE, *(_TOLD_BY_TEXT if meant else ()))
-    return next((number for number in told if os.strerror(number) in str(error)), None)
+    text = str(error).lower()
+    return next((number for number in told if os.strerror(number).lower() in text), None)

@@ -69,6 +69,7 @@ def launch(arguments: Sequence[str], count: int, program: Sequence[str] = _PROGR
 
     Signals are passed on to all. When one process fails, the others, which notice it, have a few seconds to end.
     """
+    _allow_files(64 + 8 * count)  # 24 and 4 for each process are used
     handlers = {}
     children: list[subprocess.Popen[bytes]] = []
     received: list[int] = []
@@ -102,6 +103,21 @@ def launch(arguments: Sequence[str], count: int, program: Sequence[str] = _PROGR
             signal.signal(number, handler)
 
 
+def _allow_files(needed: int) -> None:
+    """Lets this process and those it starts have so many files open: gloo hangs or aborts when it may not."""
+    import resource  # not on Windows
+
+    allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    if allowed == unlimited or allowed >= needed:
+        return
+    if most != unlimited and most < needed:
+        raise UserError(
+            f"{most} files may be open at once, several processes need {needed}: allow them, as by ulimit -n"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, most))
+
+
 def _environment(count: int) -> dict[str, str]:
     """What all the processes find in their environment."""
     cores = _cores()
@@ -115,6 +131,8 @@ def _environment(count: int) -> dict[str, str]:
     }
     # torch prints the stack of every connection that a dead process leaves; who has gone is said here
     usual = {"OMP_NUM_THREADS": str(max(1, cores // count)), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    if sys.platform.startswith("linux"):  # by themselves they listen at whatever address this machine's name has
+        usual |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     return {**usual, **os.environ, **own}
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from ssl_kit.core.signals import Signals
 
-HEEDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+HEEDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 def send(number):
@@ -76,3 +76,17 @@ def test_outside_the_main_thread_it_does_nothing():
     thread.start()
     thread.join()
     assert found == [former]
+
+
+def test_under_nohup_a_closed_terminal_is_no_request():
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Signals() as signals:
+            send(signal.SIGHUP)
+            signals.take()
+            send(signal.SIGHUP)
+            assert signals.received is None and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            with pytest.raises(SystemExit):
+                send(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGHUP, former)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -60,11 +61,11 @@ def test_the_code_is_that_of_what_happened_and_one_line_tells_it(run, capfd, pro
     assert text.count("\n") == bool(told) and told in text
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_signals_reach_every_process_once(run, tmp_path, number):
     program = (
         "got = []\n"
-        "for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):\n"
+        "for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):\n"
         "    signal.signal(number, lambda number, frame: got.append(number))\n"
         "open(sys.argv[1] + f'/ready{rank}', 'w').close()\n"
         "end = time.monotonic() + 20\n"
@@ -83,6 +84,54 @@ def test_signals_reach_every_process_once(run, tmp_path, number):
     threading.Thread(target=send, daemon=True).start()
     assert run(program)[0] == 128 + number
     assert signal.getsignal(number) == former
+
+
+def test_under_nohup_a_closed_terminal_reaches_nobody(run, tmp_path):
+    program = (
+        "assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN\n"
+        "open(sys.argv[1] + f'/ready{rank}', 'w').close()\n"
+        "while not os.path.exists(sys.argv[1] + '/sent'): time.sleep(0.01)"
+    )
+
+    def send():
+        while len(list(tmp_path.glob("ready*"))) < 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGHUP)
+        (tmp_path / "sent").touch()
+
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        threading.Thread(target=send, daemon=True).start()
+        assert run(program)[0] == 0
+    finally:
+        signal.signal(signal.SIGHUP, former)
+
+
+LIMITED = r"""
+import resource, sys
+from ssl_kit.core.errors import UserError
+from ssl_kit.verbs.launching import launch
+resource.setrlimit(resource.RLIMIT_NOFILE, (40, int(sys.argv[1])))
+program = "import os, resource; os.write(1, b'%d\\n' % resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
+try:
+    sys.exit(launch([], 2, (sys.executable, "-c", program)))
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(("most", "said"), [("1000", ["80", "80"]), ("60", ["60 files may be open at once"])])
+def test_they_may_have_as_many_files_open_as_they_need(most, said):
+    """With fewer, gloo waits for ever or aborts."""
+    done = subprocess.run([sys.executable, "-c", LIMITED, most], capture_output=True, text=True, check=True)
+    for line, words in zip(done.stdout.splitlines(), said, strict=True):
+        assert line.startswith(words)
+
+
+def test_their_addresses_are_of_this_machine(run, tmp_path):
+    program = "open(sys.argv[1] + f'/{rank}', 'w').write(os.environ['GLOO_SOCKET_IFNAME'] + os.environ['MASTER_ADDR'])"
+    assert run(program)[0] == 0
+    assert (tmp_path / "0").read_text() == (tmp_path / "1").read_text() == "lo127.0.0.1"
 
 
 @pytest.mark.parametrize(("devices", "count"), [(1, 1), ("2", 2), (3, 3), ("[0,1]", 2), ([1], 1), ([0, 1, 2], 3)])
