@@ -173,38 +173,40 @@ def instance_retrieval(
     return Result("instances", features, metrics, settings, made, time.perf_counter() - started)
 
 
-class Halves(nn.Module):
-    """Wide images, (B, C, h, 2 w) in [0, 1], to the features of their left and right halves, (B, 2 D).
+class TwoCrops(nn.Module):
+    """Wide images, (B, C, h, W), to the features of their left and their right crop of (h, w), (B, 2 D).
 
     Args:
         network: (B, C, h, w) to (B, D).
 
     Attributes:
+        size: (h, W) of the wide images: of each crop half is in the other, too.
         dim: 2 D.
     """
 
     def __init__(self, network: Encoder | Pixels):
         super().__init__()
-        self.network, self.dim = network, 2 * network.dim
+        height, width = network.image_size
+        self.network, self.size, self.dim = network, (height, width + width // 2), 2 * network.dim
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, C, h, 2 w) to (B, 2 D)."""
-        halves = (half.contiguous(memory_format=torch.channels_last) for half in images.chunk(2, dim=3))
-        return torch.cat([self.network(half) for half in halves], dim=1)
+        """(B, C, h, W) to (B, 2 D)."""
+        width = self.network.image_size[1]
+        crops = (images[..., :width], images[..., -width:])
+        return torch.cat([self.network(crop.contiguous(memory_format=torch.channels_last)) for crop in crops], dim=1)
 
 
-def halves_top1(features: np.ndarray) -> float:
-    """The fraction of images whose left half is nearer to its own right half than to all others.
+def crops_top1(features: np.ndarray) -> float:
+    """The fraction of images whose left crop is nearer to its own right crop than to all others.
 
-    By cosine around the mean of all right halves: cosines of pixels, and of a network that has learnt nothing, see
-    little but what all images have in common.
+    By cosine around the mean of each side: cosines of pixels, and of a network that has learnt nothing, see little but
+    what all images have in common.
 
     Args:
-        features: (N, 2 D) of `Halves`.
+        features: (N, 2 D) of `TwoCrops`.
     """
-    left, right = np.split(features, 2, axis=1)
-    mean = right.mean(axis=0)
-    return float((_ranks(normalised(left - mean), normalised(right - mean)) == 1).mean())
+    left, right = (normalised(side - side.mean(axis=0)) for side in np.split(features, 2, axis=1))
+    return float((_ranks(left, right) == 1).mean())
 
 
 def _ranks(queries: np.ndarray, gallery: np.ndarray) -> np.ndarray:

@@ -39,7 +39,7 @@ _CURVES = (
 _CURVE_NOTES = {
     "loss": "Lower is better. A collapsed model stays at the dashed line.",
     "knn_top1": "On held-out labelled images the encoder never trained on.",
-    "crops_top1": "How often the left half of an image finds its own right half first, among those of 512.",
+    "crops_top1": "How often a crop of an image finds another one of it first, among those of 512.",
     "effective_rank": "How many directions the features use; 1 means collapsed.",
     "lr": "As scheduled, after scaling with the batch.",
     "alignment": "Distance between two views of one image; lower is closer.",

@@ -19,7 +19,7 @@
     score               what it is                                                   measured
     knn_top1            of held-out images, where there are labels                   before the first step, at looks
     knn_pixels, _pca    the same for raw pixels and PCA of them                      before the first step
-    crops_top1          of left halves of images that find their right halves        likewise
+    crops_top1          of left crops that find the right one of their image         likewise
     crops_pixels        the same for raw pixels                                      before the first step
 
 kNN decides where it was measured and judges the method, otherwise crops do. Everything is compared with what the same

@@ -24,7 +24,7 @@ from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.evaluation.baselines import Pca, Pixels, centre
 from ssl_kit.evaluation.health import alignment, uniformity
 from ssl_kit.evaluation.neighbours import knn_accuracy
-from ssl_kit.evaluation.ranking import Halves, halves_top1
+from ssl_kit.evaluation.ranking import TwoCrops, crops_top1
 from ssl_kit.methods.method import Method
 from ssl_kit.report.pictures import draw_grid
 from ssl_kit.report.report import write_report
@@ -44,7 +44,7 @@ _MEASURED = 2_048  # images whose rank is followed
 _PAIRS = 256  # of them, whose two views are compared
 _GALLERY = 10_000  # labelled images that vote in the monitor's kNN, at most
 _QUERIES = 2_000  # labelled images held out for the monitor's kNN, at most
-_CROPPED = 512  # images of which one half looks for the other, at most
+_CROPPED = 512  # images of which one crop looks for the other, at most
 _PIXEL_SIDE = 32  # of the images that raw pixels are compared on, at most
 _PCA_ROWS = 2_048  # of the gallery that PCA of the pixels is fitted on: all of them take 3 s more and give 0.006
 _PCA_DIM = 128  # at most, otherwise that of the encoder
@@ -81,7 +81,7 @@ def kept(folder: Path) -> str:
 
 
 class Measure:
-    """Features of fixed images: rank, spread, and whether halves of images find each other; kNN where there are labels.
+    """Features of fixed images: rank, spread, and whether crops of images find each other; kNN where there are labels.
 
     The first look, before the first step, gives the last two for raw pixels too.
 
@@ -98,7 +98,7 @@ class Measure:
 
     Attributes:
         held_out: images that kNN is measured on.
-        cropped: images whose halves look for each other.
+        cropped: images whose crops look for each other.
     """
 
     def __init__(
@@ -112,9 +112,9 @@ class Measure:
     ):
         images = training.subset(_spread(len(training), _MEASURED))
         self.images, self.view, self.encoder = Share(images), view, encoder
-        halved = training.subset(_spread(len(training), _CROPPED))
-        self.held_out, self.cropped = 0, len(halved)
-        self.scores: list[Neighbours | Crops] = [Crops(halved)]
+        cropped = training.subset(_spread(len(training), _CROPPED))
+        self.held_out, self.cropped = 0, len(cropped)
+        self.scores: list[Neighbours | Crops] = [Crops(cropped)]
         if gallery is not None and queries is not None:
             self.held_out = len(queries)
             self.scores.append(Neighbours(gallery, queries))
@@ -191,23 +191,27 @@ class Neighbours:
 
 
 class Crops:
-    """Whether the left half of an image finds its right half among those of all images; needs no label."""
+    """Whether the left crop of an image finds its right one among those of all images; needs no label.
+
+    The two share half of each. Without that a digit's left says nothing of its right (SimCLR: 0.008 among 512, with it
+    0.19; untrained 0.01); with three quarters an untrained ViT finds two thirds.
+    """
 
     def __init__(self, images: Source):
         self.share = Share(images)
 
     def embedded(self, network: Encoder | Pixels, view: View) -> Arrays:
-        """Features of both halves, each as large as `view`, in one array; all processes must ask."""
-        height, width = view.size
-        return [self.share.embedded(Halves(network), plain((height, 2 * width)), "crops")[0]]
+        """Features of both crops, each of the network's size, in one array; all processes must ask."""
+        crops = TwoCrops(network)
+        return [self.share.embedded(crops, plain(crops.size), "crops")[0]]
 
     def of(self, found: Arrays) -> dict[str, float]:
         """Top-1 of the encoder."""
-        return {"crops_top1": halves_top1(*found)}
+        return {"crops_top1": crops_top1(*found)}
 
     def of_pixels(self, found: Arrays, dim: int) -> dict[str, float]:
         """Top-1 of raw pixels."""
-        return {"crops_pixels": halves_top1(*found)}
+        return {"crops_pixels": crops_top1(*found)}
 
 
 def _spread(count: int, most: int) -> np.ndarray:
@@ -223,7 +227,7 @@ class Share:
         self.rows = np.concatenate([*batches[rank() :: world_size()], np.empty(0, np.int64)]).astype(np.int64)
         self.source = source.subset(self.rows) if world_size() > 1 else source
 
-    def embedded(self, encoder: Encoder | Pixels | Halves, view: View, label: str) -> tuple[np.ndarray, np.ndarray]:
+    def embedded(self, encoder: Encoder | Pixels | TwoCrops, view: View, label: str) -> tuple[np.ndarray, np.ndarray]:
         """Features (N, D) and labels (N,) of the images of all processes, in the order of the source."""
         rows, vectors, labels = self.rows[:0], np.empty((0, encoder.dim), np.float32), self.rows[:0]
         if len(self.rows):

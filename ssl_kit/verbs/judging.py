@@ -20,10 +20,8 @@ def settle(record: Record) -> None:
     """Gives the record of a run the verdict that takes its results into account, and says a change.
 
     Args:
-        record: of a folder whose results are written; one without a verdict, of no training, stays as it is.
+        record: of a folder whose results are written; that of scores alone, without a training, stays as it is.
     """
-    if "verdict" not in record.entries:
-        return
     run = read_run(record.folder)
     told, final = shown(run), final_verdict(run)
     if final.state != told.state:

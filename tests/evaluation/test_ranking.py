@@ -12,7 +12,7 @@ from ssl_kit.data.sources import open_source
 from ssl_kit.evaluation import ranking
 from ssl_kit.evaluation.baselines import Pixels
 from ssl_kit.evaluation.features import Network
-from ssl_kit.evaluation.ranking import Halves, _ranks, halves_top1, instance_retrieval, retrieval
+from ssl_kit.evaluation.ranking import TwoCrops, _ranks, crops_top1, instance_retrieval, retrieval
 
 
 def clusters(count, dim=8, num_classes=5, seed=0):
@@ -93,26 +93,29 @@ def test_ranks_count_the_nearer_ones_and_ties_win_nothing():
     assert _ranks(collapsed, collapsed).tolist() == [5.0] * 9
 
 
-def test_halves_are_left_and_right_and_a_network_sees_each_alone():
-    images = torch.arange(2 * 3 * 4 * 10.0).reshape(2, 3, 4, 10)
-    halves = Halves(Pixels((4, 5), 3))
-    made = halves(images)
-    assert made.shape == (2, halves.dim) == (2, 120)
-    assert torch.equal(made[:, :60], images[..., :5].flatten(1)) and torch.equal(
-        made[:, 60:], images[..., 5:].flatten(1)
+def test_two_crops_share_half_and_a_network_sees_each_alone():
+    crops = TwoCrops(Pixels((4, 6), 3))
+    assert crops.size == (4, 9) and crops.dim == 144
+    images = torch.arange(2 * 3 * 4 * 9.0).reshape(2, 3, 4, 9)
+    made = crops(images)
+    assert made.shape == (2, 144)
+    assert torch.equal(made[:, :72], images[..., :6].flatten(1)) and torch.equal(
+        made[:, 72:], images[..., 3:].flatten(1)
     )
 
 
-def test_halves_find_each_other_around_the_mean_and_ties_win_nothing():
+def test_crops_find_each_other_around_the_mean_of_their_side_and_ties_win_nothing():
     rng = np.random.default_rng(0)
     codes = rng.standard_normal((50, 8)).astype(np.float32)
     noise = rng.standard_normal((50, 8)).astype(np.float32)
-    assert halves_top1(np.hstack((codes, codes))) == 1.0
-    assert halves_top1(np.hstack((codes + 1_000, codes + 1_000))) == 1.0  # what all have in common tells nothing apart
-    assert halves_top1(np.hstack((codes, noise))) < 0.15
+    assert crops_top1(np.hstack((codes, codes))) == 1.0
+    assert crops_top1(np.hstack((codes + 9, codes - 5))) == 1.0  # what all of a side have in common tells nothing apart
     mixed = np.where(np.arange(50)[:, None] < 30, codes, noise)
-    assert 0.6 <= halves_top1(np.hstack((codes, mixed))) < 0.75
-    assert halves_top1(np.hstack((noise, np.ones_like(noise)))) == 0.0
+    left, right = codes - codes.mean(axis=0), mixed - mixed.mean(axis=0)
+    cosines = left @ right.T / np.linalg.norm(left, axis=1)[:, None] / np.linalg.norm(right, axis=1)
+    found = crops_top1(np.hstack((codes, mixed)))
+    assert found == pytest.approx((cosines.argmax(axis=1) == np.arange(50)).mean()) and 0.5 < found < 0.8
+    assert crops_top1(np.hstack((noise, np.ones_like(noise)))) == 0.0
 
 
 def test_crops_are_found_by_pixels_when_they_are_large_and_repeat_by_the_seed():

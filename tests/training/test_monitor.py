@@ -10,7 +10,7 @@ from tiny_runs import Random, Tiny, train
 
 from ssl_kit.training.monitor import Curves, feature_health, read_curves
 from ssl_kit.training.optim import Optim
-from ssl_kit.training.verdict import Verdict
+from ssl_kit.training.verdict import BELOW, Verdict
 
 
 def test_health_of_isotropic_and_of_collapsed_features():
@@ -92,6 +92,13 @@ def test_the_untrained_encoder_is_measured_and_each_measurement_is_judged(tmp_pa
     assert measured[0]["grown"] == 1 and measured[1]["grown"] == pytest.approx((now / first).item(), rel=1e-2)
     assert judged[-1] == [0, 4, 8, 8]
     assert "step 8: stuck - of a test" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("state", ["stuck", "collapsed", "learning", BELOW, "unknown"])
+def test_only_what_is_wrong_is_a_warning(tmp_path, capsys, state):
+    judge = lambda history: Verdict(state if history and history[-1]["step"] else "unknown", "of a test")
+    followed(tmp_path, measure=lambda module: {"effective_rank": 2.0}, judge=judge)
+    assert ("of a test" in capsys.readouterr().err) == (state in ("stuck", "collapsed"))
 
 
 def test_curves_continue_what_they_were_told(tmp_path):
