@@ -354,7 +354,9 @@ def _explained(message: str, parser: Any) -> str:
 
 def _verbs() -> list[str]:
     """Files of `verbs/` that define a function of their own name, in the order of use."""
-    found = [path.stem for path in _VERBS.glob("*.py") if f"\ndef {path.stem}(" in path.read_text(encoding="utf-8")]
+    # not glob, which finds nothing, without a word, where too many files are open
+    files = [_VERBS / name for name in os.listdir(_VERBS) if name.endswith(".py")]
+    found = [path.stem for path in files if f"\ndef {path.stem}(" in path.read_text(encoding="utf-8")]
     return sorted(found, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name))
 
 

@@ -310,11 +310,11 @@ def test_the_verb_never_replaces_what_it_did_not_write(tmp_path, encoder_folder)
     with pytest.raises(UserError, match="exists: choose another --out, or replace it with --overwrite"):
         embed_verb(str(encoder_folder), out=str(photos), **arguments)
     for there in (photos, encoder_folder, photos / "00.png"):
-        with pytest.raises(UserError, match="not an embeddings folder"):
+        with pytest.raises(UserError, match="not an embeddings folder|is a file"):
             embed_verb(str(encoder_folder), out=str(there), overwrite=True, **arguments)
     assert len(list(photos.iterdir())) == 14 and (encoder_folder / "model.safetensors").exists()
     out = str(tmp_path / "EMB")
     embed_verb(str(encoder_folder), out=out, **arguments)
-    (tmp_path / "EMB" / "index.faiss").write_bytes(b"an index of what is replaced")
+    (tmp_path / "EMB" / "index.faiss").write_bytes(b"an index that no manifest lists")
     assert embed_verb(str(encoder_folder), "digits", out=out, limit=10, overwrite=True)["rows"] == 10
-    assert not (tmp_path / "EMB" / "index.faiss").exists()
+    assert (tmp_path / "EMB" / "index.faiss").exists()

@@ -88,7 +88,7 @@ INTERRUPTED = {
     "evaluate": ("ssl_kit.verbs.evaluate.compared", "features made so far are kept in "),
     "finetune": ("ssl_kit.verbs.finetune.probabilities", " are kept; go on with --resume"),
     "embed": ("ssl_kit.streaming._complete", "1 finished parts are kept; the same command goes on"),
-    "index": ("ssl_kit.verbs.index.build_index", " are kept, without an index; the same command makes it"),
+    "index": ("ssl_kit.verbs.index.build_index", " are kept; the same command makes their index"),
     "search": ("ssl_kit.verbs.search._answers", "nothing was written"),
     "duplicates": ("ssl_kit.verbs.duplicates._neighbours", "nothing was written"),
     "report": ("ssl_kit.report.report.write_report", "nothing was written"),

@@ -226,7 +226,7 @@ def main() -> None:
         ended = {0: 0, 2: 0}
         rows.run("A8", "one command, nothing of the user's is gone", 12 if arguments.quick else 200, trial)
         print(f"carried out {ended[0]}, refused {ended[2]}")
-    if rows.failed:
+    if any(row["survived"] < row["tried"] for row in rows.rows):
         raise SystemExit(1)
 
 

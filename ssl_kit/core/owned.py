@@ -156,13 +156,18 @@ def _has_results(path: Path) -> bool:
     return False
 
 
-def check_ours(folder: Path) -> None:
-    """Raises `NotOursError` where results would meet what others have put there; nothing is touched."""
+def check_ours(folder: Path, names: Sequence[str] = _NAMES) -> None:
+    """Raises `NotOursError` where a run would meet what others have put there; nothing is touched.
+
+    Args:
+        folder: of the run, or of results.
+        names: what they would meet.
+    """
     for name in _NAMES:
         if (folder / name).is_symlink():
             raise NotOursError(f"{folder / name} is a link: results are not written through it; choose another folder")
     if record_of(folder) is None:
-        for name in _NAMES:
+        for name in names:
             if os.path.lexists(folder / name):
                 raise NotOursError(f"{folder} holds {name!r} and no record of ssl_kit's: choose another folder")
 
@@ -221,7 +226,7 @@ def record_in(folder: Path) -> Record:
     Raises:
         NotOursError: others have put something there that results would meet.
     """
-    check_ours(folder)
+    check_ours(folder, _UNLISTED)
     return Record(folder)
 
 

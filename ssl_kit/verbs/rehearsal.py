@@ -50,7 +50,8 @@ def rehearse(learner: Method, kinds: dict[int, tuple[View, ...]], seed: int, ima
 
 def _step(trial: Method, views: tuple[View, ...], seed: int, count: int) -> None:
     channels, (height, width) = trial.encoder.channels, views[0].size
-    images = [torch.rand(count, channels, *view.size) for view in views]
+    # pixels as stored: some likelihoods take no others
+    images = [torch.randint(0, 256, (count, channels, *view.size)) / 255 for view in views]
     try:
         trial.loss(images, Key(seed, 0, torch.arange(count)))["loss"].backward()
     except UserError:

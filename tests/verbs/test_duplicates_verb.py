@@ -97,7 +97,7 @@ def test_a_given_threshold_is_kept(world):
     said = duplicates(str(world / "images.emb"), threshold=1.0)
     assert said["limits"]["cosine"] == 1.0
     assert said["pairs"]["near"] == 0 and said["pairs"]["file"] == 3  # equal pictures count whatever is asked for
-    with pytest.raises(UserError, match="wanted a cosine"):
+    with pytest.raises(UserError, match=r"--threshold 95: wanted a number in \[-1, 1\]"):
         duplicates(str(world / "images.emb"), threshold=95)
 
 

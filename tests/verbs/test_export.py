@@ -142,8 +142,10 @@ def test_only_earlier_exports_are_replaced(cnn, photos, tmp_path):
     with pytest.raises(UserError, match="exists: choose another --out"):
         export(str(cnn), out=out, images=str(photos))
     export(str(cnn), out=out, images=str(photos), overwrite=True)
-    with pytest.raises(UserError, match="not an earlier export"):
+    with pytest.raises(UserError, match="is the images"):
         export(str(cnn), out=str(photos), images=str(photos), overwrite=True)
+    with pytest.raises(UserError, match="not an earlier export"):
+        export(str(cnn), out=str(photos), images="digits", overwrite=True)
     assert len(list(photos.iterdir())) == 6
 
 

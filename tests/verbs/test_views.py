@@ -18,13 +18,14 @@ GAP = 4
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     rng = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
     for n in range(3):
-        Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8)).save(tmp_path / f"{n}.png")
-    return tmp_path
+        Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8)).save(tmp_path / "images" / f"{n}.png")
+    return tmp_path / "images"
 
 
 def test_the_grid_holds_the_views_of_training(folder: Path) -> None:
-    out = folder / "pictures" / "views.png"
+    out = folder.parent / "pictures" / "views.png"
     recipe = ViewRecipe(preset="dino")
     record = views(str(folder), out=str(out), views=recipe, image_size=32, count=3, views_per_image=3, seed=5, epoch=2)
     assert record["originals"] == ["0.png", "1.png", "2.png"]
@@ -41,14 +42,14 @@ def test_the_grid_holds_the_views_of_training(folder: Path) -> None:
 
 
 def test_the_size_follows_the_images_and_gray_stays_gray(folder: Path) -> None:
-    out = folder / "gray.png"
+    out = folder.parent / "gray.png"
     record = views(str(folder), out=str(out), views=ViewRecipe(preset="gray"), channels=1, count=1, views_per_image=1)
     assert record["image_size"] == 40
     assert Image.open(out).mode == "L"
 
 
 def test_mistakes_are_named(folder: Path) -> None:
-    with pytest.raises(UserError, match="count is 0"):
+    with pytest.raises(UserError, match="--count 0: wanted"):
         views(str(folder), count=0)
     with pytest.raises(UserError, match="need 3 channels"):
         views(str(folder), out=str(folder / "x.png"), views=ViewRecipe(preset="simclr"), channels=1)
