@@ -18,6 +18,7 @@ FAULTS = Path(__file__).parents[1] / "benchmarks" / "faults"
         ("hostile.py", "S1,X1,folders,S4", {"S1/checkpoints", "S1/encoders", "X1", "folders", "S4"}),
         ("resume.py", "R1,R6", {"R1", "R6"}),
         ("writes.py", "A1,A2,A4,A6,A7", {"A1", "A2", "A4", "A6", "A7"}),
+        ("belongings.py", "A8", {"A8"}),
         ("nonfinite.py", "N1,N2", {"N1", "N1/three", "N2/float32", "N2/bfloat16", "N2/float16"}),
     ],
 )
