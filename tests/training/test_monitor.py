@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from tiny_runs import Random, Tiny, train
+from tiny_runs import Random, Tiny, pretrain_until, train
 
+from ssl_kit import cli
+from ssl_kit.training import monitor
 from ssl_kit.training.monitor import Curves, feature_health, read_curves
 from ssl_kit.training.optim import Optim
 from ssl_kit.training.verdict import BELOW, Verdict
@@ -130,3 +132,26 @@ def test_rows_that_found_no_room_come_with_the_next_one_that_does(tmp_path, caps
     train(Talkative(SGD), [Full(path, 8, 12), curves], 16)
     assert [row["step"] for row in read_curves(path)] == [4, 8, 12, 16]
     assert capsys.readouterr().err.count("No space left on device") == 1
+
+
+CLOCK = {"seconds", "images_per_second", "waiting_share"}
+
+
+def rows_of(run):
+    rows = read_curves(run / "metrics.csv")
+    return [{name: value for name, value in row.items() if name not in CLOCK} for row in rows]
+
+
+def test_a_resumed_run_has_the_rows_of_a_whole_one_with_the_pixels_in_the_first(labelled_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(monitor, "_MEASURE_STEPS", 10)
+    tiny = ["--batch-size", "16", "--epochs", "3", "--method.encoder.args", "{channels: [8, 8, 8, 8]}"]
+    tiny += ["--method.projection", "[16]", "--evaluate-every", "1", "--threads", "1"]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert cli.main(["pretrain", str(labelled_folder), "--run", str(whole), *tiny]) == 0
+    pretrain_until(13, monkeypatch, str(labelled_folder), "--run", str(run), *tiny)
+    assert cli.main(["pretrain", "--run", str(run), "--resume"]) == 0
+    assert rows_of(run) == rows_of(whole)
+    first, *later = [row for row in rows_of(run) if "effective_rank" in row]
+    assert first["step"] == 0 and {"knn_pixels", "knn_pca", "crops_pixels"} <= first.keys()
+    assert len(later) >= 2 and not any("pixels" in name or "pca" in name for row in later for name in row)
+    assert all({"knn_top1", "crops_top1"} <= row.keys() for row in (first, *later))
