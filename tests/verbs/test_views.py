@@ -52,4 +52,4 @@ def test_mistakes_are_named(folder: Path) -> None:
     with pytest.raises(UserError, match="--count 0: wanted"):
         views(str(folder), count=0)
     with pytest.raises(UserError, match="need 3 channels"):
-        views(str(folder), out=str(folder / "x.png"), views=ViewRecipe(preset="simclr"), channels=1)
+        views(str(folder), out=str(folder.parent / "x.png"), views=ViewRecipe(preset="simclr"), channels=1)
