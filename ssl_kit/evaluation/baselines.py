@@ -74,7 +74,8 @@ class Pca:
             covariance += rows.T @ rows  # float32 products, float64 sums
         if columns <= 2 * (dim + _OVERSAMPLING):
             return cls(mean, torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :dim].float().numpy())
-        covariance = (covariance / covariance.diagonal().sum()).float()
+        total = covariance.diagonal().sum().clamp_min(torch.finfo(torch.float64).tiny)  # of images all alike it is 0
+        covariance = (covariance / total).float()
         generator = torch.Generator().manual_seed(seed)
         basis = torch.randn(columns, dim + _OVERSAMPLING, generator=generator)
         for _ in range(_ITERATIONS):

@@ -52,3 +52,10 @@ def test_centre_uses_the_training_mean_for_both():
     centre(train, test)
     assert np.allclose(train.mean(axis=0), 0, atol=1e-6)
     assert np.allclose(test, before - mean, atol=1e-5)
+
+
+def test_pca_of_what_does_not_vary_is_finite():
+    constant = np.full((40, 100), 0.5, np.float32)
+    pca = Pca.of(constant, 8)
+    assert np.isfinite(pca.directions).all() and np.abs(pca.apply(constant)).max() == 0
+    assert np.allclose(pca.directions.T @ pca.directions, np.eye(8), atol=1e-6)

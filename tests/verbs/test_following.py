@@ -93,6 +93,13 @@ def test_pixels_are_measured_once_and_the_encoder_at_each_look(images):
     assert all(isinstance(value, float) for value in first.values())
 
 
+def test_images_that_are_all_alike_have_scores_of_nothing(images):
+    grey = np.full((800, 16, 16, 3), 128, np.uint8)
+    scores = Measure(*hold_out(open_source((grey, images[1]))), plain(SIZE))(Bare())
+    assert all(np.isfinite(value) for value in scores.values())
+    assert scores["crops_top1"] == scores["crops_pixels"] == 0 and scores["knn_pixels"] == scores["knn_pca"] == 0.25
+
+
 def test_large_images_are_compared_at_32_pixels(images):
     large = np.repeat(np.repeat(images[0][:40], 6, axis=1), 6, axis=2)
     small = Measure(open_source(images[0][:40]), None, None, plain(SIZE))(Bare())["crops_pixels"]
