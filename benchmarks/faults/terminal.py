@@ -43,7 +43,7 @@ from ssl_kit.core.files import read_json, sha256
 from ssl_kit.verbs import finetune as finetuning
 
 TRAININGS = ("pretrain", "finetune")
-QUICK = ("pretrain", "embed", "search")
+QUICK = ("pretrain", "embed")
 DISK_MIB = 64
 OFTEN = ["--checkpoint_minutes", "0.001"]
 PRETRAIN = [
@@ -94,7 +94,7 @@ class Trials:
         if verb in ("search", "duplicates"):
             self.undisturbed("index")
         ends = []
-        for _ in range(2):
+        for _ in range(1 if verb in TRAININGS else 2):
             out = self.out(self.place / ("finished" if verb == "pretrain" else "out"), verb)
             began = time.perf_counter()
             run_warmed(self.command(verb, out), self.log)
@@ -103,7 +103,7 @@ class Trials:
             self.sizes[verb] = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
             if verb == "index":
                 shutil.copytree(out, self.place / "indexed", dirs_exist_ok=True)
-        first, second = ends
+        first, second = ends[0], ends[-1]
         same = {name: value if value == second.get(name) else None for name, value in first.items()}
         self.wanted[verb] = first if verb in TRAININGS else same
 
@@ -122,7 +122,7 @@ class Trials:
         line = [verb, *words(verb, self.place, out), *(more or [])]
 
         def work() -> None:
-            look_often(pages=True)
+            look_often(pages=self.verbs != QUICK)
             finetuning._FEWEST_STEPS = STEPS  # type: ignore[misc]
             sys.argv = ["ssl-kit", *line]
             cli.run()

@@ -36,11 +36,8 @@ import fcntl, os, socket, struct, sys
 fcntl.ioctl(socket.socket(socket.AF_INET), 0x8914, struct.pack("16sh14x", b"lo", 1))
 os.execvp(sys.argv[1], sys.argv[1:])
 """
-CHANGING = (
-    "creat mkdir mknod rename unlink rmdir link symlink truncate chmod chown lchown utime utimes setxattr removexattr"
-)
-CHANGES = {*CHANGING.split(), "mkdirat", "mknodat", "renameat", "renameat2", "unlinkat", "linkat", "symlinkat"}
-CHANGES |= {"fchmodat", "fchownat", "utimensat", "futimesat"}
+CHANGING = "((creat|mkdir|mknod|rename|unlink|rmdir|link|symlink|truncate|chmod|l?chown|utimes?|utimens|futimes)(at2?)?"
+CHANGING += "|fch(mod|own)at)"  # calls, also as strace understands it
 FOR_WRITING = re.compile(r"O_(WRONLY|RDWR|CREAT|TRUNC|APPEND)")
 CALL = re.compile(r"^(\w+)\((.*)\)\s+= (-?\d+)")
 PATH = re.compile(r'(?:(?:AT_FDCWD|\d+)<([^>]*)>, )?"((?:[^"\\]|\\.)*)"(\.\.\.)?')
@@ -89,7 +86,7 @@ def commands(place: Path, encoder: str) -> dict[str, list[str]]:
     }
 
 
-QUICK = ("embed", "export onnx", "doctor")
+QUICK = ("embed", "export onnx", "views")
 
 
 def namespace() -> list[str] | None:
@@ -113,7 +110,16 @@ def traced(words: list[str], place: Path, *, loopback: bool) -> tuple[Seen, subp
     before = namespace()
     assert before is not None, "main has looked"
     ready = [sys.executable, "-c", LOOPBACK] if loopback else []
-    strace = ["strace", "-ff", "--seccomp-bpf", "-y", "-s", "200", "-e", "trace=%network,%file"]
+    strace = [
+        "strace",
+        "-ff",
+        "--seccomp-bpf",
+        "-y",
+        "-s",
+        "200",
+        "-e",
+        f"trace=%network,chdir,/^(open(at2?)?|{CHANGING})$",
+    ]
     command = [*before, *ready, *strace, "-o", str(logs / "of"), sys.executable, "-m", "ssl_kit", *words]
     done = subprocess.run(command, cwd=place, env=surroundings(place), capture_output=True, text=True, check=False)
     seen = Seen(Counter(), set(), set())
@@ -139,13 +145,14 @@ def _read(log: Path, place: Path, seen: Seen) -> None:
         name, arguments, result = call.groups()
         if name == "socket":
             seen.families[arguments.partition(",")[0]] += 1
-        seen.addresses.update(filter(None, (one for found in ADDRESS.findall(arguments) for one in found)))
+        if name in ("bind", "connect") or name.startswith("send"):
+            seen.addresses.update(one or other for one, other in ADDRESS.findall(arguments))
         if int(result) < 0:
             continue
         paths = [os.path.join(folder, at, name) for at, name, _ in PATH.findall(arguments)]
         if name == "chdir":
             folder = paths[0]
-        elif name in CHANGES or (name.startswith("open") and FOR_WRITING.search(arguments)):
+        elif re.fullmatch(CHANGING, name) or (name.startswith("open") and FOR_WRITING.search(arguments)):
             seen.changed.update(Path(os.path.normpath(path)) for path in paths)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 import tempfile
 from pathlib import Path
@@ -35,6 +36,7 @@ _ADVICE = {
 _PLACE = "choose another path, or mend that one"  # what helps against all others
 _TOLD_BY_TEXT = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 _OURS = (errno.EBADF, errno.EFAULT, errno.ENOTTY, errno.ESPIPE, errno.ECHILD)  # only a mistake in a program has these
+_TEMPORARY = re.compile(r"(^|/)\.([^/]+)\.[a-z0-9_]{8}\.(?:tmp|old)\b")  # as `core/files.py` has them
 
 
 def prepare() -> None:
@@ -87,13 +89,19 @@ def refusal(error: BaseException) -> str | None:
     while current is not None:
         number = _number(current, meant)
         if number is not None:
-            names = [getattr(current, name, None) for name in ("filename", "filename2")]
-            paths = " and ".join(os.fsdecode(name) for name in names if isinstance(name, str | bytes | os.PathLike))
-            said = f"{paths}: {os.strerror(number)}" if paths else str(current).strip() or os.strerror(number)
-            return f"{said}; {_ADVICE.get(number, _PLACE)}"
+            return f"{_said(current) or os.strerror(number)}; {_ADVICE.get(number, _PLACE)}"
         meant = meant and current.__cause__ is not None
         current = current.__cause__ or current.__context__
     return None
+
+
+def _said(error: BaseException) -> str:
+    """What an error says, its paths first; of a file under its temporary name the name that it was to get."""
+    if not isinstance(error, OSError) or error.errno is None:
+        return str(error).strip()
+    named = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    paths = [_TEMPORARY.sub(r"\1\2", name) for name in named]
+    return ": ".join([*([" and ".join(paths)] if paths else []), str(error.strerror)])
 
 
 def _number(error: BaseException, meant: bool) -> int | None:

@@ -192,6 +192,14 @@ def test_both_paths_are_named(tmp_path):
     assert refusal(caught.value).startswith(f"{tmp_path / 'a'} and {tmp_path / 'b'}: No such file")
 
 
+def test_a_file_is_named_as_it_was_to_be_named():
+    """Not as the file beside it that was to get the name."""
+    line = refusal(OSError(errno.EROFS, "-", "/a/.b.png.x_0y1z2w.tmp/part", None, "c"))
+    assert line.startswith("/a/b.png/part and c: -; ")
+    assert refusal(OSError(errno.ENOSPC, "full", ".d.csv.abcdefgh.tmp")).startswith("d.csv: full; ")
+    assert refusal(OSError(errno.EIO, "fails", b"/e")).startswith("/e: fails; ")
+
+
 def test_mistakes_of_ours_stay_what_they_are():
     for wrong in (unfinished, lambda: os.close(12345), lambda: 1 / 0, lambda: socket.socket().fileno().missing):
         with pytest.raises(Exception) as caught:
