@@ -48,6 +48,8 @@ def prepare() -> None:
     names = {name: str(folder / inside) for name, inside in _CACHES.items()} if folder is not None else {}
     for name, value in {**names, **_NOTHING_SENT}.items():
         os.environ.setdefault(name, value)
+    if folder is not None and not os.path.isabs(os.path.expanduser("~")):  # some cannot even be loaded without a home
+        os.environ["HOME"] = str(folder)
 
 
 def cache_folder() -> Path | None:

@@ -86,6 +86,19 @@ def test_no_folder_at_all_is_none(home, monkeypatch):
     prepare()
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become a user whom the system does not know")
+def test_a_user_without_a_home_gets_one(tmp_path):
+    """As in a container that is run under any number; Bokeh cannot be loaded without."""
+    program = "import os, pathlib, pwd, tempfile\nfrom ssl_kit.core.environment import prepare\nos.setuid(12345)\n"
+    program += "prepare()\nprint(pathlib.Path.home())"
+    tmp_path.chmod(0o777)
+    for parent in (tmp_path.parent, tmp_path.parent.parent):
+        parent.chmod(0o755)
+    environment = {"PATH": os.environ["PATH"], "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment)
+    assert done.stdout.strip() == str(tmp_path / "ssl_kit-12345"), done.stderr
+
+
 def test_python_users_have_it_before_anything_is_loaded(tmp_path):
     program = "import os, sys, ssl_kit\nassert 'NUMBA_CACHE_DIR' not in os.environ\n"
     program += "try: ssl_kit.doctor\nexcept ImportError: pass\nprint(os.environ['NUMBA_CACHE_DIR'])"
