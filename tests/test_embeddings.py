@@ -310,7 +310,7 @@ def test_the_verb_never_replaces_what_it_did_not_write(tmp_path, encoder_folder)
     with pytest.raises(UserError, match="exists: choose another --out, or replace it with --overwrite"):
         embed_verb(str(encoder_folder), out=str(photos), **arguments)
     for there in (photos, encoder_folder, photos / "00.png"):
-        with pytest.raises(UserError, match="not an embeddings folder|is a file"):
+        with pytest.raises(UserError, match=r"not an embeddings folder|is a file"):
             embed_verb(str(encoder_folder), out=str(there), overwrite=True, **arguments)
     assert len(list(photos.iterdir())) == 14 and (encoder_folder / "model.safetensors").exists()
     out = str(tmp_path / "EMB")
