@@ -92,8 +92,8 @@ def launch(arguments: Sequence[str], count: int, program: Sequence[str] = _PROGR
                 process_group=0,
             )
             children.append(child)
-            for number in received:  # while it was being started
-                child.send_signal(number)
+            for early in received:  # while it was being started
+                child.send_signal(early)
         return _watch(children)
     finally:
         for child in children:

@@ -6,13 +6,12 @@ would end a training, and a file that a power cut has emptied every command from
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from numba import config, njit
-from numba.core.caching import CompileResultCacheImpl, FunctionCache, UserProvidedCacheLocator
+from numba.core import caching
 
 from ssl_kit.core.console import warn
 from ssl_kit.core.environment import prepare
@@ -24,7 +23,7 @@ def cached(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     def compiled(function: Callable[..., Any]) -> Any:
         made = njit(**options)(function)
         prepare()
-        config.CACHE_DIR = config.CACHE_DIR or os.environ.get("NUMBA_CACHE_DIR", "")  # numba may have come first
+        config.reload_config()  # numba may have been loaded before
         try:
             made._cache = _Cache(function)
         except RuntimeError:  # numba's word for no place to write to
@@ -38,11 +37,17 @@ def _say(reason: str) -> None:
     warn(f"views are compiled anew, which takes half a minute: {reason}; XDG_CACHE_HOME names another place")
 
 
-class _InFolder(CompileResultCacheImpl):
-    _locator_classes = (UserProvidedCacheLocator,)
+# before numba 0.62 its name began with an underscore
+_LOCATOR: Any = getattr(caching, "UserProvidedCacheLocator", None) or getattr(
+    caching, "_UserProvidedCacheLocator", None
+)
 
 
-class _Cache(FunctionCache):
+class _InFolder(caching.CompileResultCacheImpl):
+    _locator_classes = [_LOCATOR]  # noqa: RUF012
+
+
+class _Cache(caching.FunctionCache):
     _impl_class = _InFolder
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:

@@ -4,7 +4,6 @@ import resource
 from pathlib import Path
 
 import pytest
-from numba import config
 
 from ssl_kit.core.environment import cache_folder
 from ssl_kit.views.cached import cached
@@ -18,15 +17,9 @@ def compiled():
     return twice
 
 
-def choose(monkeypatch, folder):
-    """numba looks at the environment whenever it has changed."""
-    monkeypatch.setenv("NUMBA_CACHE_DIR", str(folder))
-    monkeypatch.setattr(config, "CACHE_DIR", str(folder))
-
-
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    choose(monkeypatch, tmp_path / "cache")
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
@@ -81,15 +74,15 @@ def test_an_unreadable_one_is_said_and_it_works(folder, capsys):
 def test_no_place_for_it_is_said_and_it_works(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     beside = set(Path(__file__).parent.rglob("*.nb?"))
-    choose(monkeypatch, tmp_path / "file" / "cache")
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "file" / "cache"))
     assert used(compiled()) == 0
     assert "XDG_CACHE_HOME names another place" in capsys.readouterr().err
     assert set(Path(__file__).parent.rglob("*.nb?")) == beside
 
 
 def test_who_has_loaded_numba_before_gets_the_usual_place(monkeypatch, tmp_path):
-    monkeypatch.setattr(config, "CACHE_DIR", "")
-    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    monkeypatch.setenv("NUMBA_CACHE_DIR", "")
+    monkeypatch.delenv("NUMBA_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert used(compiled()) == 0
     assert kept(cache_folder() / "numba")
