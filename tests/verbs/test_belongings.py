@@ -1,8 +1,10 @@
 """What a user has is never lost: where runs go, what `--overwrite` replaces and when, what a recipe may say."""
 
 import json
-import os
 import shutil
+import subprocess
+import sys
+from contextlib import nullcontext
 
 import pytest
 import yaml
@@ -186,32 +188,32 @@ def test_the_former_run_goes_when_the_new_one_could_be_resumed_and_not_sooner(ru
     assert pretrain(images, run, "--overwrite") == 0 and there == [True, False]
 
 
-@pytest.mark.parametrize("how", [KeyboardInterrupt, RuntimeError, None])
+@pytest.mark.parametrize("how", [KeyboardInterrupt, RuntimeError])
 def test_a_former_run_is_back_when_the_new_one_ends_too_soon(run, images, monkeypatch, how):
     before = files(run)
-    prepared = module.ImageData.train_dataloader
 
     def ends(self, *arguments, **options):
         assert not (run / "encoder" / "model.safetensors").exists() and (run / ".former" / "run.json").exists()
         with pytest.raises(UserError, match="in use"), lock(run):  # replacing a run does not let go of the folder
             pass
-        if how is None:
-            os._exit(9)
         raise how("now")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(module.ImageData, "train_dataloader", ends)
-        if how is None:  # killed: the next one that comes puts it back
-            child = os.fork()
-            if child == 0:
-                pretrain(images, run, "--overwrite")
-                os._exit(0)
-            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-            assert Former(run) and prepared is not None
-            assert pretrain(images, run) == 2  # refused: it holds a run
-        else:
-            with pytest.raises(RuntimeError) if how is RuntimeError else pytest.MonkeyPatch.context():
-                assert pretrain(images, run, "--overwrite") == 130
+    monkeypatch.setattr(module.ImageData, "train_dataloader", ends)
+    with pytest.raises(RuntimeError) if how is RuntimeError else nullcontext():
+        assert pretrain(images, run, "--overwrite") == 130
+    assert files(run) == before
+
+
+def test_a_former_run_is_back_after_the_new_one_was_killed(run, images):
+    before = files(run)
+    words = ["pretrain", str(images), "--run", str(run), *TINY, "--overwrite"]
+    code = (
+        "import os\nfrom ssl_kit import cli\nfrom ssl_kit.data.module import ImageData\n"
+        f"ImageData.train_dataloader = lambda self: os._exit(9)\ncli.main({words!r})"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 9
+    assert Former(run) and not (run / "encoder" / "model.safetensors").exists()
+    assert pretrain(images, run) == 2  # the next one that comes puts it back, and is refused: it holds a run
     assert files(run) == before
 
 
