@@ -5,7 +5,9 @@ that what is measured is what the file made it grow.
 """
 
 import io
+import json
 import multiprocessing
+import resource
 import struct
 import time
 import zlib
@@ -23,9 +25,15 @@ from ssl_kit.core.files import sha256, write_sealed
 from ssl_kit.core.sealed import read_sealed
 from ssl_kit.data.decode import BadImageError, decode, image_size
 from ssl_kit.data.headers import bytes_per_pixel
+from ssl_kit.data.sources import open_source
 from ssl_kit.data.tables import read_table
-from ssl_kit.embeddings import Embeddings
+from ssl_kit.embeddings import Embeddings, embed
+from ssl_kit.encoders.encoder import CONFIG, RECORD, Encoder
+from ssl_kit.encoders.pretrained import load_pretrained
+from ssl_kit.methods.simclr import SimCLR
 from ssl_kit.parts import find_ids, read_rows, read_vectors
+from ssl_kit.verbs.fitting import fit_to_machine, view_schedule, view_size
+from ssl_kit.views.recipe import ViewRecipe
 
 MIB = 2**20
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -42,7 +50,8 @@ def memory(name):
 
 
 def measured(pipe, call, honest, path):
-    """In the child: reads an honest file, then the other one."""
+    """In the child: reads an honest file, then the other one; what takes 6 GiB ends there, and takes no more."""
+    resource.setrlimit(resource.RLIMIT_AS, (memory("VmSize") + 6 * 2**30,) * 2)
     call(honest)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is what it has now
     before, began = memory("VmRSS"), time.process_time()
@@ -64,9 +73,7 @@ def grown(call, honest, path):
     kind, text, size, seconds = ours.recv() if ours.poll(120) else ("hung", "", 0, 120)
     child.kill()
     child.join()
-    print(
-        f"{call.__name__}: {Path(path).stat().st_size:,} bytes, {kind}, {size / MIB:.0f} MiB, {seconds:.1f} s: {text}"
-    )
+    print(f"{call.__name__}: {kind}, {size / MIB:.0f} MiB, {seconds:.1f} s: {text}")
     return kind, text, size
 
 
@@ -464,3 +471,104 @@ def test_honest_images_of_few_bytes_are_taken():
     assert image_size(png(4_900, 8, 2)) == (4_900, 4_900)  # a screenshot of 24 MP
     photo = resized(flat("RGB", 64, "JPEG", progressive=True), b"\xff\xc2", 5, ">HH", 8_700, 11_600)
     assert image_size(photo + bytes(10**7)) == (8_700, 11_600)  # 100 MP in 10 MB
+
+
+# --- encoders and recipes
+
+
+NETWORK = ("resnet18_small", {"channels": [4, 4, 8, 8]}, (16, 16))
+WINDOWS = {"embed_dim": 8, "depths": [2, 1], "num_heads": [1, 1], "window_size": 4, "patch_size": 2}
+
+
+def encoder_folder(folder, network=NETWORK, config=None, **preprocessing):
+    """A folder as a stranger would write it: all hashes are right."""
+    Encoder(*network).save(folder)
+    text = json.loads((folder / CONFIG).read_text())
+    text["pretrained_cfg"] |= config or {}
+    (folder / CONFIG).write_text(json.dumps(text))
+    entries = read_sealed(folder / RECORD) | {"config_sha256": sha256(folder / CONFIG)}
+    entries["preprocessing"] |= preprocessing
+    write_sealed(folder / RECORD, entries)
+    return folder
+
+
+def embedded(folder):
+    """9 images through an encoder."""
+    source = open_source(np.zeros((9, 8, 8, 3), np.uint8))
+    return embed(Encoder.load(folder), source, precision="float32").vectors.shape
+
+
+def compared(folder):
+    return load_pretrained(str(folder)).dim
+
+
+def test_an_encoder_states_a_size_that_something_is_made_for(tmp_path):
+    honest = encoder_folder(tmp_path / "honest")
+    for size in ([16_384, 16_384], [5_000, 16], [16, 10**9]):
+        folder = encoder_folder(tmp_path / "encoder", image_size=size)
+        assert "wanted 1 to 4,096" in refused(embedded, honest, folder)
+
+
+def test_a_size_must_not_make_a_network_that_its_weights_do_not_fill(tmp_path):
+    """Swin keeps masks for every window of its image, which are no weights."""
+    network = ("swin_tiny_patch4_window7_224", WINDOWS, (32, 32))
+    honest = encoder_folder(tmp_path / "honest", network)
+    folder = encoder_folder(tmp_path / "encoder", network, image_size=[4_096, 4_096])
+    assert "larger than" in refused(embedded, honest, folder)
+
+
+def test_a_timm_folder_is_of_a_size_that_something_is_made_for(tmp_path):
+    honest = encoder_folder(tmp_path / "honest")
+    folder = encoder_folder(tmp_path / "encoder", config={"input_size": [3, 16_384, 16_384]})
+    for place in (honest, folder):
+        (place / RECORD).unlink()  # a timm folder from elsewhere
+    assert "wanted 1 to 4,096" in refused(compared, honest, folder)
+
+
+RECIPES = {
+    "widths": ("resnet18_small", {"channels": [16_384] * 4}),
+    "more widths": ("resnet18_small", {"channels": [65_536] * 4}),
+    "depth": ("vit_tiny_patch16_224", {"depth": 4_000, "embed_dim": 3_072}),
+    "positions": ("vit_tiny_patch16_224", {"patch_size": 1, "embed_dim": 49_152, "depth": 1}),
+    "hidden layers": ("vit_tiny_patch16_224", {"embed_dim": 12_288, "mlp_ratio": 65_536}),
+    "outputs": ("resnet18_small", {"num_classes": 65_536, "channels": [4, 4, 8, 65_536]}),
+    "parts": ("vit_tiny_patch16_224", {"depth": 60_000, "embed_dim": 3}),
+}
+
+
+def built(recipe):
+    name, args = recipe
+    return Encoder(name, args, (224, 224)).dim
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_networks_of_recipes(name):
+    told = refused(built, NETWORK[:2], RECIPES[name])
+    assert "with these encoder.args has more than" in told
+
+
+def trained(options):
+    """What `pretrain` does with its sizes before the first step."""
+    size, grow, batch = options
+    source = open_source(np.zeros((300, 8, 8, 3), np.uint8))
+    size = view_size(size, source)
+    learner = SimCLR(Encoder("resnet18_small", {"channels": [64, 4, 8, 8]}, size), projection=(16, 8))
+    kinds = view_schedule(ViewRecipe().fitted(learner.preset, size, 3), size, grow, learner)
+    settings = {"epochs": 1, "minutes": None, "contrastive_batch": None, "batch_size": batch, "seed": 0, "threads": 1}
+    settings |= {"precision": "float32", "views_on": "host", "tf32": "auto", "compile": "off", "diagnose": False}
+    fit_to_machine(learner, source, kinds, settings, batch)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ((10**6, None, 2), "wanted 1 to 4,096, see --image_size"),
+        (((16, 5_000), None, 2), "wanted 1 to 4,096, see --image_size"),
+        ((16, {2: 10**5}, 2), "wanted 1 to 4,096, see --image_size"),
+        ((4_096, None, 256), "a step of 256 images takes more than"),
+        ((16, {2: 4_096}, 256), "a step of 256 images takes more than"),
+        ((64, None, 10**8), "300 images are fewer than one step"),
+    ],
+)
+def test_sizes_of_recipes(options, told):
+    assert told in refused(trained, (16, None, 8), options)

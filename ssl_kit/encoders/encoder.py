@@ -8,6 +8,9 @@ folder may say is judged in stored.py.
 from __future__ import annotations
 
 import difflib
+import functools
+import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +27,17 @@ from ssl_kit.core.files import atomic_folder, settle, sha256, verify_file, write
 from ssl_kit.core.machine import choose_device, convolves
 from ssl_kit.core.sealed import read_sealed
 from ssl_kit.core.tensors import check_finite, read_tensors
-from ssl_kit.encoders.stored import CONFIG, RECORD, WEIGHTS, check_arguments, check_fits, read_stored
+from ssl_kit.encoders.stored import (
+    CONFIG,
+    RECORD,
+    SENSELESS,
+    WEIGHTS,
+    check_arguments,
+    check_fits,
+    check_sizes,
+    read_stored,
+    within_memory,
+)
 
 _SMALL_IMAGE = 96  # pixels: below it a stride-4 stem leaves a ResNet too few positions (SimCLR appendix B.9 uses 32)
 _LEAST_MATCHED = 0.95  # fraction of an encoder's weights that `--init` must find
@@ -114,6 +127,17 @@ class Encoder(nn.Module):
             return self.model.forward_intermediates(self.normalise(images), indices=last, intermediates_only=True)
         except AssertionError as error:
             raise UserError(f"{self.name} has no {last} last layers to concatenate: {error}; ask for fewer") from error
+
+    def least_bytes(self, size: tuple[int, int], precision: int = 2) -> int:
+        """Bytes that one image of (height, width) takes at least: its pixels, and what the first convolution makes.
+
+        Args:
+            size: in pixels.
+            precision: bytes of a number in the network; pixels are float32.
+        """
+        first = next((module for module in self.model.modules() if isinstance(module, nn.Conv2d)), None)
+        made = first.out_channels / math.prod(first.stride) if first is not None else 0
+        return int(math.prod(size) * (4 * self.channels + precision * made))
 
     @property
     def fixed_size(self) -> bool:
@@ -276,11 +300,30 @@ def _create_timm(name: str, args: dict[str, Any], image_size: tuple[int, int], c
     if not timm.is_model(name):  # also refuses `hf-hub:` and `local-dir:`, which would fetch or read elsewhere
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise UserError(f"no timm model is called {name!r}; nearest: {', '.join(near) or 'none'} (timm.list_models())")
+    check_sizes(image_size, channels)
     check_arguments(args, f"encoder.args of {name}")
     try:
-        return timm.create_model(name, pretrained=False, in_chans=channels, **_size_argument(name, image_size), **args)
+        if torch.empty(0).device.type != "meta":
+            _afford(name, json.dumps(args), image_size, channels)
+        return _build(name, args, image_size, channels)
+    except UserError:
+        raise
     except TypeError as error:
         raise UserError(f"timm's {name} does not take these arguments: {error}; see encoder.args") from error
+    except SENSELESS as error:
+        why = " ".join(str(error).split())[:160]
+        raise UserError(f"timm cannot build {name} with these arguments: {why}; see encoder.args") from error
+
+
+def _build(name: str, args: dict[str, Any], image_size: tuple[int, int], channels: int) -> Any:
+    return timm.create_model(name, pretrained=False, in_chans=channels, **_size_argument(name, image_size), **args)
+
+
+@functools.lru_cache(1_024)  # 20 ms for a small network: once for each that is built
+def _afford(name: str, args: str, image_size: tuple[int, int], channels: int) -> None:
+    """Builds a model where tensors have no memory; `UserError` if this machine could not train it."""
+    with torch.device("meta"), within_memory(f"{name} with these encoder.args"):
+        _build(name, json.loads(args), image_size, channels)
 
 
 def _size_argument(name: str, image_size: tuple[int, int]) -> dict[str, Any]:

@@ -8,14 +8,15 @@ a size that the weights do not bear out.
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
 from ssl_kit.core.errors import DamagedError, UserError
@@ -33,10 +34,11 @@ _OURS = ("in_chans", "img_size")
 # Where timm itself would look for other weights than the folder's
 _ELSEWHERE = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load")
 _LARGEST = 2**16  # of any number among the arguments: timm has no width, depth or count near it
-_SPARE = 2**20  # parameters that a model may register beside those that it keeps
+_SPARE = 2**23  # numbers that a model may register beside those that it keeps: masks and positions of few MB
 _MOST_ARGUMENTS, _LONGEST_TEXT, _DEEPEST = 1_000, 200, 4
-_MAX_SIDE, _MAX_CHANNELS = 16_384, 1_024
-_MOST_MODULES = 50_000
+MAX_SIDE, _MAX_CHANNELS = 4_096, 1_024
+_TRAINED = 16  # bytes of a parameter: itself, its gradient and two moments of Adam in float32
+_MOST_MODULES = 5_000  # the deepest models of timm have 1,800
 # What timm's models raise for arguments that make no sense (there is no common base class)
 SENSELESS = (
     RuntimeError,
@@ -122,10 +124,22 @@ def _is_plain(value: Any) -> bool:
 def _sizes(seen: dict[str, Any], path: Path) -> tuple[tuple[int, int], int]:
     size, channels = seen.get("image_size"), seen.get("channels")
     match size, channels:
-        case [int(height), int(width)], int() if 0 < min(height, width) <= max(height, width) <= _MAX_SIDE:
-            if 0 < channels <= _MAX_CHANNELS:
-                return (height, width), channels
+        case [int(height), int(width)], int():
+            try:
+                check_sizes((height, width), channels)
+            except UserError as error:
+                raise DamagedError(f"{path}: {error}") from error
+            return (height, width), channels
     raise DamagedError(f"{path}: image_size {size} and channels {channels}; wanted pixels and a number of channels")
+
+
+def check_sizes(image_size: tuple[int, int], channels: int) -> None:
+    """Raises `UserError` for (height, width) in pixels, or channels, that no encoder is made for."""
+    if not 0 < min(image_size) <= max(image_size) <= MAX_SIDE:
+        height, width = image_size
+        raise UserError(f"images of {height:,} x {width:,} pixels; wanted 1 to {MAX_SIDE:,}, see --image_size")
+    if not 0 < channels <= _MAX_CHANNELS:
+        raise UserError(f"images of {channels:,} channels; wanted 1 to {_MAX_CHANNELS:,}, see --channels")
 
 
 def _statistics(seen: dict[str, Any], key: str, channels: int, path: Path) -> tuple[float, ...]:
@@ -149,8 +163,10 @@ def check_fits(build: Callable[[], nn.Module], path: Path) -> None:
         path: safetensors.
     """
     shapes = tensor_shapes(path)
+    most = 2 * count_values(shapes) + _SPARE
+    told = DamagedError(f"{path.parent / CONFIG}: the model is larger than the {most:,} numbers that {WEIGHTS} allows")
     try:
-        with torch.device("meta"), _at_most(2 * count_values(shapes) + _SPARE):
+        with torch.device("meta"), _at_most(most, told):
             own = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in build().state_dict().items()}
     except UserError:
         raise
@@ -161,24 +177,51 @@ def check_fits(build: Callable[[], nn.Module], path: Path) -> None:
         raise DamagedError(f"{path} does not hold the weights of its {CONFIG}: {different[0]!r} differs or is missing")
 
 
+def within_memory(what: str) -> AbstractContextManager[None]:
+    """Refuses to build what this machine could not train: the numbers of a recipe cost nothing to write.
+
+    To be used on torch's meta device, where nothing has taken memory yet when the limit is reached.
+
+    Args:
+        what: for the message: what is built.
+
+    Raises:
+        UserError: in the block: its parameters do not fit into memory with their gradients and moments.
+    """
+    most = _machine_memory() // _TRAINED
+    told = f"{what} has more than {most:,} parameters or {_MOST_MODULES:,} parts, too many for this machine to train"
+    return _at_most(most, UserError(told))
+
+
+def _machine_memory() -> int:
+    """Bytes; 2^40 where the system does not say."""
+    names = ("SC_PHYS_PAGES", "SC_PAGE_SIZE")
+    known = hasattr(os, "sysconf") and all(name in os.sysconf_names for name in names)
+    return math.prod(os.sysconf(name) for name in names) if known else 2**40
+
+
 @contextmanager
-def _at_most(values: int) -> Iterator[None]:
-    """Stops the building of a model that gets more parameters than `values` numbers, or senselessly many modules."""
+def _at_most(values: int, told: UserError) -> Iterator[None]:
+    """Stops the building of a model that gets more than `values` numbers, or senselessly many modules, by `told`.
+
+    Parameters and buffers are counted as they are registered, which is before anything is written into their memory.
+    """
     counted, thread = {"values": 0, "modules": 0}, threading.get_ident()  # the hooks see every thread's models
 
-    def count_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and threading.get_ident() == thread:
-            counted["values"] += parameter.numel()
-        if counted["values"] > values:
-            raise DamagedError(f"the model has more than the {values:,} numbers that its weights file allows")
+    def count_tensor(module: nn.Module, name: str, tensor: Tensor | None) -> None:
+        if tensor is not None and threading.get_ident() == thread:
+            counted["values"] += tensor.numel()
+            if counted["values"] > values:
+                raise told
 
     def count_module(module: nn.Module, name: str, inside: nn.Module | None) -> None:
         counted["modules"] += threading.get_ident() == thread
         if counted["modules"] > _MOST_MODULES:
-            raise DamagedError(f"the model has more than {_MOST_MODULES:,} parts")
+            raise told
 
     handles = [
-        hooks.register_module_parameter_registration_hook(count_parameter),
+        hooks.register_module_parameter_registration_hook(count_tensor),
+        hooks.register_module_buffer_registration_hook(count_tensor),
         hooks.register_module_module_registration_hook(count_module),
     ]
     try:

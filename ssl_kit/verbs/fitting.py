@@ -21,10 +21,13 @@ from ssl_kit.core.machine import (
     compile_blocks,
     use_tf32,
 )
+from ssl_kit.core.processes import on_this_machine
 from ssl_kit.data.batches import ViewLoader
 from ssl_kit.data.decode import BadImageError
+from ssl_kit.data.loading import available_memory, size_text
 from ssl_kit.data.module import ImageData
 from ssl_kit.data.sources import Source
+from ssl_kit.encoders.stored import check_sizes
 from ssl_kit.encoders.vit import unfuse_attention
 from ssl_kit.methods.method import Method
 from ssl_kit.training.distributed import world_size
@@ -33,6 +36,7 @@ from ssl_kit.views.recipe import View, ViewRecipe, plain
 
 _MEASURED = 2_048  # images whose statistics stand for all
 _LARGEST_DEFAULT, _LARGEST_ON_CPU = 224, 128  # pixels: the default view of larger images
+_VIEW_BYTES = 2**28  # of views that are measured together
 _BATCH, _FEWEST_STEPS = 256, 8  # default images a step, and fewest steps of an epoch
 _EPOCHS, _STEPS = 100, 2_000  # default length: so many epochs, at least so many steps
 
@@ -43,10 +47,10 @@ def view_size(image_size: int | tuple[int, int] | None, source: Source) -> tuple
     At most 224, or 128 without an accelerator, where a step of 224 takes three times as long. Above 128 a multiple of
     32, so that patches of 16 and the strides of large networks divide it.
     """
-    if isinstance(image_size, int):
-        return image_size, image_size
     if image_size is not None:
-        return image_size
+        asked = (image_size, image_size) if isinstance(image_size, int) else image_size
+        check_sizes(asked, source.channels)
+        return asked
     rows = np.linspace(0, len(source) - 1, min(256, len(source))).astype(np.int64)
     sides = [min(source.size(int(row))) for row in rows if _readable(source, int(row))]
     if not sides:
@@ -73,7 +77,8 @@ def _readable(source: Source, row: int) -> bool:
 def channel_statistics(source: Source, size: tuple[int, int]) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Per-channel mean and standard deviation of up to 2,048 training images at `size`, in [0, 1]."""
     rows = np.linspace(0, len(source) - 1, min(_MEASURED, len(source))).astype(np.int64)
-    loader = ViewLoader(source, np.array_split(rows, max(1, len(rows) // 256)), (plain(size),))
+    together = min(256, max(1, _VIEW_BYTES // (4 * source.channels * math.prod(size))))
+    loader = ViewLoader(source, np.array_split(rows, max(1, len(rows) // together)), (plain(size),))
     count, total, squares = 0, np.zeros(source.channels), np.zeros(source.channels)
     for batch in loader:
         pixels = batch["views"][0].double()
@@ -90,6 +95,8 @@ def view_schedule(
 ) -> dict[int, tuple[View, ...]]:
     """First epoch -> the views of the epochs from there on."""
     build = lambda side: views.build(side, learner.encoder.channels, learner.num_views)
+    for side in (grow or {}).values():
+        check_sizes((side, side), learner.encoder.channels)
     if grow and learner.encoder.fixed_size:
         raise UserError(f"--grow: {learner.encoder.name} takes images of {size[0]} x {size[1]} only; leave --grow out")
     return {0: build(size)} | {int(epoch): build((side, side)) for epoch, side in (grow or {}).items()}
@@ -123,6 +130,20 @@ class Fitted(NamedTuple):
 
     device: str
     precision: str
+
+
+def _check_memory(learner: Method, kinds: dict[int, tuple[View, ...]], images: int, device: str) -> None:
+    """Raises `UserError` for a step that cannot fit: what its views take at least, and the first layer on a CPU."""
+    precision = 2 if device == "cpu" else 0  # an accelerator has a memory of its own
+    needed = images * max(
+        sum(learner.encoder.least_bytes(view.size, precision) for view in views) for views in kinds.values()
+    )
+    free = available_memory()
+    if needed * on_this_machine() > free:
+        raise UserError(
+            f"a step of {images:,} images takes more than {size_text(needed)}, and {size_text(free)} are free; choose "
+            "a smaller --batch_size or --image_size"
+        )
 
 
 def fit_to_machine(
@@ -165,6 +186,8 @@ def fit_to_machine(
         world_size=world_size(),
         images_per_step=images_per_step,
     )
+    if views_on == "host":
+        _check_memory(learner, kinds, settings["batch_size"], device.value)
     horizon = Horizon(settings["epochs"], settings["minutes"], loader.steps_per_epoch / learner.optim.accumulate)
     tf32 = choose_tf32(settings["tf32"], device.value)
     use_tf32(tf32.value)

@@ -133,9 +133,14 @@ def test_arguments_of_recipes_are_judged_too():
 def test_building_stops_at_the_budget_and_not_in_other_threads():
     from threading import Thread
 
-    with pytest.raises(DamagedError, match="more than the 100 numbers"), _at_most(100):
-        nn.Linear(10, 11)
-    with _at_most(100):
+    for build in (
+        lambda: nn.Linear(10, 11),
+        lambda: nn.BatchNorm2d(40),
+        lambda: nn.Sequential(*map(nn.Linear, [9] * 3, [9] * 3)),
+    ):
+        with pytest.raises(DamagedError, match="too large"), _at_most(100, DamagedError("too large")):
+            build()
+    with _at_most(100, DamagedError("too large")):
         made = []
         thread = Thread(target=lambda: made.append(nn.Linear(100, 100)))
         thread.start()
