@@ -228,6 +228,8 @@ def encoders(place: Path) -> Iterator[Case]:
         "a depth of 10^6": {"architecture": "vit_tiny_patch16_224", "model_args": {"depth": 10**6}},
         "a depth of 10^30": {"architecture": "vit_tiny_patch16_224", "model_args": {"depth": 10**30}},
         "patches of 0": {"architecture": "vit_tiny_patch16_224", "model_args": {"patch_size": 0}},
+        "a width of 65,536": {"model_args": {"channels": [65_536] * 4}},
+        "a depth of 60,000": {"architecture": "vit_tiny_patch16_224", "model_args": {"depth": 60_000, "embed_dim": 3}},
         "layers of 10^4 stages": {"model_args": {"layers": [1] * 10_000}},
         "arguments that nest": {"model_args": {"channels": [[[[[[4]]]]]]}},
         "an activation by its path": {"model_args": ARGS | {"act_layer": "os.system"}},
@@ -236,6 +238,7 @@ def encoders(place: Path) -> Iterator[Case]:
         yield _encoder(place, name, config=config)
     for name, record in {
         "an image size of 10^9": {"image_size": [10**9, 10**9]},
+        "an image size of 16,384": {"image_size": [16_384, 16_384]},
         "10^6 channels": {"channels": 10**6, "mean": [0.5], "std": [0.2]},
         "a standard deviation of 0": {"std": [0.0]},
         "a mean in words": {"mean": "0.5"},

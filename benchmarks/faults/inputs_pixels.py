@@ -106,9 +106,36 @@ def bomb_files() -> dict[str, bytes]:
         "PSD": b"8BPS\0\1" + bytes(6) + struct.pack(">HIIHH", 3, 30_000, 30_000, 8, 3),
         "ICO of PNG": b"\0\0\1\0\1\0\0\0\0\0\1\0 \0" + struct.pack("<II", 1_000, 22) + png(SIDE, SIDE, b""),
     }
+    made |= _below_the_limit(small)
     if "AVIF" in Image.registered_extensions().values():
         made["AVIF"] = _sized(encoded(small, "AVIF"), b"ispe", 8, ">II", SIDE, SIDE)
     return made
+
+
+def _below_the_limit(small: np.ndarray) -> dict[str, bytes]:
+    """Whole images of fewer pixels than the limit, whose bytes do not bear them out; and two that lack theirs."""
+    flat = lambda mode, side: Image.new(mode, (side, side))
+    stream = encoded(small, "JPEG2000", no_jp2=True)
+    sides = struct.unpack(">8I", stream[8:40])
+    tile = zlib.compress(bytes(200_000_000), 1)
+    tags = {256: 16, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1, 322: 20_000, 323: 10_000, 324: 134, 325: len(tile)}
+    entries = b"".join(struct.pack("<HHII", number, 4, 1, value) for number, value in tags.items())
+    return {
+        "PNG, palette with transparency": encoded(flat("P", 10_500), "PNG", transparency=0),
+        "PNG, black and white": encoded(flat("1", 10_500), "PNG"),
+        "GIF with transparency": encoded(flat("P", 10_500), "GIF", transparency=0),
+        "TIFF, floats": encoded(flat("F", 7_800), "TIFF", compression="tiff_adobe_deflate"),
+        "TIFF, fax": encoded(flat("1", 13_000), "TIFF", compression="group4"),
+        "TIFF with a tile of 200 MP": b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + tile,
+        "WebP of one colour": _sized(encoded(small, "WEBP", lossless=True), b"VP8L", 9, "<I", 9_999 | 9_999 << 14),
+        "JPEG 2000 of 62,500 tiles": _sized(
+            stream, b"\xff\x4f\xff\x51", 8, ">8I", 250, 250, *sides[2:4], 1, 1, *sides[6:]
+        ),
+        "JPEG of 64 MP without them": _sized(encoded(small, "JPEG"), b"\xff\xc0", 5, ">HH", 8_000, 8_000),
+        "progressive JPEG of 64 MP without them": _sized(
+            encoded(small, "JPEG", progressive=True), b"\xff\xc2", 5, ">HH", 8_000, 8_000
+        ),
+    }
 
 
 def _webp_animation(small: np.ndarray) -> bytes:
