@@ -109,7 +109,7 @@ def check_image(image: Image.Image, data: bytes) -> None:
 
 
 def bytes_per_pixel(image: Image.Image) -> float:
-    """What decoding holds at its peak, the returned pixels (3) included; measured by tests/test_bounds.py."""
+    """What decoding holds at its peak, the returned pixels (3) included; measured by tests/data/test_headers.py."""
     stored = 1 if image.mode in ("1", "L", "P") else 2 if image.mode.startswith("I;16") else 4
     bands = len(image.getbands())
     match image.format:
