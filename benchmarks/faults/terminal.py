@@ -148,6 +148,8 @@ class Trials:
 
     def again(self, verb: str, out: Path) -> str | None:
         """The same command once more, to its end; what is wrong then."""
+        if verb == "duplicates" and (out / "twice.csv").exists():  # a table is never replaced: it is whole
+            return self.unlike(verb, out)
         begun = (out / ("run.json" if verb == "pretrain" else "finetuning")).exists()
         more = ["--resume"] if verb in TRAININGS and begun else ["--overwrite"] if verb == "export" else []
         process = fork_warmed(self.command(verb, out, more), self.log)
@@ -180,7 +182,8 @@ class Trials:
             return f"{verb} ended with {code}"
         record = out / "run.json"
         status = read_json(record)["status"] if record.exists() else None
-        if verb == "pretrain" and status not in {128 + signal.SIGHUP: ("interrupted",)}.get(code, (None, "finished")):
+        true = {0: ("finished",), 128 + signal.SIGHUP: (None, "interrupted")}.get(code, (None, "finished"))
+        if verb == "pretrain" and status not in true:  # None: it had not begun
             return f"it ended with {code}, its record says {status}"
         return self.again(verb, out) if code or verb not in TRAININGS else self.unlike(verb, out)
 
@@ -229,7 +232,7 @@ class Trials:
     def full(self, number: int, generator: random.Random) -> str | None:
         """Every second time something is there already that the command would replace."""
         verb, _, _ = self.start(number, generator)
-        replaces = verb not in TRAININGS and number // len(self.verbs) % 2 == 1
+        replaces = verb not in (*TRAININGS, "duplicates") and number // len(self.verbs) % 2 == 1
         mounted = _mounted(self.disk, DISK_MIB)
         try:
             out = self.out(self.disk / "out", verb)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-LAUNCHER = "SSL_KIT_LAUNCHER"  # set by our own launcher, which says itself who has gone
+LAUNCHER = "SSL_KIT_LAUNCHER"  # the file where those of our own launcher meet; it says itself who has gone
 LOST = 75  # exit code of a process that ends because another has: "temporary failure" of sysexits.h
 TIMEOUT_SECONDS = 50  # that a process may keep the others waiting in a step; all have ended within a minute
 

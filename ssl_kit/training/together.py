@@ -56,9 +56,12 @@ def joined() -> Iterator[None]:
     if started() == 1 or dist.is_initialized():  # by a program of the user's own
         yield
         return
-    if os.environ.get(LAUNCHER):
+    meeting = os.environ.get(LAUNCHER)
+    if meeting:
         _end_with_launcher()
-    store, number, count = next(rendezvous("env://", timeout=PATIENCE))
+        store, number, count = dist.FileStore(meeting, started()), int(os.environ["RANK"]), started()
+    else:
+        store, number, count = next(rendezvous("env://", timeout=PATIENCE))
     words = store.clone()
     # on a machine with GPUs each kind of tensor has its own carrier
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

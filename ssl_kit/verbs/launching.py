@@ -1,7 +1,8 @@
 """Several processes on this machine: `ssl-kit pretrain DATA --trainer.devices N` starts its own command line N times.
 
-Each process finds its number in the environment, as under torchrun (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, ...),
-and from then on both ways are the same. Unlike torchrun this launcher waits for the state to be saved when it is told
+Each process finds its number in the environment, as under torchrun (RANK, WORLD_SIZE, LOCAL_RANK, ...), and from then
+on both ways are the same, but that these meet through a file: torch's own meeting place is a port open to every network,
+and asks a name server about addresses. Unlike torchrun this launcher waits for the state to be saved when it is told
 to stop, and its exit code is that of what happened: 128 + signal, or that of the process that failed. It stays light:
 no torch here.
 """
@@ -9,11 +10,10 @@ no torch here.
 from __future__ import annotations
 
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +28,6 @@ from ssl_kit.core.signals import heeded
 _PROGRAM = (sys.executable, "-m", "ssl_kit")
 _GRACE = 8.0  # seconds for the others to end by themselves once one has failed
 _LOOK = 0.05  # seconds between looks
-_PORTS = range(20_000, 32_000)  # below those that systems give out by themselves
 
 
 def processes_asked(devices: Any) -> int:
@@ -72,6 +71,8 @@ def launch(arguments: Sequence[str], count: int, program: Sequence[str] = _PROGR
     _allow_files(64 + 8 * count)  # 24 and 4 for each process are used
     handlers = {}
     children: list[subprocess.Popen[bytes]] = []
+    descriptor, meeting = tempfile.mkstemp(prefix="ssl_kit-", suffix=".meeting")
+    os.close(descriptor)
     received: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
@@ -82,7 +83,7 @@ def launch(arguments: Sequence[str], count: int, program: Sequence[str] = _PROGR
     for number in heeded():
         handlers[number] = signal.signal(number, pass_on)
     try:
-        environment = _environment(count)
+        environment = _environment(count, meeting)
         for rank in range(count):
             # a group of their own: a Ctrl-C reaches them once, from here; stdin: they end when this process is killed
             child = subprocess.Popen(
@@ -101,6 +102,7 @@ def launch(arguments: Sequence[str], count: int, program: Sequence[str] = _PROGR
                 child.kill()
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        Path(meeting).unlink(missing_ok=True)
 
 
 def _allow_files(needed: int) -> None:
@@ -118,34 +120,20 @@ def _allow_files(needed: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, most))
 
 
-def _environment(count: int) -> dict[str, str]:
-    """What all the processes find in their environment."""
+def _environment(count: int, meeting: str) -> dict[str, str]:
+    """What all the processes find in their environment; `meeting` is the file through which they find each other."""
     cores = _cores()
     own = {
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
         "GROUP_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
-        LAUNCHER: str(os.getpid()),
+        LAUNCHER: meeting,
     }
     # torch prints the stack of every connection that a dead process leaves; who has gone is said here
     usual = {"OMP_NUM_THREADS": str(max(1, cores // count)), "TORCH_CPP_LOG_LEVEL": "ERROR"}
     if sys.platform.startswith("linux"):  # by themselves they listen at whatever address this machine's name has
         usual |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     return {**usual, **os.environ, **own}
-
-
-def _free_port() -> int:
-    """A TCP port that nobody listens on, and that is not handed out before the first process takes it."""
-    for port in random.SystemRandom().sample(_PORTS, 100):
-        with socket.socket() as listener:
-            try:
-                listener.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
-    raise UserError(f"no free TCP port among 100 tried between {_PORTS.start} and {_PORTS.stop}; is there a firewall?")
 
 
 def _watch(children: list[subprocess.Popen[bytes]]) -> int:

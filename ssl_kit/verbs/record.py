@@ -164,14 +164,17 @@ def versions() -> dict[str, str | None]:
 
 
 def _commit() -> str | None:
+    """The commit of this program where it runs from a checkout, which is only read: `describe --dirty` would write."""
     root = Path(ssl_kit.__file__).parent.parent
     if not (root / ".git").exists():
         return None
+
+    def ask(*words: str) -> str:
+        command = ["git", "--no-optional-locks", *words]
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=10, check=False).stdout.strip()
+
     try:
-        asked = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=root, capture_output=True, text=True, timeout=10, check=False,
-        )  # fmt: skip
+        commit = ask("describe", "--always", "--abbrev=12")
+        return commit + "-dirty" * bool(ask("status", "--porcelain", "--untracked-files=no")) if commit else None
     except OSError:  # no git here
         return None
-    return asked.stdout.strip() or None

@@ -92,8 +92,9 @@ def test_a_user_without_a_home_gets_one(tmp_path):
     program = "import os, pathlib, pwd, tempfile\nfrom ssl_kit.core.environment import prepare\nos.setuid(12345)\n"
     program += "prepare()\nprint(pathlib.Path.home())"
     tmp_path.chmod(0o777)
-    for parent in (tmp_path.parent, tmp_path.parent.parent):
-        parent.chmod(0o755)
+    for parent in tmp_path.parents:
+        if parent.stat().st_uid == os.getuid():  # pytest's own are for one user
+            parent.chmod(parent.stat().st_mode | 0o055)
     environment = {"PATH": os.environ["PATH"], "TMPDIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment)
     assert done.stdout.strip() == str(tmp_path / "ssl_kit-12345"), done.stderr
