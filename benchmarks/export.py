@@ -21,10 +21,10 @@ import torch
 from ssl_kit.data.batches import ViewLoader
 from ssl_kit.data.decode import decode
 from ssl_kit.data.sources import Source, open_source
-from ssl_kit.embeddings import embed
+from ssl_kit.embeddings.embeddings import embed
+from ssl_kit.embeddings.exact import normalised, search
 from ssl_kit.encoders.encoder import Encoder, find_encoder
 from ssl_kit.encoders.exporting import run_onnx
-from ssl_kit.evaluation.neighbours import normalised, search
 from ssl_kit.verbs.export import export
 from ssl_kit.views.recipe import plain
 

@@ -30,7 +30,7 @@ import yaml
 from record import RECORDS, commit_now, machine, tell
 
 from ssl_kit.data.sources import open_labelled
-from ssl_kit.embeddings import embed
+from ssl_kit.embeddings.embeddings import embed
 from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.evaluation.attentive import Tokens, attentive_probe
 from ssl_kit.evaluation.features import FeatureSet, feature_sets, reduced

@@ -28,10 +28,10 @@ from PIL import Image
 from torch import Tensor
 
 from ssl_kit.core.random import Key
-from ssl_kit.data.labels import stratified
 from ssl_kit.data.plan import TrainingPlan
 from ssl_kit.data.sources import Source, open_source
-from ssl_kit.embeddings import embed
+from ssl_kit.data.tables import stratified
+from ssl_kit.embeddings.embeddings import embed
 from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.evaluation.neighbours import knn_accuracy
 from ssl_kit.methods.simclr import SimCLR

@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from ssl_kit.evaluation.index import build_index, fast_key, search_index
-from ssl_kit.evaluation.index_file import read_index, write_index
-from ssl_kit.evaluation.neighbours import normalised, search
+from ssl_kit.embeddings.exact import normalised, search
+from ssl_kit.embeddings.index import build_index, fast_key, search_index
+from ssl_kit.embeddings.signing import read_index, write_index
 
 DIM = 128
 QUERIES = 1_000

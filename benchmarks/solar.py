@@ -36,14 +36,14 @@ from PIL import Image
 from record import tell
 
 from ssl_kit.core.errors import UserError
-from ssl_kit.data.labels import stratified
 from ssl_kit.data.sources import open_labelled
-from ssl_kit.embeddings import Embeddings
+from ssl_kit.data.tables import stratified
+from ssl_kit.embeddings.embeddings import Embeddings
+from ssl_kit.embeddings.exact import normalised, search
 from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.evaluation.features import feature_sets
 from ssl_kit.evaluation.fewshot import draw_rows
 from ssl_kit.evaluation.linear import linear_probe
-from ssl_kit.evaluation.neighbours import normalised, search
 from ssl_kit.report.pictures import draw_grid
 from ssl_kit.verbs.evaluate import evaluate
 from ssl_kit.verbs.finetune import finetune

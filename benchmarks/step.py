@@ -30,7 +30,7 @@ from ssl_kit.core.console import say, table
 from ssl_kit.core.machine import available_cores, fast_bfloat16, keep_memory
 from ssl_kit.core.random import Key
 from ssl_kit.encoders.vit import unfuse_attention
-from ssl_kit.verbs.building import build_method
+from ssl_kit.verbs.defaults import build_method
 from ssl_kit.verbs.pretrain import pretrain
 
 Rate = Callable[[], float]  # images per second of one round

@@ -32,7 +32,7 @@ from ssl_kit.methods.mae import MAE
 from ssl_kit.methods.method import Method
 from ssl_kit.methods.simclr import SimCLR
 from ssl_kit.methods.vae import VAE
-from ssl_kit.training.monitor import read_curves
+from ssl_kit.training.curves import read_curves
 
 STEPS, BATCH, SIDE, LIMIT = 200, 128, 16, 4_000
 NARROW = {"name": "resnet18_small", "args": {"channels": [16, 32, 64, 128]}}

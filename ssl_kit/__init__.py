@@ -18,6 +18,6 @@ __all__ = ["Index", "doctor", "duplicates", "embed", "evaluate", "export", "fine
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'ssl_kit' has no attribute {name!r}")
-    import_module("ssl_kit.core.environment").prepare()
-    home = "ssl_kit.evaluation.searching" if name == "Index" else f"ssl_kit.verbs.{name}"
+    import_module("ssl_kit.core.process").prepare()
+    home = "ssl_kit.embeddings.search" if name == "Index" else f"ssl_kit.verbs.{name}"
     return getattr(import_module(home), name)

@@ -23,10 +23,9 @@ from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ssl_kit.core.environment import prepare, refusal
+from ssl_kit.core.console import FULL, lost, printable, protect, terminal
 from ssl_kit.core.errors import UserError
-from ssl_kit.core.processes import is_first
-from ssl_kit.core.streams import FULL, lost, printable, protect, terminal
+from ssl_kit.core.process import is_first, prepare, refusal
 
 _VERBS = Path(__file__).parent / "verbs"
 _COMMON = (
@@ -242,7 +241,7 @@ def _add_arguments(parser: Any, verb: str, function: Any, method: str | None) ->
             function, as_group=False, as_positional=False, skip={argument.arg for argument in positional}
         )
         return
-    from ssl_kit.verbs.building import add_recipe_arguments
+    from ssl_kit.verbs.defaults import add_recipe_arguments
 
     parser.add_argument("data", nargs="?", default=None, help="folder, manifest or built-in set")
     parser.add_function_arguments(function, as_group=False, as_positional=False, skip={"data", "method", "trainer"})

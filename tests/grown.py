@@ -17,7 +17,7 @@ from ssl_kit.data.headers import BadImageError
 MIB = 2**20
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
-    ["ssl_kit.verbs.fitting", "ssl_kit.methods.simclr", "ssl_kit.encoders.pretrained", "pytest"]
+    ["ssl_kit.verbs.defaults", "ssl_kit.methods.simclr", "ssl_kit.encoders.weights", "pytest"]
 )
 needs_proc = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc"

@@ -17,12 +17,12 @@ from ssl_kit.core.files import sha256, write_sealed
 from ssl_kit.core.sealed import read_sealed
 from ssl_kit.data.sources import open_source
 from ssl_kit.data.tables import read_table
-from ssl_kit.embeddings import Embeddings, embed
+from ssl_kit.embeddings.embeddings import Embeddings, embed
+from ssl_kit.embeddings.parts import find_ids, read_rows, read_vectors
 from ssl_kit.encoders.encoder import CONFIG, RECORD, Encoder
 from ssl_kit.encoders.pretrained import load_pretrained
 from ssl_kit.methods.simclr import SimCLR
-from ssl_kit.parts import find_ids, read_rows, read_vectors
-from ssl_kit.verbs.fitting import fit_to_machine, view_schedule, view_size
+from ssl_kit.verbs.defaults import fit_to_machine, view_schedule, view_size
 from ssl_kit.views.recipe import ViewRecipe
 
 pytestmark = needs_proc

@@ -11,14 +11,14 @@ import torch
 from PIL import Image
 from torch import nn
 
-import ssl_kit.embeddings as module
+import ssl_kit.embeddings.embeddings as module
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import DamagedError, read_json, sha256, write_sealed
 from ssl_kit.core.sealed import read_sealed
 from ssl_kit.data.sources import open_source
-from ssl_kit.embeddings import Embeddings, embed
+from ssl_kit.embeddings.embeddings import Embeddings, embed
+from ssl_kit.embeddings.parts import FORMAT, find_ids, read_rows, read_vectors
 from ssl_kit.encoders.encoder import Encoder
-from ssl_kit.parts import FORMAT, find_ids, read_rows, read_vectors
 from ssl_kit.verbs.embed import embed as embed_verb
 from ssl_kit.views.recipe import plain
 

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import ssl_kit.embeddings as module
-from ssl_kit.embeddings import Embeddings
+import ssl_kit.embeddings.embeddings as module
+from ssl_kit.embeddings.embeddings import Embeddings
 from ssl_kit.verbs.index import index
 
 PAGE = Path(__file__).parent.parent / "docs" / "interchange.md"

@@ -14,16 +14,16 @@ import pytest
 import torch
 from PIL import Image
 
-import ssl_kit.embeddings as module
+import ssl_kit.embeddings.embeddings as module
 from ssl_kit.core import files
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import DamagedError, read_json
 from ssl_kit.data.sources import open_source
-from ssl_kit.embeddings import Embeddings
-from ssl_kit.embeddings import embed as embed_at_once
+from ssl_kit.embeddings.embeddings import Embeddings
+from ssl_kit.embeddings.embeddings import embed as embed_at_once
+from ssl_kit.embeddings.parts import find_ids, part_names, read_rows, read_vectors
+from ssl_kit.embeddings.store import Shard, embed_to, parse_shard
 from ssl_kit.encoders.encoder import Encoder
-from ssl_kit.parts import find_ids, part_names, read_rows, read_vectors
-from ssl_kit.streaming import Shard, embed_to, parse_shard
 from ssl_kit.verbs.embed import embed
 
 PART, IMAGES = 5, 23  # 5 parts, the last one shorter
@@ -162,7 +162,7 @@ def test_what_is_left_between_manifest_and_tidying_is_removed(run, tmp_path, und
 
 def test_a_killed_process_leaves_what_the_next_one_needs(run, tmp_path, undisturbed, encoder_folder, photos):
     code = (
-        "import ssl_kit.embeddings as module; from ssl_kit.verbs.embed import embed; import time\n"
+        "import ssl_kit.embeddings.embeddings as module; from ssl_kit.verbs.embed import embed; import time\n"
         f"module.PART_ROWS = {PART}\n"
         "forward = module._forward\n"
         "module._forward = lambda *arguments: (time.sleep(0.2), forward(*arguments))[1]\n"

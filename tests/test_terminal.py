@@ -9,7 +9,7 @@ import time
 import pytest
 
 from ssl_kit import cli
-from ssl_kit.verbs.following import kept
+from ssl_kit.verbs.monitor import kept
 
 SMALL = ["--method.encoder.args={channels: [8, 8, 8, 8]}", "--batch_size=16", "--trainer.max_steps=2"]
 
@@ -87,7 +87,7 @@ INTERRUPTED = {
     "pretrain": ("ssl_kit.verbs.pretrain.channel_statistics", "nothing was trained yet"),
     "evaluate": ("ssl_kit.verbs.evaluate.compared", "features made so far are kept in "),
     "finetune": ("ssl_kit.verbs.finetune.probabilities", " are kept; go on with --resume"),
-    "embed": ("ssl_kit.streaming._complete", "1 finished parts are kept; the same command goes on"),
+    "embed": ("ssl_kit.embeddings.store._complete", "1 finished parts are kept; the same command goes on"),
     "index": ("ssl_kit.verbs.index.build_index", " are kept; the same command makes their index"),
     "search": ("ssl_kit.verbs.search._answers", "nothing was written"),
     "duplicates": ("ssl_kit.verbs.duplicates._neighbours", "nothing was written"),

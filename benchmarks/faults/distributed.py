@@ -41,7 +41,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import ssl_kit.verbs.pretrain  # noqa: F401 (likewise)
-from ssl_kit.core.processes import LOST
+from ssl_kit.core.process import LOST
 from ssl_kit.core.random import Key
 from ssl_kit.data import sources
 from ssl_kit.encoders.encoder import Encoder
@@ -50,9 +50,8 @@ from ssl_kit.methods.mae import MAE
 from ssl_kit.methods.method import Method
 from ssl_kit.methods.simclr import SimCLR
 from ssl_kit.methods.vae import VAE
-from ssl_kit.training.distributed import rank
-from ssl_kit.training.together import from_all, joined
-from ssl_kit.verbs.following import Share
+from ssl_kit.training.distributed import from_all, joined, rank
+from ssl_kit.verbs.monitor import Share
 from ssl_kit.views.recipe import plain
 
 ENDED = 60.0  # seconds within which all must have ended after one has failed

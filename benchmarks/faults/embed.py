@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from harness import Rows, fork_warmed, kill_at_random, run_warmed, tail
 
-import ssl_kit.embeddings
-from ssl_kit.embeddings import Embeddings
+import ssl_kit.embeddings.embeddings
+from ssl_kit.embeddings.embeddings import Embeddings
 from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.verbs.embed import embed
 
@@ -59,7 +59,7 @@ class Bench:
         """The work of a child: `embed` into the folder `name`."""
 
         def work() -> None:
-            ssl_kit.embeddings.PART_ROWS = PART
+            ssl_kit.embeddings.embeddings.PART_ROWS = PART
             embed(str(self.place / "encoder"), self.data, out=str(self.place / name), limit=IMAGES, shard=shard)
 
         return work

@@ -38,7 +38,7 @@ from hostile_indexes import ENTERED, OURS
 from isolated import Outcome, isolated, survey
 from PIL import Image
 
-from ssl_kit.core.signing import VARIABLE
+from ssl_kit.embeddings.signing import VARIABLE
 from ssl_kit.encoders.encoder import Encoder
 
 SECONDS, GROWTH = 1.0, 64 * 2**20  # that a refusal may take

@@ -29,7 +29,11 @@ FOREIGN = (
 # what ssl_kit's own modules have imported
 REEXPORTED = (
     *("ssl_kit.verbs.pretrain.os.system", "ssl_kit.verbs.pretrain.shutil.rmtree", "ssl_kit.core.files.shutil.rmtree"),
-    *("ssl_kit.verbs.building.importlib.import_module", "ssl_kit.embeddings.np.load", "ssl_kit.verbs.pretrain.Trainer"),
+    *(
+        "ssl_kit.verbs.defaults.importlib.import_module",
+        "ssl_kit.embeddings.embeddings.np.load",
+        "ssl_kit.verbs.pretrain.Trainer",
+    ),
     *("ssl_kit.encoders.encoder.timm.create_model", "ssl_kit.verbs.pretrain.pl.Trainer", "ssl_kit.core.files.tempfile"),
     *("ssl_kit.methods.method.Encoder", "ssl_kit.verbs.pretrain.Path", "ssl_kit..os.system", "ssl_kit.../x.y"),
 )

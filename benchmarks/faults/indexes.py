@@ -21,11 +21,11 @@ from PIL import Image
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import MANIFEST, sha256, write_sealed
 from ssl_kit.core.sealed import read_sealed
-from ssl_kit.embeddings import Embeddings
+from ssl_kit.embeddings.embeddings import Embeddings
+from ssl_kit.embeddings.index import build_index, search_index
+from ssl_kit.embeddings.search import FILE, Index
+from ssl_kit.embeddings.signing import read_index, write_index
 from ssl_kit.encoders.encoder import RECORD, Encoder
-from ssl_kit.evaluation.index import build_index, search_index
-from ssl_kit.evaluation.index_file import read_index, write_index
-from ssl_kit.evaluation.searching import FILE, Index
 from ssl_kit.verbs.embed import embed
 from ssl_kit.verbs.index import index
 

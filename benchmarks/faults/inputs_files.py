@@ -15,7 +15,7 @@ from isolated import told
 
 from ssl_kit.data.batches import ViewLoader
 from ssl_kit.data.sources import Source, open_source
-from ssl_kit.embeddings import Embeddings
+from ssl_kit.embeddings.embeddings import Embeddings
 from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.verbs.embed import embed
 from ssl_kit.views.recipe import plain
@@ -169,7 +169,7 @@ def changing(place: Path, quick: bool) -> Cases:
 
 
 def _embedding(source: Source, encoder: str) -> Embeddings:
-    from ssl_kit.embeddings import embed as embed_at_once
+    from ssl_kit.embeddings.embeddings import embed as embed_at_once
 
     return embed_at_once(Encoder.load(encoder), source, precision="float32")
 

@@ -16,11 +16,10 @@ from inputs_files import good, noise, small_encoder
 from inputs_pixels import encoded, picture
 from isolated import told
 
-from ssl_kit.data.listing import EXTENSIONS, list_images, unescape
-from ssl_kit.data.skipped import write_skipped
+from ssl_kit.data.listing import EXTENSIONS, list_images, unescape, write_skipped
 from ssl_kit.data.sources import open_labelled, open_source
-from ssl_kit.embeddings import Embeddings
-from ssl_kit.evaluation.searching import Index
+from ssl_kit.embeddings.embeddings import Embeddings
+from ssl_kit.embeddings.search import Index
 from ssl_kit.verbs.embed import embed
 from ssl_kit.verbs.index import index
 from ssl_kit.verbs.pretrain import pretrain

@@ -39,10 +39,10 @@ from trainings import SETTINGS, SUBJECTS, write_images
 from ssl_kit.core.errors import UserError
 from ssl_kit.methods import simclr
 from ssl_kit.methods.simclr import nt_xent
-from ssl_kit.training.average import Average
 from ssl_kit.training.checkpoint import SafeCheckpointIO, newest
-from ssl_kit.training.monitor import Curves
-from ssl_kit.training.watchdog import Watchdog
+from ssl_kit.training.curves import Curves
+from ssl_kit.training.guard import Watchdog
+from ssl_kit.training.optim import Average
 from ssl_kit.verbs.pretrain import pretrain
 
 STEPS = 12

@@ -38,11 +38,11 @@ from trainings import SETTINGS, STEPS, STEPS_PER_EPOCH, SUBJECTS, Work, look_oft
 
 from ssl_kit import cli
 from ssl_kit.core.files import read_json
-from ssl_kit.core.signals import Signals
+from ssl_kit.core.process import Signals
 from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.training.checkpoint import Checkpoints, SafeCheckpointIO
-from ssl_kit.training.monitor import Curves
-from ssl_kit.verbs import following
+from ssl_kit.training.curves import Curves
+from ssl_kit.verbs import monitor as following
 from ssl_kit.verbs import pretrain as pretraining
 
 

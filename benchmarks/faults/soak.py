@@ -40,9 +40,9 @@ from trainings import difference, load_kernels, outcome, simclr
 
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import write_json
-from ssl_kit.embeddings import Embeddings
+from ssl_kit.embeddings.embeddings import Embeddings
+from ssl_kit.embeddings.search import Index
 from ssl_kit.encoders.encoder import Encoder
-from ssl_kit.evaluation.searching import Index
 from ssl_kit.training.checkpoint import newest
 from ssl_kit.verbs.embed import embed
 from ssl_kit.verbs.index import index

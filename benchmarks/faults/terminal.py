@@ -200,7 +200,10 @@ class Trials:
         def inside() -> None:
             signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
             os.close(ours)
-            os.login_tty(theirs)  # a session of its own, whose terminal this is, and the three streams
+            try:
+                os.login_tty(theirs)  # a session of its own, whose terminal this is, and the three streams
+            except OSError:  # it is closed already: what would have been started hears it at once
+                sys.exit(128 + signal.SIGHUP)
             work()
 
         process = fork_warmed(inside, self.log)

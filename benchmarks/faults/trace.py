@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from harness import Rows, run_warmed
 from trainings import SIDE, SMALL, write_images
 
-from ssl_kit.core.environment import cache_folder
+from ssl_kit.core.process import cache_folder
 from ssl_kit.encoders.encoder import Encoder
 
 # runs the rest of its command line once the namespace has its loopback device up: IFF_UP by SIOCSIFFLAGS

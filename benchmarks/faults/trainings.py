@@ -21,10 +21,10 @@ from ssl_kit.core.files import MANIFEST, read_json
 from ssl_kit.data.batches import ViewLoader
 from ssl_kit.data.sources import open_source
 from ssl_kit.encoders.encoder import Encoder
-from ssl_kit.training import monitor
-from ssl_kit.training.monitor import Curves
+from ssl_kit.training import curves as monitor
+from ssl_kit.training.curves import Curves
 from ssl_kit.verbs import finetune as finetuning
-from ssl_kit.verbs import following
+from ssl_kit.verbs import monitor as following
 from ssl_kit.verbs import pretrain as pretraining
 from ssl_kit.views.recipe import ViewRecipe, plain
 

@@ -41,8 +41,8 @@ from trainings import SETTINGS, SUBJECTS, Work
 
 from ssl_kit.core.errors import DamagedError, UserError
 from ssl_kit.core.files import FullError
-from ssl_kit.embeddings import Embeddings
-from ssl_kit.evaluation.searching import Index, has_index
+from ssl_kit.embeddings.embeddings import Embeddings
+from ssl_kit.embeddings.search import Index, has_index
 from ssl_kit.training import checkpoint
 from ssl_kit.training.checkpoint import SafeCheckpointIO, newest
 from ssl_kit.verbs.index import index

@@ -10,7 +10,7 @@ from pathlib import Path
 import optuna
 
 import ssl_kit
-from ssl_kit.training.monitor import read_curves
+from ssl_kit.training.curves import read_curves
 from ssl_kit.views.recipe import ViewRecipe
 
 TRIALS, EPOCHS = int(os.environ.get("TRIALS", "20")), float(os.environ.get("EPOCHS", "5"))

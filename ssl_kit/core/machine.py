@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ssl_kit.core.errors import UserError
-from ssl_kit.core.processes import on_this_machine
+from ssl_kit.core.process import on_this_machine
 
 Switch = Literal["auto", "on", "off"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]

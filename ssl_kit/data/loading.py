@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ssl_kit.core.console import progress
-from ssl_kit.core.processes import on_this_machine
+from ssl_kit.core.process import on_this_machine
 from ssl_kit.core.random import permutation
 from ssl_kit.data.decode import BadImageError, decode, image_size
 

@@ -24,11 +24,9 @@ from ssl_kit.core.errors import UserError
 from ssl_kit.core.machine import available_cores
 from ssl_kit.core.random import permutation
 from ssl_kit.data.decode import BadImageError, image_size
-from ssl_kit.data.labels import TABLES, encode, folder_labels, split_parts, stratified
-from ssl_kit.data.listing import folder_of_images, folders_without, read_regular, unescape
+from ssl_kit.data.listing import Skipped, folder_of_images, folders_without, read_regular, unescape
 from ssl_kit.data.loading import Images, estimate_bytes, fits_in_memory, load_images
-from ssl_kit.data.skipped import Skipped
-from ssl_kit.data.tables import builtin, is_builtin, read_table
+from ssl_kit.data.tables import TABLES, builtin, encode, folder_labels, is_builtin, read_table, split_parts, stratified
 
 Data: TypeAlias = str | Path | np.ndarray | tuple[np.ndarray, np.ndarray]
 

@@ -27,7 +27,7 @@ from ssl_kit.core.files import atomic_folder, settle, sha256, verify_file, write
 from ssl_kit.core.machine import choose_device, convolves
 from ssl_kit.core.sealed import read_sealed
 from ssl_kit.core.tensors import check_finite, read_tensors
-from ssl_kit.encoders.stored import (
+from ssl_kit.encoders.weights import (
     CONFIG,
     RECORD,
     SENSELESS,

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ssl_kit.core.environment import prepare
 from ssl_kit.core.errors import UserError
+from ssl_kit.core.process import prepare
 from ssl_kit.encoders.encoder import Encoder
 
 IMAGES, PIXELS, FEATURES = "images", "pixels", "features"  # names of inputs and of the output

@@ -18,7 +18,7 @@ from ssl_kit.core.files import sha256
 from ssl_kit.core.sealed import read_json
 from ssl_kit.core.tensors import check_finite, read_tensors
 from ssl_kit.encoders.encoder import Encoder, cached_weights, find_encoder
-from ssl_kit.encoders.stored import CONFIG, RECORD, WEIGHTS, check_arguments, check_fits
+from ssl_kit.encoders.weights import CONFIG, RECORD, WEIGHTS, check_arguments, check_fits
 
 _GIVEN_APART = {"num_classes", "in_chans", "img_size"}  # by the encoder
 

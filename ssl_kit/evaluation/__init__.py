@@ -3,7 +3,7 @@
 From a notebook, on arrays (names are loaded when they are first used):
 
     from ssl_kit import evaluation
-    from ssl_kit.embeddings import Embeddings
+    from ssl_kit.embeddings.embeddings import Embeddings
 
     train, test = Embeddings.of(x, y), Embeddings.of(x_test, y_test)     # (N, D) numbers, (N,) integers
     evaluation.knn(train, test, k=20).metrics["top1"]
@@ -19,25 +19,25 @@ _HOME = {
     "knn": "neighbours",
     "knn_rows": "neighbours",
     "knn_accuracy": "neighbours",
-    "search": "neighbours",
+    "search": "neighbours",  # which has it from the embeddings
     "linear_probe": "linear",
-    "sgd_probe": "sgd",
+    "sgd_probe": "attentive",
     "attentive_probe": "attentive",
     "few_shot": "fewshot",
-    "retrieval": "ranking",
-    "instance_retrieval": "ranking",
-    "dimension_curve": "curve",
-    "robustness": "corruptions",
-    "corrupt": "corruptions",
-    "find_leaks": "leaks",
+    "retrieval": "retrieval",
+    "instance_retrieval": "retrieval",
+    "dimension_curve": "fewshot",
+    "robustness": "robustness",
+    "corrupt": "robustness",
+    "find_leaks": "duplicates",
     "alignment": "health",
     "uniformity": "health",
     "lidar": "health",
     "hubness": "health",
-    "probability_metrics": "scores",
-    "class_scores": "scores",
-    "confidently_wrong": "scores",
-    "suspected_errors": "scores",
+    "probability_metrics": "metrics",
+    "class_scores": "metrics",
+    "confidently_wrong": "metrics",
+    "suspected_errors": "metrics",
     "classification_metrics": "result",
     "confusion_matrix": "result",
     "paired_difference": "result",

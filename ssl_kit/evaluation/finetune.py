@@ -21,7 +21,7 @@ from torchvision.transforms import v2
 from ssl_kit.core.console import say
 from ssl_kit.core.errors import UserError
 from ssl_kit.data.sources import Source
-from ssl_kit.embeddings import embed
+from ssl_kit.embeddings.embeddings import embed
 from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.training.optim import Optim
 from ssl_kit.views.recipe import plain

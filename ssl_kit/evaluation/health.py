@@ -16,12 +16,12 @@ import numpy as np
 
 from ssl_kit.core.random import permutation
 from ssl_kit.core.spectrum import alpha_exponent, effective_rank
-from ssl_kit.evaluation.neighbours import normalised, search
+from ssl_kit.embeddings.exact import normalised, search
 from ssl_kit.evaluation.result import Result, made_by
 
 if TYPE_CHECKING:
     from ssl_kit.data.sources import Source
-    from ssl_kit.embeddings import Embeddings
+    from ssl_kit.embeddings.embeddings import Embeddings
     from ssl_kit.evaluation.features import Network
 
 Views = Sequence[np.ndarray]

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from ssl_kit.core.random import permutation
+from ssl_kit.evaluation.metrics import probability_metrics
 from ssl_kit.evaluation.result import Result, classification_metrics, holdout, labelled, made_by
-from ssl_kit.evaluation.scores import probability_metrics
 
 if TYPE_CHECKING:
-    from ssl_kit.embeddings import Embeddings
+    from ssl_kit.embeddings.embeddings import Embeddings
 
 L2_PATH = tuple(10.0**exponent for exponent in range(-6, 2))
 _SCALING_ROWS = 4_096

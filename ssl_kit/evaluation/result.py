@@ -21,7 +21,7 @@ from ssl_kit.core.errors import UserError
 from ssl_kit.core.random import random_bits
 
 if TYPE_CHECKING:
-    from ssl_kit.embeddings import Embeddings
+    from ssl_kit.embeddings.embeddings import Embeddings
 
 RESAMPLES = 1_000  # a 95 % percentile interval is then stable to about 1/30 of its width
 _STREAM_HOLDOUT = 100_001  # of core/random.py; evaluation owns the streams from 100,000 on

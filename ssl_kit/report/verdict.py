@@ -1,6 +1,6 @@
 """The head of the page: the verdict of run.json word for word, and beside it how the scores compare, as facts.
 
-Whether scores change the verdict is decided where they are made (`verbs/judging.py`), and stands in run.json from then
+Whether scores change the verdict is decided where they are made (`verbs/monitor.py`), and stands in run.json from then
 on: a page judges nothing.
 """
 

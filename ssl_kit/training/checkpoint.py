@@ -34,8 +34,8 @@ from ssl_kit.core.files import (
     write_json,
 )
 from ssl_kit.core.owned import remove
+from ssl_kit.core.process import Signals
 from ssl_kit.core.sealed import sealed
-from ssl_kit.core.signals import Signals
 from ssl_kit.core.tensors import check_weights, read_tensors
 from ssl_kit.training.distributed import counts, world_size
 

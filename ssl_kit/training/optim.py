@@ -1,12 +1,22 @@
-"""Optim: the optimiser and its schedule as one record, every unit spelt out, converted to absolute numbers once."""
+"""The optimiser and its schedule as one record, every unit spelt out; how long a run is; averaged weights (EMA).
+
+Average: an exponential moving average of the encoder's weights, kept beside the training.
+
+theta <- tau * theta + (1 - tau) * w after every optimiser step: an average over about the last 1 / (1 - tau) steps.
+With `cosine`, tau grows from its first value to 1 over the run as in BYOL (Grill et al. 2020, arXiv:2006.07733,
+section 3.3). Running statistics of batch norm are copied, not averaged: they are averages already.
+"""
 
 from __future__ import annotations
 
+import copy
 import math
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+import pytorch_lightning as pl
 import torch
 from timm.models import group_parameters
 from torch import Tensor, nn
@@ -15,6 +25,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ssl_kit.core.console import say
 from ssl_kit.core.errors import UserError
+from ssl_kit.training.distributed import largest
+from ssl_kit.training.guard import Watchdog
 
 
 @dataclass(frozen=True)
@@ -237,3 +249,145 @@ class LARS(Optimizer):
         else:
             velocity.copy_(torch.where(held > 0, velocity, moved))
             parameter.add_(torch.where(held > 0, 0.0, velocity), alpha=-group["lr"])
+
+
+def cosine_decay(first: float, done: float) -> float:
+    """tau when a fraction `done` in [0, 1] of the run is over: `first` at the start, 1 at the end."""
+    return 1 - (1 - first) * (math.cos(math.pi * min(1.0, done)) + 1) / 2
+
+
+class Average(pl.Callback):
+    """Averages the weights of `module.encoder`; steps that the watchdog holds back do not move it, nor does what is not
+    finite, of which the watchdog is told.
+
+    Args:
+        decay: tau, in (0, 1). Choose 1 / (1 - tau) far below the number of steps: the average begins with the random
+            weights.
+        watchdog: a callback before this one.
+        total_steps: of the run, for `cosine`.
+        cosine: let tau grow to 1 over the run.
+    """
+
+    def __init__(
+        self, decay: float, watchdog: Watchdog, total_steps: Callable[[], int], *, cosine: bool = False
+    ) -> None:
+        if not 0 < decay < 1:
+            raise UserError(f"--ema {decay:g}: wanted a decay between 0 and 1, such as 0.99")
+        self.decay, self.watchdog, self.total_steps, self.cosine = decay, watchdog, total_steps, cosine
+        self._encoder: nn.Module | None = None
+        self._stored: dict[str, Tensor] | None = None
+
+    def encoder(self, module: pl.LightningModule) -> Any:
+        """The averaged encoder, in eval mode, on the device of the trained one; before the first step its copy."""
+        if self._encoder is None:
+            self._encoder = copy.deepcopy(cast(nn.Module, module.encoder)).eval().requires_grad_(False)
+            if self._stored is not None:
+                self._encoder.load_state_dict(self._stored)
+                self._stored = None
+        return self._encoder
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Makes the copy, where the weights now are."""
+        self.encoder(pl_module)
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Moves the average after an optimiser step."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        step = trainer.global_step - 1
+        decay = cosine_decay(self.decay, step / max(1, self.total_steps() - 1)) if self.cosine else self.decay
+        trained, averaged = cast(nn.Module, pl_module.encoder), self.encoder(pl_module)
+        weights = list(averaged.parameters())
+        difference = torch._foreach_sub(list(trained.parameters()), weights)
+        self.watchdog.spoilt = ~torch.nn.utils.get_total_norm(difference).isfinite()
+        stay = self.watchdog.held | self.watchdog.spoilt  # no step, no move
+        torch._foreach_mul_(difference, 1 - decay)
+        torch._foreach_add_(weights, [torch.where(stay, 0.0, change) for change in difference])  # NaN * 0 would be NaN
+        torch._foreach_copy_(list(averaged.buffers()), list(trained.buffers()))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averaged weights."""
+        stored = self._stored if self._encoder is None else self._encoder.state_dict()
+        return {"encoder": dict(stored or {})}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues with them."""
+        self._encoder, self._stored = None, state_dict["encoder"]
+
+
+_DEFAULT_EPOCHS = 100
+_UNMEASURED = 5  # first steps: compilation and caches
+
+
+class Horizon(pl.Callback):
+    """Ends the run, and fits the learning-rate schedule to `minutes` while it goes.
+
+    Args:
+        epochs: passes over the images; 100 when neither is given.
+        minutes: of training, measurements included.
+        steps_per_epoch: optimiser steps of one epoch.
+
+    Attributes:
+        total: steps of the whole run, as far as known.
+    """
+
+    def __init__(self, epochs: float | None, minutes: float | None, steps_per_epoch: float):
+        if epochs is not None and minutes is not None:
+            raise UserError(f"got --epochs {epochs:g} and --minutes {minutes:g}; give one of them")
+        for name, value in (("epochs", epochs), ("minutes", minutes)):
+            if value is not None and value <= 0:
+                raise UserError(f"got --{name} {value:g}; wanted more than 0")
+        self.minutes = minutes
+        self.total = max(1, round((_DEFAULT_EPOCHS if epochs is None else epochs) * steps_per_epoch))
+        self._first: tuple[int, float] | None = None  # step and seconds where the measured part begins
+        self._before = 0.0  # seconds of earlier sittings
+        self._began: float | None = None
+
+    @property
+    def max_steps(self) -> int:
+        """For Lightning's Trainer; -1 when minutes decide."""
+        return self.total if self.minutes is None else -1
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Starts the clock; a run that had used up its minutes makes no further step."""
+        self._began = time.perf_counter()
+        self._first = None
+        if self.minutes is None:  # a resumed run may have been given another length
+            trainer.lr_scheduler_configs[0].scheduler.total_steps = trainer.max_steps  # type: ignore[union-attr]
+        elif self._before >= 60 * self.minutes:
+            trainer.should_stop = True
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """With `minutes`: sets the schedule's horizon from the speed so far."""
+        if self.minutes is None:
+            return
+        # clocks differ, and all processes must have one schedule and one end
+        step, seconds, limit = trainer.global_step, largest(self.seconds()), 60 * self.minutes
+        if self._first is None:
+            self._first = (step + _UNMEASURED, 0.0)
+        if step == self._first[0]:
+            self._first = (step, seconds)
+        elif step > self._first[0]:
+            speed = (step - self._first[0]) / (seconds - self._first[1])
+            self.total = max(step + 1, step + round(speed * (limit - seconds)))
+            trainer.lr_scheduler_configs[0].scheduler.total_steps = self.total  # type: ignore[union-attr]
+        if seconds >= limit or step >= self.total:
+            trainer.should_stop = True
+
+    def seconds(self) -> float:
+        """Spent in training, over all sittings."""
+        return self._before + (0.0 if self._began is None else time.perf_counter() - self._began)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The horizon and the time spent."""
+        return {"total": self.total, "seconds": self.seconds()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues a run limited by minutes; one limited by epochs takes its length from the options."""
+        if self.minutes is not None:
+            self.total, self._before = state_dict["total"], state_dict["seconds"]

@@ -9,12 +9,11 @@ import numpy as np
 
 from ssl_kit.core.files import write_csv, write_json
 from ssl_kit.data.sources import Source
-from ssl_kit.embeddings import Embeddings
+from ssl_kit.embeddings.embeddings import Embeddings
+from ssl_kit.evaluation.metrics import ClassScore, class_scores, confidently_wrong, roc_curves, suspected_errors
 from ssl_kit.evaluation.result import Result, confusion_matrix
-from ssl_kit.evaluation.roc import roc_curves
-from ssl_kit.evaluation.scores import ClassScore, class_scores, confidently_wrong, suspected_errors
 from ssl_kit.report.pictures import draw_wrong
-from ssl_kit.verbs.evaluation_pictures import image_of
+from ssl_kit.verbs.pictures import image_of
 
 _DRAWN = 24  # mistakes with a picture
 

@@ -35,8 +35,8 @@ from ssl_kit.core.machine import (
 from ssl_kit.core.random import Key
 from ssl_kit.data.batches import ViewLoader
 from ssl_kit.data.decode import decode
+from ssl_kit.data.listing import Skipped
 from ssl_kit.data.loading import available_memory, size_text
-from ssl_kit.data.skipped import Skipped
 from ssl_kit.data.sources import Source
 from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.methods.simclr import SimCLR

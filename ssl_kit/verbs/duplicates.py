@@ -22,7 +22,9 @@ from ssl_kit.core.owned import check_output, record_in
 from ssl_kit.core.random import permutation
 from ssl_kit.data.decode import BadImageError, decode
 from ssl_kit.data.listing import unescape
-from ssl_kit.embeddings import Embeddings
+from ssl_kit.embeddings.embeddings import Embeddings
+from ssl_kit.embeddings.exact import normalised, search
+from ssl_kit.embeddings.search import Encoding, load_encoder, picture, read_file
 from ssl_kit.evaluation.duplicates import (
     Limits,
     correlations,
@@ -33,8 +35,6 @@ from ssl_kit.evaluation.duplicates import (
     pairs_above,
     thumbnail,
 )
-from ssl_kit.evaluation.neighbours import normalised, search
-from ssl_kit.evaluation.searching import Encoding, load_encoder, picture, read_file
 
 K = 32  # neighbours of each image that are looked at; larger groups are found link by link
 _BLOCK = 4_096  # queries searched, or pairs correlated, between two steps of the progress bar

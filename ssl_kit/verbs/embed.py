@@ -18,9 +18,9 @@ from ssl_kit.core.owned import Former, check_place
 from ssl_kit.core.sealed import LARGE_JSON
 from ssl_kit.data.listing import escape_path
 from ssl_kit.data.sources import Source, open_source
-from ssl_kit.embeddings import Precision, Storage
+from ssl_kit.embeddings.embeddings import Precision, Storage
+from ssl_kit.embeddings.store import Embedded, embed_to, former, is_ours, parse_shard
 from ssl_kit.encoders.encoder import Encoder, find_encoder
-from ssl_kit.streaming import Embedded, embed_to, former, is_ours, parse_shard
 
 
 def embed(

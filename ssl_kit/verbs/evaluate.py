@@ -20,12 +20,12 @@ from ssl_kit.core.owned import check_place, record_in
 from ssl_kit.data.sources import Source, open_labelled
 from ssl_kit.encoders.encoder import Encoder, find_encoder
 from ssl_kit.encoders.pretrained import load_pretrained
+from ssl_kit.evaluation.duplicates import Leaks, find_leaks
 from ssl_kit.evaluation.features import BASELINES, feature_sets, pretrained_names
-from ssl_kit.evaluation.leaks import Leaks, find_leaks
 from ssl_kit.evaluation.result import Result
 from ssl_kit.report.report import write_report
-from ssl_kit.verbs.evaluation_pictures import Pictures
-from ssl_kit.verbs.judging import settle
+from ssl_kit.verbs.monitor import settle
+from ssl_kit.verbs.pictures import Pictures
 from ssl_kit.verbs.score_table import Scored, compared, print_curve, print_gaps, print_scores, print_spread, spread
 from ssl_kit.verbs.scoring import EVALUATIONS, Task, default_names
 

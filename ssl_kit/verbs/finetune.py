@@ -30,21 +30,21 @@ from ssl_kit.core.machine import (
     lightning_precision,
 )
 from ssl_kit.core.owned import check_place, record_in, remove_training
+from ssl_kit.core.process import Signals
 from ssl_kit.core.random import permutation
-from ssl_kit.core.signals import Signals
 from ssl_kit.data.module import ImageData
 from ssl_kit.data.sources import Source, open_labelled
 from ssl_kit.encoders.encoder import Encoder, find_encoder
 from ssl_kit.evaluation.finetune import BestEpoch, FineTune, check_lora, merge_lora, probabilities
+from ssl_kit.evaluation.metrics import probability_metrics
 from ssl_kit.evaluation.result import Result, classification_metrics, holdout, paired_difference, versions
-from ssl_kit.evaluation.scores import probability_metrics
 from ssl_kit.report.report import write_report
 from ssl_kit.training.checkpoint import Checkpoints, SafeCheckpointIO, newest
+from ssl_kit.training.guard import Watchdog
 from ssl_kit.training.optim import Optim
-from ssl_kit.training.watchdog import Watchdog
-from ssl_kit.verbs.building import quiet_lightning
+from ssl_kit.verbs.defaults import quiet_lightning
 from ssl_kit.verbs.evaluate import results_folder
-from ssl_kit.verbs.judging import settle
+from ssl_kit.verbs.monitor import settle
 from ssl_kit.views.recipe import ViewRecipe
 
 _HELD_OUT = 0.1  # of the labelled training images: the epoch is chosen on them

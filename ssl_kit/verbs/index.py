@@ -13,12 +13,11 @@ from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import MANIFEST, atomic_file, read_manifest, verify_file, write_sealed
 from ssl_kit.core.locking import lock
 from ssl_kit.core.sealed import LARGE_JSON
-from ssl_kit.core.signing import make_key
 from ssl_kit.data.loading import available_memory
-from ssl_kit.evaluation.index import Gallery, build_index
-from ssl_kit.evaluation.index_file import read_index, write_index
-from ssl_kit.evaluation.searching import FILE, index_signature, vectors_fingerprint
-from ssl_kit.parts import checked, read_rows, read_vectors
+from ssl_kit.embeddings.index import Gallery, build_index
+from ssl_kit.embeddings.parts import checked, read_rows, read_vectors
+from ssl_kit.embeddings.search import FILE, index_signature, vectors_fingerprint
+from ssl_kit.embeddings.signing import make_key, read_index, write_index
 
 
 def index(emb: str, *, key: str = "auto", recall: float = 0.95, mapped: bool = False) -> dict[str, Any]:

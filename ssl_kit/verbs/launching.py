@@ -1,10 +1,10 @@
 """Several processes on this machine: `ssl-kit pretrain DATA --trainer.devices N` starts its own command line N times.
 
 Each process finds its number in the environment, as under torchrun (RANK, WORLD_SIZE, LOCAL_RANK, ...), and from then
-on both ways are the same, but that these meet through a file: torch's own meeting place is a port open to every network,
-and asks a name server about addresses. Unlike torchrun this launcher waits for the state to be saved when it is told
-to stop, and its exit code is that of what happened: 128 + signal, or that of the process that failed. It stays light:
-no torch here.
+on both ways are the same, but that these meet through a file: torch's own meeting place is a port open to every
+network, and asks a name server about addresses. Unlike torchrun this launcher waits for the state to be saved when it
+is told to stop, and its exit code is that of what happened: 128 + signal, or that of the process that failed. It stays
+light: no torch here.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from typing import Any
 
 from ssl_kit.core.console import warn
 from ssl_kit.core.errors import UserError
-from ssl_kit.core.processes import LAUNCHER, LOST, TIMEOUT_SECONDS
-from ssl_kit.core.signals import heeded
+from ssl_kit.core.process import LAUNCHER, LOST, TIMEOUT_SECONDS, heeded
 
 _PROGRAM = (sys.executable, "-m", "ssl_kit")
 _GRACE = 8.0  # seconds for the others to end by themselves once one has failed

@@ -15,34 +15,36 @@ from ssl_kit.core.console import if_interrupted, next_command, result, say
 from ssl_kit.core.errors import UserError, check_numbers
 from ssl_kit.core.machine import Precision, Switch, keep_memory, lightning_precision
 from ssl_kit.core.owned import check_place
-from ssl_kit.core.signals import Signals
+from ssl_kit.core.process import Signals
 from ssl_kit.data.batches import ViewLoader
+from ssl_kit.data.listing import write_skipped
 from ssl_kit.data.module import ImageData
-from ssl_kit.data.skipped import write_skipped
 from ssl_kit.data.sources import Source, open_source
 from ssl_kit.encoders.encoder import Encoder, initialise
 from ssl_kit.methods.method import Method
 from ssl_kit.report.pictures import draw_views
 from ssl_kit.report.report import write_report
-from ssl_kit.training.average import Average
 from ssl_kit.training.checkpoint import Checkpoints, SafeCheckpointIO, newest
 from ssl_kit.training.chunked import Chunkable, no_chunks
-from ssl_kit.training.diagnose import Diagnose
-from ssl_kit.training.distributed import rank, world_size
-from ssl_kit.training.horizon import Horizon
-from ssl_kit.training.monitor import Bar, Curves
-from ssl_kit.training.together import Member, Processes, from_first, joined, wait
-from ssl_kit.training.watchdog import Watchdog
-from ssl_kit.verbs.building import build_method, check_resumable, quiet_lightning, resolved_recipe, save_recipe
-from ssl_kit.verbs.fitting import (
+from ssl_kit.training.curves import Bar, Curves
+from ssl_kit.training.distributed import Processes, from_first, joined, rank, wait, world_size
+from ssl_kit.training.guard import Diagnose, Watchdog
+from ssl_kit.training.loop import Member
+from ssl_kit.training.optim import Average, Horizon
+from ssl_kit.verbs.defaults import (
     Fitted,
+    build_method,
     channel_statistics,
+    check_resumable,
     fit_to_data,
     fit_to_machine,
+    quiet_lightning,
+    resolved_recipe,
+    save_recipe,
     view_schedule,
     view_size,
 )
-from ssl_kit.verbs.following import Measure, Refresh, Show, Skips, hold_out, judge_of, kept
+from ssl_kit.verbs.monitor import Measure, Refresh, Show, Skips, hold_out, judge_of, kept
 from ssl_kit.verbs.record import RunRecord, opened, versions
 from ssl_kit.verbs.rehearsal import rehearse
 from ssl_kit.verbs.several import all_fit, check_images, check_processes, held, images_per_step

@@ -21,8 +21,8 @@ from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import NotOursError, entries, if_room
 from ssl_kit.core.owned import RUN, Former, Record, check_ours, our_files
 from ssl_kit.training.checkpoint import resumable
+from ssl_kit.training.curves import Curves
 from ssl_kit.training.distributed import rank
-from ssl_kit.training.monitor import Curves
 
 # The loose files that a run begins with
 _WRITTEN = ("recipe.yaml", "metrics.csv", "skipped.csv", "diagnose.csv", "report.html", "pictures/views.png")

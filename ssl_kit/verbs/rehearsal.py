@@ -12,7 +12,7 @@ import torch
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.random import Key
 from ssl_kit.encoders.encoder import Encoder
-from ssl_kit.encoders.stored import SENSELESS
+from ssl_kit.encoders.weights import SENSELESS
 from ssl_kit.methods.method import Method
 from ssl_kit.training.checkpoint import generators, set_generators
 from ssl_kit.training.distributed import by_itself

@@ -15,20 +15,19 @@ from ssl_kit.core.console import warn
 from ssl_kit.core.errors import UserError
 from ssl_kit.data.loading import available_memory, size_text
 from ssl_kit.data.sources import Source
-from ssl_kit.embeddings import embed
+from ssl_kit.embeddings.embeddings import embed
 from ssl_kit.encoders.encoder import Encoder
-from ssl_kit.evaluation.attentive import Tokens, attentive_probe
-from ssl_kit.evaluation.corruptions import CORRUPTIONS, robustness
-from ssl_kit.evaluation.curve import Way, dimension_curve
+from ssl_kit.evaluation.attentive import Tokens, attentive_probe, sgd_probe
 from ssl_kit.evaluation.features import FeatureSet, reduced
-from ssl_kit.evaluation.fewshot import few_shot
+from ssl_kit.evaluation.fewshot import Way, dimension_curve, few_shot
 from ssl_kit.evaluation.health import augmented, health
 from ssl_kit.evaluation.linear import linear_probe
 from ssl_kit.evaluation.neighbours import CUSTOMARY, knn_rows
-from ssl_kit.evaluation.ranking import instance_retrieval, retrieval
 from ssl_kit.evaluation.result import Result
-from ssl_kit.evaluation.sgd import sgd_probe
-from ssl_kit.verbs import details, looks
+from ssl_kit.evaluation.retrieval import instance_retrieval, retrieval
+from ssl_kit.evaluation.robustness import CORRUPTIONS, robustness
+from ssl_kit.verbs import details
+from ssl_kit.verbs import pictures as looks
 from ssl_kit.views.recipe import plain
 
 _NETWORKS = ("encoder", "random_init")  # what label-free health says something about

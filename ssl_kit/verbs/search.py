@@ -12,9 +12,9 @@ import numpy as np
 
 from ssl_kit.core.console import next_command, progress, say, table, warn
 from ssl_kit.core.errors import UserError
-from ssl_kit.core.signing import find_key
 from ssl_kit.data.listing import escape_path, folder_of_images, unescape
-from ssl_kit.evaluation.searching import BATCH, Index, Neighbour, has_index, picture
+from ssl_kit.embeddings.search import BATCH, Index, Neighbour, has_index, picture
+from ssl_kit.embeddings.signing import find_key
 from ssl_kit.verbs.index import make_index
 
 _THUMBNAIL = (160, 160)  # pixels

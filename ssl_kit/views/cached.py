@@ -14,7 +14,7 @@ from numba import config, njit
 from numba.core import caching
 
 from ssl_kit.core.console import warn
-from ssl_kit.core.environment import prepare
+from ssl_kit.core.process import prepare
 
 
 def cached(**options: Any) -> Callable[[Callable[..., Any]], Any]:

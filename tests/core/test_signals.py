@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from ssl_kit.core.signals import Signals
+from ssl_kit.core.process import Signals
 
 HEEDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 

@@ -10,7 +10,7 @@ import pytest
 
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.sealed import fingerprint
-from ssl_kit.core.signing import find_key, is_signed, key_file, make_key, signature
+from ssl_kit.embeddings.signing import find_key, is_signed, key_file, make_key, signature
 
 KEY = bytes(range(32))
 

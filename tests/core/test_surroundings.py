@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ssl_kit.core.environment import _CACHES, _NOTHING_SENT, cache_folder, prepare, refusal
+from ssl_kit.core.process import _CACHES, _NOTHING_SENT, cache_folder, prepare, refusal
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_no_folder_at_all_is_none(home, monkeypatch):
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become a user whom the system does not know")
 def test_a_user_without_a_home_gets_one(tmp_path):
     """As in a container that is run under any number; Bokeh cannot be loaded without."""
-    program = "import os, pathlib, pwd, tempfile\nfrom ssl_kit.core.environment import prepare\nos.setuid(12345)\n"
+    program = "import os, pathlib, pwd, tempfile\nfrom ssl_kit.core.process import prepare\nos.setuid(12345)\n"
     program += "prepare()\nprint(pathlib.Path.home())"
     tmp_path.chmod(0o777)
     for parent in tmp_path.parents:

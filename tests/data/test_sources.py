@@ -11,9 +11,9 @@ from PIL import Image
 from ssl_kit.core.errors import UserError
 from ssl_kit.data import loading
 from ssl_kit.data.decode import BadImageError
-from ssl_kit.data.labels import encode, stratified
-from ssl_kit.data.skipped import Skipped, write_skipped
+from ssl_kit.data.listing import Skipped, write_skipped
 from ssl_kit.data.sources import open_labelled, open_source
+from ssl_kit.data.tables import encode, stratified
 
 
 def pixels(seed, height=8, width=8):

@@ -11,7 +11,7 @@ from ssl_kit.core.errors import DamagedError, UserError
 from ssl_kit.core.files import sha256, write_sealed
 from ssl_kit.core.sealed import read_sealed
 from ssl_kit.encoders.encoder import CONFIG, RECORD, WEIGHTS, Encoder, initialise
-from ssl_kit.encoders.stored import _at_most, check_arguments
+from ssl_kit.encoders.weights import _at_most, check_arguments
 
 ARGS = {"channels": [4, 4, 8, 8]}
 VIT = {"architecture": "vit_tiny_patch16_224"}

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ssl_kit.core.errors import UserError
-from ssl_kit.embeddings import Embeddings
+from ssl_kit.embeddings.embeddings import Embeddings
 from ssl_kit.encoders import Encoder
 from ssl_kit.evaluation.attentive import AttentivePooling, Tokens, attentive_probe
 from ssl_kit.evaluation.linear import linear_probe

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 
-from ssl_kit.evaluation.baselines import MAX_VALUES, Pca, Pixels, centre
+from ssl_kit.evaluation.features import MAX_VALUES, Pca, Pixels, centre
 
 
 def correlated(count, dim, seed=0):

@@ -10,11 +10,10 @@ from torchvision.transforms.v2.functional import rotate
 
 from ssl_kit.core.errors import UserError
 from ssl_kit.data.sources import open_source
-from ssl_kit.embeddings import embed
-from ssl_kit.evaluation.baselines import Pixels
-from ssl_kit.evaluation.corruptions import CORRUPTIONS, STRENGTHS, corrupt, robustness
-from ssl_kit.evaluation.features import Network
+from ssl_kit.embeddings.embeddings import embed
+from ssl_kit.evaluation.features import Network, Pixels
 from ssl_kit.evaluation.neighbours import knn_accuracy
+from ssl_kit.evaluation.robustness import CORRUPTIONS, STRENGTHS, corrupt, robustness
 from ssl_kit.views.recipe import plain
 
 

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 
 from ssl_kit.core.errors import UserError
-from ssl_kit.embeddings import Embeddings
-from ssl_kit.evaluation.baselines import Pca, random_projection
-from ssl_kit.evaluation.curve import dimension_curve, powers_of_two
-from ssl_kit.evaluation.features import FeatureSet
+from ssl_kit.embeddings.embeddings import Embeddings
+from ssl_kit.evaluation.features import FeatureSet, Pca, random_projection
+from ssl_kit.evaluation.fewshot import dimension_curve, powers_of_two
 from ssl_kit.evaluation.linear import linear_probe
 from ssl_kit.evaluation.neighbours import knn
 

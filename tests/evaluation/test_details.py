@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from ssl_kit.embeddings import Embeddings
+from ssl_kit.embeddings.embeddings import Embeddings
 from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.evaluation.linear import linear_probe
 from ssl_kit.report.looks import look_rows

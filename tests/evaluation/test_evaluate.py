@@ -11,7 +11,7 @@ from PIL import Image
 
 from ssl_kit import cli
 from ssl_kit.core.errors import UserError
-from ssl_kit.embeddings import embed
+from ssl_kit.embeddings.embeddings import embed
 from ssl_kit.encoders import Encoder
 from ssl_kit.evaluation import features
 from ssl_kit.evaluation.fewshot import few_shot

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 
 from ssl_kit.data.sources import open_labelled
-from ssl_kit.embeddings import Embeddings, embed
+from ssl_kit.embeddings.embeddings import Embeddings, embed
 from ssl_kit.evaluation import attentive_probe, dimension_curve, few_shot, knn, knn_rows, linear_probe, sgd_probe
-from ssl_kit.evaluation.baselines import Pixels
-from ssl_kit.evaluation.features import FeatureSet
+from ssl_kit.evaluation.features import FeatureSet, Pixels
 from ssl_kit.views.recipe import plain
 
 EVALUATIONS = {

@@ -11,12 +11,12 @@ from PIL import Image
 import ssl_kit
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import DamagedError
-from ssl_kit.embeddings import Embeddings
-from ssl_kit.evaluation import searching
-from ssl_kit.evaluation.index import Gallery, build_index, default_key, fast_key, search_index
-from ssl_kit.evaluation.index_file import read_index, write_index
-from ssl_kit.evaluation.neighbours import normalised, search
-from ssl_kit.evaluation.searching import Index
+from ssl_kit.embeddings import search as searching
+from ssl_kit.embeddings.embeddings import Embeddings
+from ssl_kit.embeddings.exact import normalised, search
+from ssl_kit.embeddings.index import Gallery, build_index, default_key, fast_key, search_index
+from ssl_kit.embeddings.search import Index
+from ssl_kit.embeddings.signing import read_index, write_index
 from ssl_kit.verbs.embed import embed
 from ssl_kit.verbs.index import index
 

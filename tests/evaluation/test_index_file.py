@@ -13,12 +13,11 @@ from ssl_kit import cli
 from ssl_kit.core.errors import DamagedError, UserError
 from ssl_kit.core.files import MANIFEST, sha256, write_sealed
 from ssl_kit.core.sealed import read_sealed
-from ssl_kit.core.signing import key_file
-from ssl_kit.embeddings import Embeddings
-from ssl_kit.evaluation import searching
-from ssl_kit.evaluation.index import build_index, faiss, search_index
-from ssl_kit.evaluation.index_file import read_index, write_index
-from ssl_kit.evaluation.searching import FILE, Index, index_signature, read_file
+from ssl_kit.embeddings import search as searching
+from ssl_kit.embeddings.embeddings import Embeddings
+from ssl_kit.embeddings.index import build_index, faiss, search_index
+from ssl_kit.embeddings.search import FILE, Index, index_signature, read_file
+from ssl_kit.embeddings.signing import key_file, read_index, write_index
 from ssl_kit.verbs.index import index
 from ssl_kit.verbs.search import search
 

@@ -8,7 +8,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from ssl_kit.data.sources import open_source
-from ssl_kit.evaluation.leaks import find_leaks
+from ssl_kit.evaluation.duplicates import find_leaks
 
 
 @pytest.fixture(scope="module")

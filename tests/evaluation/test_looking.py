@@ -10,7 +10,7 @@ from torch import nn
 
 from ssl_kit.core.errors import UserError
 from ssl_kit.encoders.encoder import Encoder
-from ssl_kit.evaluation.looking import (
+from ssl_kit.evaluation.explain import (
     attends,
     attention,
     class_attention,

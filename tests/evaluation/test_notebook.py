@@ -5,7 +5,7 @@ import pytest
 
 from ssl_kit import evaluation
 from ssl_kit.core.errors import UserError
-from ssl_kit.embeddings import Embeddings
+from ssl_kit.embeddings.embeddings import Embeddings
 
 
 def clusters(count, seed):

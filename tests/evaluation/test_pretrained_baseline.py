@@ -10,7 +10,7 @@ import torch
 
 from ssl_kit import cli
 from ssl_kit.core.errors import UserError
-from ssl_kit.embeddings import embed
+from ssl_kit.embeddings.embeddings import embed
 from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.evaluation import features
 from ssl_kit.evaluation.features import pretrained_names

@@ -9,10 +9,9 @@ from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 
 from ssl_kit.core.errors import UserError
 from ssl_kit.data.sources import open_source
-from ssl_kit.evaluation import ranking
-from ssl_kit.evaluation.baselines import Pixels
-from ssl_kit.evaluation.features import Network
-from ssl_kit.evaluation.ranking import TwoCrops, _ranks, crops_top1, instance_retrieval, retrieval
+from ssl_kit.evaluation import retrieval as ranking
+from ssl_kit.evaluation.features import Network, Pixels
+from ssl_kit.evaluation.retrieval import TwoCrops, _ranks, crops_top1, instance_retrieval, retrieval
 
 
 def clusters(count, dim=8, num_classes=5, seed=0):

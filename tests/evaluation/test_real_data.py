@@ -6,7 +6,7 @@ import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from ssl_kit.evaluation.scores import (
+from ssl_kit.evaluation.metrics import (
     class_scores,
     confidently_wrong,
     probability_metrics,

@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from ssl_kit.evaluation.roc import POINTS, roc_curves
-from ssl_kit.evaluation.scores import probability_metrics
+from ssl_kit.evaluation.metrics import POINTS, probability_metrics, roc_curves
 
 
 def predicted(count, num_classes, noise=1.0):

@@ -11,16 +11,16 @@ from ssl_kit import cli
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import DamagedError, write_sealed
 from ssl_kit.core.sealed import read_sealed
-from ssl_kit.embeddings import Embeddings
-from ssl_kit.evaluation.index import (
+from ssl_kit.embeddings.embeddings import Embeddings
+from ssl_kit.embeddings.exact import normalised
+from ssl_kit.embeddings.index import (
     _others,
     build_index,
     default_key,
     search_index,
 )
-from ssl_kit.evaluation.index_file import read_index, write_index
-from ssl_kit.evaluation.neighbours import normalised
-from ssl_kit.evaluation.searching import Index
+from ssl_kit.embeddings.search import Index
+from ssl_kit.embeddings.signing import read_index, write_index
 from ssl_kit.verbs import index as verb
 from ssl_kit.verbs.embed import embed
 from ssl_kit.verbs.index import index

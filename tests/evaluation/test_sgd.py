@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.random import permutation
+from ssl_kit.evaluation.attentive import _STREAM, sgd_probe, train_linear
 from ssl_kit.evaluation.linear import linear_probe
-from ssl_kit.evaluation.sgd import _STREAM, sgd_probe, train_linear
 
 
 def clusters(count, dim=12, num_classes=4, seed=0):

@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ssl_kit.core.files import write_csv, write_json
-from ssl_kit.evaluation.roc import roc_curves
-from ssl_kit.evaluation.scores import ClassScore, class_scores
+from ssl_kit.evaluation.metrics import ClassScore, class_scores, roc_curves
 from ssl_kit.report.looks import KINDS
 from ssl_kit.report.pictures import (
     Look,

@@ -5,9 +5,8 @@ import torch
 from tiny_runs import Tiny, train
 
 from ssl_kit.core.errors import UserError
-from ssl_kit.training.average import Average, cosine_decay
-from ssl_kit.training.optim import Optim
-from ssl_kit.training.watchdog import Watchdog
+from ssl_kit.training.guard import Watchdog
+from ssl_kit.training.optim import Average, Optim, cosine_decay
 
 SGD = Optim(name="sgd", lr=0.1, lr_per=None, warmup_epochs=0)
 

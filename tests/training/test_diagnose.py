@@ -7,7 +7,7 @@ import torch
 from tiny_runs import Random, Tiny, train
 from torch import nn
 
-from ssl_kit.training.diagnose import Diagnose
+from ssl_kit.training.guard import Diagnose
 from ssl_kit.training.optim import Optim
 
 SGD = Optim(name="sgd", lr=1e-12, lr_per=None, warmup_epochs=0)

@@ -9,8 +9,8 @@ import torch
 from tiny_runs import Random, Tiny, pretrain_until, train
 
 from ssl_kit import cli
-from ssl_kit.training import monitor
-from ssl_kit.training.monitor import Curves, feature_health, read_curves
+from ssl_kit.training import curves as monitor
+from ssl_kit.training.curves import Curves, feature_health, read_curves
 from ssl_kit.training.optim import Optim
 from ssl_kit.training.verdict import BELOW, Verdict
 

@@ -12,10 +12,11 @@ import torch
 
 from ssl_kit.core.files import read_json
 from ssl_kit.methods.simclr import SimCLR
-from ssl_kit.training import horizon, monitor
+from ssl_kit.training import curves as monitor
+from ssl_kit.training import optim as horizon
 from ssl_kit.training.checkpoint import Checkpoints, SafeCheckpointIO, newest
-from ssl_kit.training.monitor import Curves, read_curves
-from ssl_kit.verbs import following
+from ssl_kit.training.curves import Curves, read_curves
+from ssl_kit.verbs import monitor as following
 from ssl_kit.verbs import pretrain as verb
 
 TIMES = ("seconds", "images_per_second", "waiting_share")

@@ -16,12 +16,11 @@ from ssl_kit.core.errors import UserError
 from ssl_kit.core.random import Key
 from ssl_kit.encoders import Encoder
 from ssl_kit.methods.method import Method
-from ssl_kit.training.average import Average
 from ssl_kit.training.checkpoint import Checkpoints, SafeCheckpointIO, newest
+from ssl_kit.training.curves import Curves, read_curves
 from ssl_kit.training.distributed import leave
-from ssl_kit.training.monitor import Curves, read_curves
-from ssl_kit.training.optim import Optim
-from ssl_kit.training.watchdog import Watchdog
+from ssl_kit.training.guard import Watchdog
+from ssl_kit.training.optim import Average, Optim
 
 METHODS = ssl_kit.methods.__path__
 OPTIMS = {

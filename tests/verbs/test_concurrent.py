@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from ssl_kit import embeddings
 from ssl_kit.core.errors import DamagedError, UserError
-from ssl_kit.embeddings import Embeddings
+from ssl_kit.embeddings import embeddings
+from ssl_kit.embeddings.embeddings import Embeddings
+from ssl_kit.embeddings.search import Index
 from ssl_kit.encoders import Encoder
-from ssl_kit.evaluation.searching import Index
 from ssl_kit.verbs.embed import embed
 from ssl_kit.verbs.index import index
 

@@ -18,11 +18,10 @@ from ssl_kit.methods.mae import MAE
 from ssl_kit.methods.method import Method
 from ssl_kit.methods.simclr import SimCLR
 from ssl_kit.methods.vae import VAE
-from ssl_kit.training.distributed import rank
+from ssl_kit.training.distributed import joined, rank
 from ssl_kit.training.optim import Optim
-from ssl_kit.training.together import joined
 from ssl_kit.training.verdict import BELOW
-from ssl_kit.verbs.following import Measure, hold_out, judge_of
+from ssl_kit.verbs.monitor import Measure, hold_out, judge_of
 from ssl_kit.views.recipe import plain
 
 SIZE = (16, 16)

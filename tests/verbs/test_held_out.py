@@ -9,7 +9,7 @@ from ssl_kit.encoders import Encoder
 from ssl_kit.evaluation.finetune import BestEpoch, FineTune
 from ssl_kit.methods.simclr import SimCLR
 from ssl_kit.verbs.finetune import finetune
-from ssl_kit.verbs.following import hold_out
+from ssl_kit.verbs.monitor import hold_out
 from ssl_kit.verbs.pretrain import pretrain
 from ssl_kit.views.recipe import ViewRecipe
 

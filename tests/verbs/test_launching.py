@@ -10,7 +10,7 @@ import time
 import pytest
 
 from ssl_kit.core.errors import UserError
-from ssl_kit.core.processes import LAUNCHER, LOST
+from ssl_kit.core.process import LAUNCHER, LOST
 from ssl_kit.verbs import launching
 from ssl_kit.verbs.launching import launch, processes_asked
 

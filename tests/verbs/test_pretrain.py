@@ -24,9 +24,11 @@ from ssl_kit.core.machine import Choice
 from ssl_kit.data.sources import open_source
 from ssl_kit.encoders import Encoder, encoder
 from ssl_kit.encoders.encoder import choose_architecture
-from ssl_kit.training import horizon, monitor
-from ssl_kit.verbs import fitting, following
-from ssl_kit.verbs.fitting import fit_to_data, view_size
+from ssl_kit.training import curves as monitor
+from ssl_kit.training import optim as horizon
+from ssl_kit.verbs import defaults as fitting
+from ssl_kit.verbs import monitor as following
+from ssl_kit.verbs.defaults import fit_to_data, view_size
 
 TINY = [
     *("--batch-size", "16", "--epochs", "6", "--method.encoder.args", "{channels: [8, 8, 16, 16]}"),
@@ -210,7 +212,7 @@ def test_a_messy_folder_trains_and_names_exactly_the_broken_files(tmp_path):
     assert json.loads((run / "run.json").read_text())["data"]["images"] == 1000
     embeddings = tmp_path / "embeddings"
     assert cli.main(["embed", str(run), str(folder), "--out", str(embeddings)]) == 0
-    from ssl_kit.embeddings import Embeddings
+    from ssl_kit.embeddings.embeddings import Embeddings
 
     loaded = Embeddings.load(embeddings)
     assert len(loaded.ids) == 1000 and not set(broken) & set(loaded.ids) and any("图像" in name for name in loaded.ids)

@@ -11,7 +11,7 @@ from ssl_kit.verbs.recipes import check_class_paths, packaged, read_recipe
 SIMCLR = "ssl_kit.methods.simclr.SimCLR"
 FOREIGN = (
     *("os.system", "subprocess.Popen", "builtins.exec", "torch.hub.load", "canary_module.Method"),
-    *("ssl_kit.verbs.pretrain.os.system", "ssl_kit.core.files.shutil.rmtree", "ssl_kit.embeddings.np.load"),
+    *("ssl_kit.verbs.pretrain.os.system", "ssl_kit.core.files.shutil.rmtree", "ssl_kit.embeddings.embeddings.np.load"),
     *(
         "ssl_kit.methods.method.Encoder",
         "ssl_kit.nowhere.Method",

@@ -23,8 +23,8 @@ from ssl_kit.core.locking import lock
 from ssl_kit.core.sealed import read_sealed
 from ssl_kit.data import sources
 from ssl_kit.data.sources import open_source
+from ssl_kit.embeddings.search import read_file
 from ssl_kit.encoders.encoder import Encoder
-from ssl_kit.evaluation.searching import read_file
 from ssl_kit.verbs import index as index_verb
 from ssl_kit.verbs import search as module
 from ssl_kit.verbs.duplicates import duplicates

@@ -22,19 +22,19 @@ from safetensors.torch import load_file
 from ssl_kit import cli
 from ssl_kit.core.console import result, say, warn
 from ssl_kit.core.errors import UserError
-from ssl_kit.core.processes import LOST
+from ssl_kit.core.process import LOST
 from ssl_kit.data import sources
-from ssl_kit.data.skipped import Skipped
+from ssl_kit.data.listing import Skipped
 from ssl_kit.data.sources import open_source
 from ssl_kit.encoders import Encoder
 from ssl_kit.evaluation.neighbours import knn_accuracy
 from ssl_kit.methods.mae import MAE as Method
-from ssl_kit.training import together
+from ssl_kit.training import distributed as together
 from ssl_kit.training.checkpoint import Checkpoints
-from ssl_kit.training.distributed import rank
-from ssl_kit.training.together import Member, from_all, joined
-from ssl_kit.verbs import following
-from ssl_kit.verbs.following import Share, Skips
+from ssl_kit.training.distributed import from_all, joined, rank
+from ssl_kit.training.loop import Member
+from ssl_kit.verbs import monitor as following
+from ssl_kit.verbs.monitor import Share, Skips
 from ssl_kit.views.recipe import plain
 
 VIT = "{patch_size: 4, embed_dim: 16, depth: 1, num_heads: 1, class_token: false, global_pool: avg, fc_norm: false%s}"

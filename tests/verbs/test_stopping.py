@@ -17,9 +17,9 @@ from ssl_kit.data.module import ImageData
 from ssl_kit.encoders import Encoder
 from ssl_kit.methods.simclr import SimCLR
 from ssl_kit.training.checkpoint import Checkpoints
-from ssl_kit.verbs import following
+from ssl_kit.verbs import monitor as following
 from ssl_kit.verbs import pretrain as verb
-from ssl_kit.verbs.following import Measure
+from ssl_kit.verbs.monitor import Measure
 
 TINY = [
     *("--batch-size", "16", "--epochs", "1", "--method.encoder.args", "{channels: [8, 8, 8, 8]}"),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ssl_kit.core.environment import cache_folder
+from ssl_kit.core.process import cache_folder
 from ssl_kit.views.cached import cached
 
 

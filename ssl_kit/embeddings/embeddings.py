@@ -31,11 +31,9 @@ from ssl_kit.core.files import MANIFEST, atomic_folder, read_manifest
 from ssl_kit.core.machine import choose_precision
 from ssl_kit.core.sealed import LARGE_JSON
 from ssl_kit.data.batches import Planned, ViewLoader
-from ssl_kit.data.listing import escape_path
-from ssl_kit.data.skipped import write_skipped
+from ssl_kit.data.listing import escape_path, write_skipped
 from ssl_kit.data.sources import Source
-from ssl_kit.encoders.encoder import Encoder
-from ssl_kit.parts import (
+from ssl_kit.embeddings.parts import (
     FORMAT,
     PART_ROWS,
     Storage,
@@ -47,6 +45,7 @@ from ssl_kit.parts import (
     read_part,
     write_part,
 )
+from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.views.recipe import View, plain
 
 SKIPPED = "skipped.csv"

@@ -33,7 +33,7 @@ from ssl_kit.views.recipe import plain
 
 if TYPE_CHECKING:
     from ssl_kit.data.sources import Source
-    from ssl_kit.embeddings import Embeddings
+    from ssl_kit.embeddings.embeddings import Embeddings
 
 STRENGTHS = (1, 2, 3)
 _BATCH = 250

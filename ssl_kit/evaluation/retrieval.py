@@ -21,17 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from ssl_kit.core.errors import UserError
+from ssl_kit.embeddings.exact import normalised, search
 from ssl_kit.encoders.encoder import Encoder
-from ssl_kit.evaluation.baselines import Pixels
-from ssl_kit.evaluation.features import Network, view_features
+from ssl_kit.evaluation.features import Network, Pixels, view_features
 from ssl_kit.evaluation.health import sample_rows
-from ssl_kit.evaluation.neighbours import normalised, search
 from ssl_kit.evaluation.result import Result, labelled, made_by, mean_interval, versions
 from ssl_kit.views.recipe import View
 
 if TYPE_CHECKING:
     from ssl_kit.data.sources import Source
-    from ssl_kit.embeddings import Embeddings
+    from ssl_kit.embeddings.embeddings import Embeddings
 
 KS = (1, 5, 10)
 MAX_QUERIES = 10_000

@@ -43,9 +43,9 @@ from ssl_kit.core.files import (
 from ssl_kit.core.locking import lock
 from ssl_kit.core.owned import Former
 from ssl_kit.core.sealed import LARGE_JSON, fingerprint, read_json, read_sealed
-from ssl_kit.data.skipped import write_skipped
+from ssl_kit.data.listing import write_skipped
 from ssl_kit.data.sources import Source
-from ssl_kit.embeddings import (
+from ssl_kit.embeddings.embeddings import (
     SKIPPED,
     Embeddings,
     Precision,
@@ -56,14 +56,14 @@ from ssl_kit.embeddings import (
     part_slices,
     whole,
 )
-from ssl_kit.encoders.encoder import Encoder
-from ssl_kit.parts import (
+from ssl_kit.embeddings.parts import (
     FORMAT,
     Storage,
     check_range,
     part_name,
     write_part,
 )
+from ssl_kit.encoders.encoder import Encoder
 
 PLAN = "plan.json"
 # What killed writers have left

@@ -28,17 +28,16 @@ from ssl_kit.core.errors import DamagedError, UserError
 from ssl_kit.core.files import MANIFEST, read_manifest, verify_file
 from ssl_kit.core.machine import available_cores
 from ssl_kit.core.sealed import LARGE_JSON, fingerprint
-from ssl_kit.core.signing import find_key, is_signed, signature
 from ssl_kit.data.decode import BadImageError, decode
 from ssl_kit.data.listing import read_regular, unescape
 from ssl_kit.data.loading import available_memory
 from ssl_kit.data.sources import Source, builtin_source
 from ssl_kit.data.tables import is_builtin
+from ssl_kit.embeddings.exact import normalised
+from ssl_kit.embeddings.index import SEARCHED_ROWS, Gallery, search_index
+from ssl_kit.embeddings.parts import PART_ROWS, checked, find_ids, part_names, read_rows, read_vectors
+from ssl_kit.embeddings.signing import find_key, is_signed, read_index, signature
 from ssl_kit.encoders.encoder import Encoder, find_encoder
-from ssl_kit.evaluation.index import SEARCHED_ROWS, Gallery, search_index
-from ssl_kit.evaluation.index_file import read_index
-from ssl_kit.evaluation.neighbours import normalised
-from ssl_kit.parts import PART_ROWS, checked, find_ids, part_names, read_rows, read_vectors
 from ssl_kit.views.host import apply_host
 from ssl_kit.views.recipe import plain
 from ssl_kit.views.sample import sample

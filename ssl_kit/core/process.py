@@ -1,6 +1,14 @@
-"""What surrounds a command: the folders that libraries write to, what they would send, and what the machine refuses.
+"""This process: its number among several, the requests to stop it, and the surroundings it finds. Light: no torch here.
 
-Light, as `core/streams.py` is: it is needed before the libraries are loaded, and when they cannot be.
+Requests to stop: SIGTERM (schedulers, containers), SIGINT (Ctrl-C), SIGUSR1 (a scheduler's warning before the end),
+SIGHUP (the terminal was closed, the connection is lost; not under nohup).
+
+Nothing is ever saved inside a handler. Until `patient` is set there is nothing to save: the first signal ends the block
+right where it is, as Ctrl-C does. From then on it is only noted in `received`, and whoever works inside stops where the
+work can go on later. A second Ctrl-C always means now.
+
+The surroundings are the folders that libraries write to, what they would send, and what the machine refuses; they are
+set before the libraries are loaded, and needed when those cannot be.
 """
 
 from __future__ import annotations
@@ -8,9 +16,85 @@ from __future__ import annotations
 import errno
 import os
 import re
+import signal
 import stat
 import tempfile
 from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+LAUNCHER = "SSL_KIT_LAUNCHER"  # the file where those of our own launcher meet; it says itself who has gone
+LOST = 75  # exit code of a process that ends because another has: "temporary failure" of sysexits.h
+TIMEOUT_SECONDS = 50  # that a process may keep the others waiting in a step; all have ended within a minute
+
+
+def is_first() -> bool:
+    """Whether this is the process that speaks and writes; true where there is only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def started() -> int:
+    """How many processes were started together; 1 where there is only this one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def on_this_machine() -> int:
+    """How many of them share this machine's cores and memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+_HEEDED = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
+
+
+def heeded() -> list[signal.Signals]:
+    """Those that this system has, without a SIGHUP that nohup has put off."""
+    numbers = [getattr(signal, name) for name in _HEEDED if hasattr(signal, name)]
+    return [one for one in numbers if one.name != "SIGHUP" or signal.getsignal(one) != signal.SIG_IGN]
+
+
+class Signals:
+    """Heeds them inside a `with` block; outside the main thread, where they cannot be had, it does nothing.
+
+    Attributes:
+        received: number of the first signal, or None.
+        patient: only note it.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.patient = False
+        self._former: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        for number in heeded():
+            try:
+                self._former[number] = signal.signal(number, self._note)
+            except ValueError:  # not the main thread: whoever runs us there heeds signals
+                break
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Gives them back to whoever had them."""
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+        self._former.clear()
+
+    def take(self) -> None:
+        """Takes them again inside the block, from somebody who has taken them meanwhile."""
+        for number in self._former:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        again = self.received is not None
+        if not again:
+            self.received = number
+        if number == signal.SIGINT and (again or not self.patient):
+            raise KeyboardInterrupt
+        if not self.patient and not again:
+            raise SystemExit(128 + number)
+
 
 # variables that name a folder for what a library keeps between two processes; weights are only read, and stay
 _CACHES = {

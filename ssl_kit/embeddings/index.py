@@ -18,7 +18,7 @@ import faiss  # isort: skip
 
 from ssl_kit.core.errors import DamagedError, UserError
 from ssl_kit.core.random import permutation
-from ssl_kit.evaluation.neighbours import normalised, search
+from ssl_kit.embeddings.exact import normalised, search
 
 _EXACT_BYTES = 250e6  # read by one exact query; 5 GB/s from memory make that 50 ms
 _SHARE = 0.5  # of the available memory that an index may take

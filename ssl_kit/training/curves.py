@@ -22,10 +22,9 @@ from torch import Tensor, nn
 from ssl_kit.core.console import live, say, shows_bars, stderr_console, warn
 from ssl_kit.core.files import atomic_file, if_room, sync
 from ssl_kit.core.spectrum import effective_rank
-from ssl_kit.training.distributed import counts, mean_of_all, rank
-from ssl_kit.training.together import from_first
+from ssl_kit.training.distributed import counts, from_first, mean_of_all, rank
+from ssl_kit.training.guard import Watchdog
 from ssl_kit.training.verdict import Row, Verdict, angle, sketch
-from ssl_kit.training.watchdog import Watchdog
 
 COLUMNS = (
     *("step", "epoch", "images", "seconds", "loss", "lr", "images_per_second", "waiting_share"),

@@ -1,0 +1,1 @@
+"""The folder that `embed` writes: vectors with ids, and the index over them."""
