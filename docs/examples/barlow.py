@@ -45,6 +45,7 @@ class BarlowTwins(Method):
     """
 
     num_views = 2
+    compares_images = True
 
     def __init__(
         self,

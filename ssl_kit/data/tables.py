@@ -1,4 +1,4 @@
-"""Sources that are tables: `.csv` and `.parquet` manifests, the built-in sets. Labels are positions in sorted classes."""
+"""Sources that are tables: `.csv` and `.parquet` manifests, built-in sets. Labels are positions in sorted classes."""
 
 from __future__ import annotations
 

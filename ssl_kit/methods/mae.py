@@ -163,6 +163,16 @@ class MAE(Method):
 
     num_views = 1
     preset = "mae"
+    judged_by = (
+        "finetune",
+        "attentive",
+        "linear",
+        "knn",
+    )  # kNN below raw pixels, yet best fine-tuned
+    shows = (
+        "Most patches of an image are hidden; the encoder sees the others, and a decoder fills in what is hidden. "
+        "Does it fill in what belongs there?"
+    )
     lengths: Tensor
 
     def __init__(

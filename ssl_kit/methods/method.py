@@ -41,10 +41,25 @@ class Method(pl.LightningModule):
     Attributes:
         num_views: how many views of each image `loss` takes.
         preset: of the views, where a recipe names none.
+        judged_by: evaluations that judge it, the first one measured is the headline; verdict and report ask this.
+        compares_images: whether the loss of an image depends on the other images of its step.
+        uses_labels: whether `loss` takes the labels as well, `loss(views, key, labels)`: (B,) int64, -1 where unknown
+            or held out. The run says so.
+        external: names of frozen modules (a teacher of others) that are left out of checkpoints and averages; a
+            resumed run must bring the same ones.
+        shows: what to look for in its `pictures`, a sentence or two for the report.
     """
 
     num_views: int
     preset: ClassVar[Any] = "simclr"
+    judged_by: ClassVar[tuple[str, ...]] = ("knn", "linear", "finetune", "attentive")
+    compares_images: ClassVar[bool] = False
+    uses_labels: ClassVar[bool] = False
+    external: ClassVar[tuple[str, ...]] = ()
+    shows: ClassVar[str] = (
+        "Each column is one image: the original on top, below it the views the method learns from. Could you tell that "
+        "they belong together?"
+    )
 
     def __init__(self, encoder: Encoder, optim: Optim):
         super().__init__()
@@ -71,6 +86,13 @@ class Method(pl.LightningModule):
     def chance_loss(self, batch_size: int) -> float | None:
         """The loss of a collapsed model for `batch_size` images a step (over all processes); None if unknown."""
         return None
+
+    def after_step(self, progress: float) -> None:
+        """Once after each optimiser step that was not held back: a teacher, a queue, a temperature moves on.
+
+        Args:
+            progress: fraction of the run that is over, in [0, 1]; it never falls.
+        """
 
     def embed(self, images: Tensor) -> Tensor:
         """(B, C, h, w) in [0, 1] to the representation that is evaluated and exported, (B, D)."""

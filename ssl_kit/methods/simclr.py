@@ -53,6 +53,7 @@ class SimCLR(Method):
     """
 
     num_views = 2
+    compares_images = True
 
     def __init__(
         self,

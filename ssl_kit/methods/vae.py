@@ -174,6 +174,11 @@ class VAE(Method):
     kl_weight: Tensor
     prefixes: Tensor
 
+    shows = (
+        "Each image is squeezed into a short code and drawn again from it. What is lost, and what does each number of "
+        "the code change?"
+    )
+
     def __init__(
         self,
         encoder: Encoder,

@@ -35,12 +35,10 @@ from ssl_kit.methods.method import Method
 from ssl_kit.report.pictures import draw_grid
 from ssl_kit.report.reading import Run, read_run
 from ssl_kit.report.report import write_report
-from ssl_kit.report.scores import judged_by
 from ssl_kit.report.untrusted import number
 from ssl_kit.report.verdict import BASELINES, Compared, compared
 from ssl_kit.report.verdict import verdict as shown
 from ssl_kit.training.checkpoint import Checkpoints
-from ssl_kit.training.chunked import Chunkable
 from ssl_kit.training.curves import Curves, Judge, feature_health
 from ssl_kit.training.distributed import from_all, from_first, parts, rank, same_buffers, wait, world_size
 from ssl_kit.training.verdict import BELOW, Verdict, too_short, verdict
@@ -168,10 +166,10 @@ def judge_of(learner: Method, measure: Measure, record: RunRecord) -> Judge:
         rows,
         dim=learner.encoder.dim,
         chance_loss=record.entries.get("chance_loss"),
-        contrastive=isinstance(learner, Chunkable),  # its loss compares images
+        contrastive=learner.compares_images,
         held_out=measure.held_out,
         cropped=measure.cropped,
-        knn_judges=judged_by(type(learner).__name__)[0] == "knn",
+        knn_judges=learner.judged_by[0] == "knn",
     )
 
 

@@ -297,6 +297,9 @@ def _describe(record: RunRecord, data: str, source: Source, learner: Method, see
     facts = {"root": data, "images": len(source), "skipped": len(source.skipped), "classes": len(source.classes)}
     record.begin(
         method=type(learner).__name__,
+        judged_by=list(learner.judged_by),
+        shows=learner.shows,
+        uses_labels=learner.uses_labels,
         encoder=learner.encoder.name,
         dim=learner.encoder.dim,
         data=facts,
