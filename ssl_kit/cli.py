@@ -1,7 +1,8 @@
 """`ssl-kit VERB ...`: parse, call one verb, print. Nothing imports this file.
 
-A verb is a function in `ssl_kit/verbs/VERB.py`; its signature is the option schema and its docstring the help. The
-help is read from the source with `ast`, so that `--help` answers without importing torch (4 s with Lightning and timm).
+A verb is a function in `ssl_kit/verbs/VERB.py`; its `Settings`, or its signature, are the option schema and their
+docstrings the help. The help is read from the source with `ast`, so that `--help` answers without importing torch (4 s
+with Lightning and timm).
 
 Exit codes: 0 success, 2 a user's mistake (one line on stderr), 1 our own, 128 + signal when stopped by one; an
 interrupted command says what it has kept.
@@ -21,7 +22,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from ssl_kit.core.console import FULL, lost, printable, protect, terminal
 from ssl_kit.core.errors import UserError
@@ -230,21 +231,19 @@ def _method_named(recipes: list[dict[str, Any]], rest: list[str]) -> str | None:
 
 
 def _add_arguments(parser: Any, verb: str, function: Any, method: str | None) -> None:
+    add = parser.add_class_arguments if hasattr(function, "settings") else parser.add_function_arguments
+    schema = getattr(function, "settings", function)
     if verb not in _WITH_RECIPE:
-        arguments = _signature(verb).args
-        positional = arguments.args
-        needed = len(positional) - len(arguments.defaults)
-        for place, argument in enumerate(positional):
-            several = argument.annotation is not None and ast.unparse(argument.annotation).startswith("list")
-            parser.add_argument(argument.arg, type=str, nargs="+" if several else "?" if place >= needed else None)
-        parser.add_function_arguments(
-            function, as_group=False, as_positional=False, skip={argument.arg for argument in positional}
-        )
+        positional = [option for option in _options(verb) if option.positional]
+        for option in positional:
+            count = "+" if option.several else None if option.default is None else "?"
+            parser.add_argument(option.name, type=str, nargs=count)
+        add(schema, as_group=False, as_positional=False, skip={option.name for option in positional})
         return
     from ssl_kit.verbs.defaults import add_recipe_arguments
 
     parser.add_argument("data", nargs="?", default=None, help="folder, manifest or built-in set")
-    parser.add_function_arguments(function, as_group=False, as_positional=False, skip={"data", "method", "trainer"})
+    add(schema, as_group=False, as_positional=False, skip={"data", "method", "trainer"})
     if verb == "pretrain":
         add_recipe_arguments(parser, method)
 
@@ -359,15 +358,51 @@ def _verbs() -> list[str]:
     return sorted(found, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name))
 
 
-def _signature(verb: str) -> ast.FunctionDef:
+class _Option(NamedTuple):
+    """A field of a verb's `Settings`, or an argument of its function; `default` is None where there is none."""
+
+    name: str
+    positional: bool
+    several: bool
+    default: ast.expr | None
+    text: str
+
+
+def _source(verb: str) -> tuple[ast.FunctionDef, ast.ClassDef | None]:
+    """The function of a verb, and its Settings where it has some, read without importing them."""
     tree = ast.parse((_VERBS / f"{verb}.py").read_text(encoding="utf-8"))
-    return next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == verb)
+    function = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == verb)
+    settings = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Settings")
+    return function, next(settings, None)
+
+
+def _options(verb: str) -> list[_Option]:
+    function, settings = _source(verb)
+    found: list[tuple[str, bool, ast.expr | None, ast.expr | None]] = []
+    if settings is None:
+        given = function.args
+        usual = [None] * (len(given.args) - len(given.defaults)) + [*given.defaults]
+        found += [(one.arg, True, one.annotation, default) for one, default in zip(given.args, usual, strict=True)]
+        pairs = zip(given.kwonlyargs, given.kw_defaults, strict=True)
+        found += [(one.arg, False, one.annotation, default) for one, default in pairs]
+    else:
+        fields = [node for node in settings.body if isinstance(node, ast.AnnAssign)]
+        kinds = [ast.unparse(node.annotation) for node in fields]
+        first = kinds.index("KW_ONLY")
+        found += [
+            (ast.unparse(node.target), place < first, node.annotation, node.value)
+            for place, node in enumerate(fields)
+            if place != first
+        ]
+    texts = _argument_texts(ast.get_docstring(settings or function) or "")
+    several = lambda kind: kind is not None and ast.unparse(kind).startswith("list")
+    return [_Option(name, place, several(kind), value, texts.get(name, "")) for name, place, kind, value in found]
 
 
 def _help() -> str:
     lines = ["usage: ssl-kit VERB ...", "", "Self-supervised pretraining for your own images.", ""]
     for verb in _verbs():
-        lines.append(f"  {verb:<11}{_summary(_signature(verb))}")
+        lines.append(f"  {verb:<11}{_summary(_source(verb)[0])}")
     return "\n".join([*lines, "", "ssl-kit VERB --help tells more; ssl-kit --version the version."])
 
 
@@ -376,22 +411,22 @@ def _summary(function: ast.FunctionDef) -> str:
 
 
 def _verb_help(verb: str) -> str:
-    function = _signature(verb)
-    texts = _argument_texts(ast.get_docstring(function) or "")
-    positional = [argument.arg for argument in function.args.args]
-    needed = len(positional) - len(function.args.defaults)
+    options = _options(verb)
+    positional = [option for option in options if option.positional]
     rows = []
-    for argument, default in zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True):
-        shown = "" if default is None or isinstance(default, ast.Call) else f" [{ast.unparse(default)}]"
+    for option in options:
+        usual = option.default
+        shown = "" if usual is None or isinstance(usual, ast.Call) else f" [{ast.unparse(usual)}]"
         if shown in (" [None]", " [()]", " [False]"):
             shown = ""
-        rows.append((f"--{argument.arg.replace('_', '-')}", texts.get(argument.arg, "") + shown))
+        if not option.positional:
+            rows.append((f"--{option.name.replace('_', '-')}", option.text + shown))
     rows += [*(_RECIPE if verb in _WITH_RECIPE else ()), *_COMMON]
     width = max(len(name) for name, _ in rows) + 2
-    names = [name.upper() if place < needed else f"[{name.upper()}]" for place, name in enumerate(positional)]
+    names = [option.name.upper() if option.default is None else f"[{option.name.upper()}]" for option in positional]
     usage = " ".join(["usage: ssl-kit", verb, *names, "[options]"])
-    lines = [usage, "", _summary(function), ""]
-    lines += [f"  {name.upper():<{width}}{texts.get(name, '')}" for name in positional]
+    lines = [usage, "", _summary(_source(verb)[0]), ""]
+    lines += [f"  {option.name.upper():<{width}}{option.text}" for option in positional]
     return "\n".join([*lines, "", *(f"  {name:<{width}}{text}" for name, text in rows)])
 
 

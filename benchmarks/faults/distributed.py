@@ -50,7 +50,7 @@ from ssl_kit.methods.mae import MAE
 from ssl_kit.methods.method import Method
 from ssl_kit.methods.simclr import SimCLR
 from ssl_kit.methods.vae import VAE
-from ssl_kit.training.distributed import from_all, joined, rank
+from ssl_kit.training.distributed import all_gather_object, joined, rank
 from ssl_kit.verbs.monitor import Share
 from ssl_kit.views.recipe import plain
 
@@ -319,7 +319,7 @@ def evaluate(answer: Path) -> None:
         source = sources.open_source((generator.integers(0, 256, (EVALUATED, 8, 8, 3), np.uint8), names))
         share = Share(source)
         vectors, labels = share.embedded(encoder, plain((8, 8)), "D4")
-        seen = from_all(share.rows.tolist())
+        seen = all_gather_object(share.rows.tolist())
         if rank() == 0:
             accuracy = knn_accuracy(vectors[2_000:], labels[2_000:], vectors[:2_000], labels[:2_000])
             np.savez(answer, vectors=vectors, labels=labels, accuracy=accuracy, seen=np.concatenate(seen))

@@ -161,7 +161,7 @@ def _unit(z: Tensor) -> Tensor:
 
 # The similarities in blocks. Plainly, n is
 #
-#     candidates = gather(z)                                    (M, d), the views of all processes
+#     candidates = all_gather(z)                                    (M, d), the views of all processes
 #     s = z @ candidates.T / tau                                (2B, M)
 #     s[i, i] = s[i, p(i)] = -inf                               neither itself nor its other view
 #     n = s.logsumexp(dim=1)                                    (2B,)

@@ -34,7 +34,7 @@ from ssl_kit.core.errors import UserError
 from ssl_kit.core.random import Key, uniform
 from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.methods.method import Method, Picture
-from ssl_kit.training.distributed import gather
+from ssl_kit.training.distributed import all_gather
 from ssl_kit.training.optim import Optim
 
 Likelihood = Literal["gaussian", "bernoulli", "logistic"]
@@ -62,7 +62,7 @@ def with_free_bits(kl: Tensor, free_bits: float) -> Tensor:
     """
     if free_bits == 0:
         return kl.sum(dim=1).mean()
-    return gather(kl).mean(dim=0).clamp(min=free_bits).sum()
+    return all_gather(kl).mean(dim=0).clamp(min=free_bits).sum()
 
 
 def gaussian_log_likelihood(x: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:

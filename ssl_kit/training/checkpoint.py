@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ssl_kit.core.console import say, warn
+from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import (
     MANIFEST,
     DamagedError,
@@ -39,7 +40,7 @@ from ssl_kit.core.sealed import sealed
 from ssl_kit.core.tensors import check_weights, read_tensors
 from ssl_kit.training.distributed import counts, world_size
 
-_FORMAT = 1
+_FORMAT = 2  # 1 had the state of each callback apart
 _TENSORS, _REST = "state.safetensors", "state.json"
 _KEPT = 2
 _BEST = "best"
@@ -94,13 +95,22 @@ class SafeCheckpointIO(CheckpointIO):
 
 
 def verify(folder: Path) -> None:
-    """Raises `DamagedError` unless `folder` is a whole checkpoint, its manifest to the letter as it is written here."""
+    """Raises `DamagedError` unless `folder` is a whole checkpoint, its manifest to the letter as it is written here.
+
+    Raises:
+        UserError: it was written by an earlier version.
+    """
     manifest = read_manifest(folder)
-    step = manifest.get("step")
+    step, version = manifest.get("step"), manifest.get("format")
+    if isinstance(version, int) and 0 < version < _FORMAT:
+        raise UserError(
+            f"{folder} is a checkpoint of format {version}, this version resumes format {_FORMAT}: end the run with "
+            "the version that began it, or start anew from its encoder with --init"
+        )
     right = (
         (folder / MANIFEST).read_bytes() == json_text(sealed(manifest)).encode()
         and manifest.keys() == {"format", "step", "files"}
-        and manifest["format"] == _FORMAT
+        and version == _FORMAT
         and manifest["files"].keys() == {_TENSORS, _REST}
         and isinstance(step, int)
         and (not folder.name.startswith("step-") or folder.name == f"step-{step:08d}")
@@ -138,11 +148,11 @@ def resumable(folder: Path) -> bool:
     """Whether a run with its checkpoints in `folder` could go on."""
     try:
         return newest(folder) is not None
-    except DamagedError:
+    except UserError:
         return False
 
 
-class Checkpoints(pl.Callback):
+class Checkpoints:
     """Saves every `minutes` and at the end, and stops the run at the next step boundary when a signal asks for it.
 
     The state of the last step is saved when training ends, after whatever other callbacks do then: a run that is killed
@@ -151,7 +161,6 @@ class Checkpoints(pl.Callback):
     Args:
         folder: of the checkpoints.
         minutes: between two saves.
-        healthy: whether the newest step was good; while it is not, no state is saved but that of the last step.
         signals: that ask to stop; entered by whoever runs the training. Noted from the first step on.
         when_full: what a full disk does to the run, while it can go on: "continue" says so and tries again after
             `minutes`, "stop" ends it.
@@ -165,40 +174,32 @@ class Checkpoints(pl.Callback):
         self,
         folder: Path,
         minutes: float = 10.0,
-        healthy: Callable[[], bool] = lambda: True,
         signals: Signals | None = None,
         when_full: Literal["continue", "stop"] = "continue",
         saved: Callable[[], None] = lambda: None,
     ):
-        self.folder, self.minutes, self.healthy, self.when_full = folder, minutes, healthy, when_full
+        self.folder, self.minutes, self.when_full = folder, minutes, when_full
         self.signals, self.saved = signals or Signals(), saved
         self.stopped: int | None = None
         self._saved_at = time.monotonic()
         self._saved_step = 0  # what is on the disk, or need not be
-        self._generators: dict[str, Any] | None = None
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Takes the signals from Lightning, which would end the run, and puts the generators where they were."""
+    def start(self, trainer: pl.Trainer) -> None:
+        """Takes the signals from Lightning, which would end the run."""
         self.signals.patient = True
         self.signals.take()
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
-        if self._generators is not None:
-            set_generators(self._generators)
-            self._generators = None
-            say(f"resumed at step {trainer.global_step:,}")
         self._stop_if_asked(trainer)  # by a signal whose exception somebody has swallowed
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Saves when it is time, at a step boundary (never between accumulated batches)."""
-        if (batch_idx + 1) % trainer.accumulate_grad_batches or _complete(trainer):
+    def after_step(self, trainer: pl.Trainer, healthy: Callable[[], bool]) -> None:
+        """Saves when it is time, unless the newest step was bad: then a little later."""
+        if _complete(trainer):
             return
         stop, due = self._stop_if_asked(trainer), time.monotonic() - self._saved_at > 60 * self.minutes
-        if (stop or _first_of_all(due)) and self.healthy():  # else a resumed run makes the steps since the last again
+        if (stop or _first_of_all(due)) and healthy():  # else a resumed run makes the steps since the last again
             self.save(trainer, needed=stop)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def at_end(self, trainer: pl.Trainer) -> None:
         """The last state, so that a finished run can go on for longer."""
         if self.stopped is None and trainer.global_step != self._saved_step:
             self.save(trainer, needed=True)
@@ -247,18 +248,6 @@ class Checkpoints(pl.Callback):
         if number:
             self.stopped, trainer.should_stop = number, True
         return bool(number)
-
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Adds the generators that Lightning leaves out."""
-        checkpoint["generators"] = generators()
-
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Keeps the generators' state until training starts (setting up draws from them)."""
-        self._generators = checkpoint["generators"]
 
 
 def _complete(trainer: pl.Trainer) -> bool:

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from ssl_kit.core.console import live, say, shows_bars, stderr_console, warn
 from ssl_kit.core.files import atomic_file, if_room, sync
 from ssl_kit.core.spectrum import effective_rank
-from ssl_kit.training.distributed import counts, from_first, mean_of_all, rank
-from ssl_kit.training.guard import Watchdog
+from ssl_kit.training.distributed import broadcast, counts, mean_of_all, rank
+from ssl_kit.training.guard import Guard
 from ssl_kit.training.verdict import Row, Verdict, angle, sketch
 
 COLUMNS = (
     *("step", "epoch", "images", "seconds", "loss", "lr", "images_per_second", "waiting_share"),
-    *("gradient_norm", "held_steps", "views_low", "views_high", "views_std"),
+    *("gradient_norm", "skipped_steps", "views_low", "views_high", "views_std"),
     *("effective_rank", "embedding_std", "images_std", "alignment", "uniformity", "turned", "grown", "knn_top1"),
     *("knn_pixels", "knn_pca", "crops_top1", "crops_pixels"),
 )
@@ -39,7 +39,7 @@ Score = Callable[[pl.LightningModule], dict[str, float]]
 Judge = Callable[[Sequence[Row]], Verdict]
 
 
-class Curves(pl.Callback):
+class Curves:
     """Writes `metrics.csv`: a row per `interval` steps and one per measurement of features; rows go out at once.
 
     Of several processes all have the rows, since they decide by them, and the first one writes them. What `loss` gave
@@ -51,8 +51,6 @@ class Curves(pl.Callback):
         measure: given the method, returns scores of the current encoder (rank, kNN, ...); also called before the first
             step, so that everything can be compared with the untrained encoder.
         judge: the verdict on the rows so far, asked after each measurement.
-        watchdog: whose counts are read with each row.
-        interrupted: whether the run is being stopped to go on later: then a half-collected row waits for that.
         measure_every: epochs between measurements; never more often than every 200 steps.
     """
 
@@ -63,12 +61,10 @@ class Curves(pl.Callback):
         interval: int = 20,
         measure: Score | None = None,
         judge: Judge = lambda history: Verdict("unknown", "nothing was measured yet"),
-        watchdog: Watchdog | None = None,
         measure_every: float = 1.0,
-        interrupted: Callable[[], bool] = lambda: False,
     ):
         self.path, self.interval, self.measure, self.measure_every = path, interval, measure, measure_every
-        self.judge, self.watchdog, self.interrupted = judge, watchdog, interrupted
+        self.judge = judge
         self.row: Row = {}
         self.history: list[Row] = []
         self.verdict = Verdict("unknown", "nothing was measured yet")
@@ -81,9 +77,8 @@ class Curves(pl.Callback):
         self._measured: tuple[float, float] = (0.0, 0.0)  # epoch and step of the last measurement
         self._start: Tensor | None = None  # sketch of the encoder's weights before the first step
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Opens the file, without the rows that a resumed run will write again."""
-        step = trainer.global_step
+    def start(self, step: int, device: torch.device) -> None:
+        """Opens the file at `step`, without the rows that a resumed run will write again."""
         self.history = [row for row in read_curves(self.path) if step and row["step"] <= step]
         self._columns = COLUMNS + tuple(
             dict.fromkeys(name for row in self.history for name in row if name not in COLUMNS)
@@ -91,46 +86,44 @@ class Curves(pl.Callback):
         self.verdict = self.judge(self.history)
         self.row = next((row for row in reversed(self.history) if "loss" in row), {})
         for name, values in self._steps.items():  # a checkpoint's are on the CPU
-            self._steps[name] = [value.to(pl_module.device) for value in values]
+            self._steps[name] = [value.to(device) for value in values]
         self._rewrite()
         self._started = self._interval_started = time.perf_counter()
         self._waited = 0.0
         self._images = int(self.history[-1]["images"]) if self.history else 0
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def measure_untrained(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:
         """Before the first step: what the untrained encoder gives. (Not earlier: signals are heeded from here on.)"""
-        if trainer.global_step == 0 and batch_idx == 0:
-            self._start = sketch(_encoder(pl_module).parameters()) if rank() == 0 else None
-            if self.measure is not None:
-                self._measure(trainer, pl_module)
+        self._start = sketch(_encoder(method).parameters()) if rank() == 0 else None
+        if self.measure is not None:
+            self._measure(trainer, method)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    def collect(self, outputs: dict[str, Tensor], images: int, accumulate: int) -> None:
+        """Keeps what `loss` gave for a batch of so many images, on the device.
+
+        Lightning has divided the loss, and nothing else, by the `accumulate` batches of a step.
+        """
+        for name, value in outputs.items():
+            self._steps.setdefault(name, []).append(value.detach() * (accumulate if name == "loss" else 1))
+        self._interval_images += images
+
+    def after_step(
+        self, trainer: pl.Trainer, method: pl.LightningModule, guard: Guard, views: Sequence[Tensor]
     ) -> None:
-        """Collects the loss on the device; every `interval` steps reads it, the speed and the share of waiting."""
-        for name, value in outputs.items():  # Lightning has divided the loss, and nothing else, by the accumulated
-            whole = value.detach() * (trainer.accumulate_grad_batches if name == "loss" else 1)
-            self._steps.setdefault(name, []).append(whole)
-        self._interval_images += len(batch["key"].index)
+        """Every `interval` steps reads what was collected, the speed and the share of waiting."""
         if trainer.global_step % self.interval and trainer.global_step != trainer.max_steps:
             return
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
-            return
-        if not self._log(trainer, batch["views"]):
+        if not self._log(trainer, guard, views):
             return
         if self.measure is not None and self._time_to_measure():
-            self._measure(trainer, pl_module)
+            self._measure(trainer, method)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A last row and a last measurement, when the run is complete."""
-        if self.interrupted():
-            return
+    def at_end(self, trainer: pl.Trainer, method: pl.LightningModule, guard: Guard) -> None:
+        """A last row and a last measurement, when the run is complete. One that is stopped collects on later."""
         if self._steps:
-            self._log(trainer)
+            self._log(trainer, guard)
         if self.measure is not None and self.row and "effective_rank" not in self.history[-1]:
-            self._measure(trainer, pl_module)
+            self._measure(trainer, method)
 
     def state_dict(self) -> dict[str, Any]:
         """Seconds trained so far, and what is collected for the next row. The rows so far are on the disk before it."""
@@ -171,13 +164,13 @@ class Curves(pl.Callback):
         """Images since the last row, of all processes."""
         return sum(counts(self._interval_images))
 
-    def _log(self, trainer: pl.Trainer, views: Sequence[Tensor] = ()) -> bool:
+    def _log(self, trainer: pl.Trainer, guard: Guard, views: Sequence[Tensor] = ()) -> bool:
         """Writes a row; False when no step since the last one was good, so that there is no loss to tell."""
         data = cast(Any, trainer).datamodule
         epoch = trainer.global_step * trainer.accumulate_grad_batches / data.steps_per_epoch
         now = time.perf_counter()
         spent = max(now - self._interval_started, 1e-9)
-        told = self.watchdog.look(trainer.global_step) if self.watchdog is not None else {}
+        told = guard.look(trainer.global_step)
         means = {name: _mean(values) for name, values in self._everywhere().items()}
         if math.isnan(means["loss"]):
             return False
@@ -209,7 +202,7 @@ class Curves(pl.Callback):
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         began = time.perf_counter()
         assert self.measure is not None
-        scores = self.measure(pl_module) | from_first(lambda: self._moved(pl_module))
+        scores = self.measure(pl_module) | broadcast(lambda: self._moved(pl_module))
         self._interval_started += time.perf_counter() - began  # not part of the training speed
         row = {key: self.row.get(key, 0) for key in _PLACE} | scores
         self._measured = (row["epoch"], row["step"])
@@ -270,30 +263,28 @@ def _number(cell: str) -> float:
     return int(cell) if cell.isdigit() else float(cell)  # a row that is written again must look the same
 
 
-class Bar(pl.Callback):
+class Bar:
     """One progress bar for the whole run: loss, images/s, share waiting, effective rank, kNN, time left.
 
     Without a terminal it prints a line per measurement instead.
     """
 
-    def __init__(self, curves: Curves, total_steps: Callable[[], int]):
-        self.curves, self.total_steps = curves, total_steps
+    def __init__(self, curves: Curves):
+        self.curves = curves
         self.bar: Progress | None = None
         curves.finished = self._measured
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def start(self, trainer: pl.Trainer, total: int) -> None:
         """Shows the bar on a terminal."""
         if shows_bars() and trainer.is_global_zero:
             columns = (TextColumn("epoch {task.fields[epoch]:.1f}"), BarColumn(), TextColumn("{task.fields[text]}"))
             self.bar = Progress(*columns, TimeRemainingColumn(), console=stderr_console(), transient=True)
-            self.bar.add_task("", total=self.total_steps(), completed=trainer.global_step, epoch=0.0, text="")
+            self.bar.add_task("", total=total, completed=trainer.global_step, epoch=0.0, text="")
             self.bar.start()
             live(True)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Moves the bar."""
+    def move(self, step: int, total: int) -> None:
+        """Moves the bar to `step` of `total`."""
         if self.bar is not None and self.curves.row:
             row = self.curves.row
             text = f"loss {row['loss']:.3f} · {row['images_per_second']:,.0f} images/s"
@@ -303,10 +294,9 @@ class Bar(pl.Callback):
                 text += f" · {label} {value:.3g}" if value is not None else ""
             if self.curves.verdict.state != "unknown":
                 text += f" · {self.curves.verdict.state}"
-            step, total = trainer.global_step, self.total_steps()
             self.bar.update(self.bar.task_ids[0], completed=step, total=total, epoch=row["epoch"], text=text)
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def stop(self) -> None:
         """Removes the bar."""
         if self.bar is not None:
             self.bar.stop()

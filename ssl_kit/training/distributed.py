@@ -7,8 +7,8 @@ program; the first one alone measures, draws, writes and speaks.
 
     joined        inside, they belong together; the one that fails first says why, the others end with it
     wait          for what the first one does alone; so do Lightning's barriers
-    from_first    a value that the first one makes, for all
-    from_all      what each has found, for all
+    broadcast    a value that the first one makes, for all
+    all_gather_object      what each has found, for all
     Processes     Lightning's data-parallel strategy for them
 
 A step's collectives fail after `TIMEOUT`, so that a process that hangs ends the run within a minute. What the first one
@@ -97,7 +97,7 @@ def share_weight(count: int) -> float:
     return count * len(everywhere) / sum(everywhere)
 
 
-def gather(rows: Tensor) -> Tensor:
+def all_gather(rows: Tensor) -> Tensor:
     """Joins the rows of all processes, in rank order, keeping the gradient: (n, ...) to (N, ...), n may differ.
 
     Backward sums what every process's loss asks of these rows. Together with the averaging of parameter gradients over
@@ -281,14 +281,14 @@ def wait() -> None:
         dist.barrier(group=patient_group(dist.group.WORLD))
 
 
-def from_first(make: Callable[[], Any]) -> Any:
+def broadcast(make: Callable[[], Any]) -> Any:
     """What `make` gives on the first process, for all of them; JSON-able. The others wait for it."""
     if world_size() == 1:
         return make()
-    return from_all(make() if rank() == 0 else None)[0]
+    return all_gather_object(make() if rank() == 0 else None)[0]
 
 
-def from_all(value: Any) -> list[Any]:
+def all_gather_object(value: Any) -> list[Any]:
     """The JSON-able value of each process, in rank order."""
     if world_size() == 1:
         return [value]

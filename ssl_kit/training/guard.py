@@ -7,7 +7,7 @@ next row of the curves is. After three such steps in a row all steps are held ba
     state of a step   where                     what happens to it
     weights, momenta  optimiser                 not touched: found_inf
     buffers           batch norm, queues, ...   put back from a copy made before the forward pass
-    averaged weights  training/optim.py         not moved: reads `held`; sets `spoilt` when they are not finite
+    averaged weights  training/optim.py         not moved, nor where they are not finite: then `spoilt`
 
 The total norm of the gradients, which the check needs, also clips them.
 
@@ -47,8 +47,8 @@ _SCALER_PATIENCE = 20  # with a gradient scaler, which finds its scale (2^16 at 
 _TOTAL, _STREAK, _LONGEST, _FIRST, _NORMS, _COUNT = range(6)  # of the state, one float32 vector: one copy per look
 
 
-class Watchdog(pl.Callback):
-    """Holds back bad steps and clips gradients; must come before callbacks that read what a step has changed.
+class Guard:
+    """Holds back bad steps and clips gradients.
 
     Optimisers of `Optim` skip a held step altogether. Others get gradients of zero for it: they change no weight by
     the bad numbers, but their momentum and weight decay act.
@@ -73,36 +73,35 @@ class Watchdog(pl.Callback):
         self._before: list[Tensor] = []
         self._seen = 0  # bad steps that were told of
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Moves its counts to the device; groups the buffers, which are copied as one tensor per type."""
-        self._state, self.held = self._state.to(pl_module.device), self.held.to(pl_module.device)
-        self.spoilt = self.spoilt.to(pl_module.device)
+    def start(self, module: pl.LightningModule, *, scaled: bool) -> None:
+        """Moves its counts to the device; groups the buffers, which are copied as one tensor per type.
+
+        Args:
+            module: what is trained.
+            scaled: whether a gradient scaler is at work.
+        """
+        self._state, self.held = self._state.to(module.device), self.held.to(module.device)
+        self.spoilt = self.spoilt.to(module.device)
         self._bad = torch.zeros_like(self.held)
-        if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        if scaled:
             self.patience = _SCALER_PATIENCE
         kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-        for buffer in pl_module.buffers():
+        for buffer in module.buffers():
             kinds.setdefault((buffer.dtype, buffer.device), []).append(buffer)
         self._buffers = list(kinds.values())
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def before_step(self) -> None:
         """Copies the buffers before the first forward pass of an optimiser step."""
-        if batch_idx % trainer.accumulate_grad_batches == 0:
-            self._before = [_joined(group) for group in self._buffers]
-            self._bad = self.spoilt
+        self._before = [_joined(group) for group in self._buffers]
+        self._bad = self.spoilt
 
-    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        """Looks at the loss."""
+    def see(self, loss: Tensor) -> None:
+        """Looks at the loss of a batch."""
         self._bad = self._bad | ~loss.detach().isfinite()
 
     @torch.no_grad()
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> None:
-        """Decides, puts the buffers back, clips, and tells the optimiser."""
-        scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
+    def decide(self, step: int, optimizer: Optimizer, scaler: Any = None) -> None:
+        """Decides whether the step after `step` others counts, puts the buffers back, clips, tells the optimiser."""
         gradients = [
             parameter.grad
             for group in optimizer.param_groups
@@ -122,7 +121,7 @@ class Watchdog(pl.Callback):
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
             bad = flag > 0
         self.held = bad | (self._state[_LONGEST] >= self.patience)
-        self._state = _counted(self._state, bad, norm, trainer.global_step)
+        self._state = _counted(self._state, bad, norm, step)
         for group, old, new in zip(self._buffers, self._before, after, strict=True):
             _restore(group, torch.where(self.held.to(old.device), old, new))
         self._hold(optimizer, gradients, norm, scaled=scaler is not None)
@@ -147,7 +146,7 @@ class Watchdog(pl.Callback):
 
         Returns:
             gradient_norm: mean over the good steps since the last look, before clipping (absent without any);
-            held_steps: bad steps of the run so far.
+            skipped_steps: bad steps of the run so far.
 
         Raises:
             UserError: so many bad steps in a row that the run cannot recover.
@@ -167,7 +166,7 @@ class Watchdog(pl.Callback):
         self._seen = int(total)
         self._state[_FIRST] = -1.0
         self._state[_NORMS:] = 0.0
-        told = {"held_steps": int(total)}
+        told: dict[str, float] = {"skipped_steps": int(total)}
         return told | ({"gradient_norm": norms / count} if count else {})
 
     def healthy(self) -> bool:
@@ -222,8 +221,8 @@ def _restore(buffers: list[Tensor], values: Tensor) -> None:
 _COLUMNS = ("step", "layer", "gradient_norm", "weight_norm", "dead")
 
 
-class Diagnose(pl.Callback):
-    """Writes `diagnose.csv`; must come before the watchdog, which clips.
+class Diagnose:
+    """Writes `diagnose.csv`; asked before the guard, which clips.
 
     Args:
         path: of the CSV. A resumed run drops the rows after its step, then continues.
@@ -236,7 +235,7 @@ class Diagnose(pl.Callback):
         self._norms: dict[str, Tensor] = {}  # (2,): of the gradient and of the weights
         self._hooks: list[RemovableHandle] = []
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def start(self, trainer: pl.Trainer) -> None:
         """Opens the file, without the rows that a resumed run will write again."""
         if not trainer.is_global_zero:
             return
@@ -249,41 +248,34 @@ class Diagnose(pl.Callback):
             writer.writeheader()
             writer.writerows(kept)
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Before a step that is looked at: watches the ReLUs."""
-        if (trainer.global_step + 1) % self.interval == 0 and not self._hooks:
-            for name, module in pl_module.named_modules():
+    def watch(self, step: int, method: nn.Module) -> None:
+        """Before a step that is looked at, which comes after `step` others: watches the ReLUs."""
+        if (step + 1) % self.interval == 0 and not self._hooks:
+            for name, module in method.named_modules():
                 if isinstance(module, nn.ReLU):
-                    self._hooks.append(module.register_forward_hook(self._watch(name)))
+                    self._hooks.append(module.register_forward_hook(self._hook(name)))
 
-    def _watch(self, name: str) -> Any:
+    def _hook(self, name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
             alive = (output.detach() > 0).transpose(0, 1).flatten(1).any(dim=1)  # (channels,)
             self._alive[name] = alive | self._alive[name] if name in self._alive else alive
 
         return hook
 
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> None:
+    def take_norms(self, step: int, method: nn.Module, scaler: Any = None) -> None:
         """Takes the norms of that step, on the device."""
-        if (trainer.global_step + 1) % self.interval:
+        if (step + 1) % self.interval:
             return
-        scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
         scale = 1.0 if scaler is None else scaler.get_scale()
-        for name, module in pl_module.named_modules():
+        for name, module in method.named_modules():
             own = [weight for weight in module.parameters(recurse=False) if weight.grad is not None]
             if own:
                 gradient = torch.nn.utils.get_total_norm([weight.grad for weight in own if weight.grad is not None])
                 weights = torch.nn.utils.get_total_norm([weight.detach() for weight in own])
                 self._norms[name] = torch.stack([gradient / scale, weights])
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Writes the rows."""
+    def write(self, trainer: pl.Trainer) -> None:
+        """Writes the rows, if there are any."""
         if not self._norms:
             return
         for handle in self._hooks:

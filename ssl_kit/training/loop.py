@@ -1,63 +1,252 @@
-"""What each of several processes needs around the training."""
+"""What happens around a training step, and in which order: one callback, to be read from top to bottom.
+
+    a batch arrives    diagnose watches, the guard copies what it may have to put back, untrained features are measured
+    its loss           the guard looks at it
+    its gradients      diagnose takes their norms, the guard decides whether the step counts, and clips
+    the optimiser, then the schedule, move on: Lightning does that
+    after a batch      curves collect
+    after a step       method.after_step, averaged weights, length of the run, curves, bar, monitor, checkpoint
+
+A step may be made of several batches (`accumulate`). Whatever has state says it in `Loop.state_dict`, for the
+checkpoint. Each process also has its own generator: dropout draws from it.
+"""
 
 from __future__ import annotations
 
 import signal
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from torch import Tensor
+from torch.optim import Optimizer
 
-from ssl_kit.training.checkpoint import generators, set_generators
-from ssl_kit.training.distributed import from_all, rank, world_size
+from ssl_kit.core.console import say
+from ssl_kit.training.checkpoint import Checkpoints, generators, set_generators
+from ssl_kit.training.curves import Bar, Curves
+from ssl_kit.training.distributed import all_gather_object, rank, world_size
+from ssl_kit.training.guard import Diagnose, Guard
+from ssl_kit.training.optim import EMA, Duration
 
 
-class Member(pl.Callback):
-    """What each of several processes needs around the training; comes after `Checkpoints`.
+class Stateful(Protocol):
+    """A part of a training whose state is in the checkpoints."""
 
-    Dropout draws from torch's generator: each process has its own state of it, kept in the checkpoint. With another
-    number of processes, those that were not there before begin a new one.
+    def state_dict(self) -> dict[str, Any]:
+        """What it goes on from."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from there."""
+
+
+class Monitor(Stateful, Protocol):
+    """What is looked at while a run goes on; see `verbs/monitor.py`."""
+
+    def start(self) -> None:
+        """Before the first step of a sitting."""
+
+    def after_step(self, trainer: pl.Trainer, method: Any) -> None:
+        """After every step."""
+
+    def at_end(self, trainer: pl.Trainer, method: Any) -> None:
+        """After the last one."""
+
+
+class Loop(pl.Callback):
+    """The parts of a training, called in their order; what is None is left out.
 
     Args:
-        seed: of the run.
+        guard: holds bad steps back and clips.
+        checkpoints: saves, and stops the run when a signal asks for it.
+        ema: averaged weights of the encoder.
+        duration: how long the run is; None where Lightning knows.
+        curves: rows of `metrics.csv`, and the verdict on them.
+        bar: shows them.
+        monitor: what is looked at while the run goes on.
+        diagnose: gradients per layer.
+        seed: of the run, for the generators of processes that were not there when a checkpoint was written.
     """
 
-    def __init__(self, seed: int):
-        self.seed = seed
-        self._stored: list[dict[str, Any]] = []
+    def __init__(
+        self,
+        guard: Guard | None = None,
+        checkpoints: Checkpoints | None = None,
+        *,
+        ema: EMA | None = None,
+        duration: Duration | None = None,
+        curves: Curves | None = None,
+        bar: Bar | None = None,
+        monitor: Monitor | None = None,
+        diagnose: Diagnose | None = None,
+        seed: int = 0,
+    ):
+        self.guard, self.checkpoints, self.ema, self.duration = guard or Guard(), checkpoints, ema, duration
+        self.curves, self.bar, self.monitor, self.diagnose, self.seed = curves, bar, monitor, diagnose, seed
+        self._progress = 0.0  # fraction of the run that is over, as the method was told
+        self._generators: dict[str, Any] | None = None  # of the first process, from a checkpoint
+        self._others: list[dict[str, Any]] = []  # generators of all processes but the first, from a checkpoint
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    # a step
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Before the forward pass."""
+        first = batch_idx % trainer.accumulate_grad_batches == 0
+        if self.diagnose is not None:
+            self.diagnose.watch(trainer.global_step, pl_module)
+        if first:
+            self.guard.before_step()
+        if self.curves is not None and trainer.global_step == 0 and batch_idx == 0:
+            self.curves.measure_untrained(trainer, pl_module)
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: Any, loss: Tensor) -> None:
+        """After the forward pass."""
+        self.guard.see(loss)
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Optimizer) -> None:
+        """After the last backward pass of a step."""
+        scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
+        if self.diagnose is not None:
+            self.diagnose.take_norms(trainer.global_step, pl_module, scaler)
+        self.guard.decide(trainer.global_step, optimizer, scaler)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """After the optimiser, or after a batch that is a part of a step."""
+        if self.diagnose is not None:
+            self.diagnose.write(trainer)
+        if self.curves is not None:
+            self.curves.collect(outputs, len(batch["key"].index), trainer.accumulate_grad_batches)
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self._after_step(trainer, pl_module, batch)
+
+    def _after_step(self, trainer: pl.Trainer, method: Any, batch: Any) -> None:
+        step, total = trainer.global_step, self._total(trainer)
+        self._progress = min(1.0, max(self._progress, step / total))
+        _move_on(method, self._progress, self.guard.held)
+        if self.ema is not None:
+            self.guard.spoilt = self.ema.move(method.encoder, step, total, self.guard.held)
+        if self.duration is not None:
+            self.duration.after_step(trainer)
+        if self.curves is not None:
+            self.curves.after_step(trainer, method, self.guard, batch["views"])
+        if self.bar is not None:
+            self.bar.move(step, self._total(trainer))
+        if self.monitor is not None:
+            self.monitor.after_step(trainer, method)
+        if self.checkpoints is not None:
+            self.checkpoints.after_step(trainer, self.guard.healthy)
+
+    def _total(self, trainer: pl.Trainer) -> int:
+        """Steps of the whole run, as far as known."""
+        return max(1, trainer.max_steps if self.duration is None else self.duration.total)
+
+    # beginning and end
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Keeps SIGTERM back while Lightning has it: its handler waits for the other processes, which may not come."""
         if world_size() > 1:
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Lets SIGTERM through to `Checkpoints`; sets the generators."""
-        if world_size() == 1:
-            return
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Before the first step of this sitting, with the state of the checkpoint loaded."""
+        if self.diagnose is not None:
+            self.diagnose.start(trainer)
+        self.guard.start(pl_module, scaled=getattr(trainer.precision_plugin, "scaler", None) is not None)
+        if self.ema is not None:
+            self.ema.encoder(pl_module.encoder)
+        if self.duration is not None:
+            self.duration.start(trainer)
+        if self.curves is not None:
+            self.curves.start(trainer.global_step, pl_module.device)
+        if self.bar is not None:
+            self.bar.start(trainer, self._total(trainer))
+        if self.monitor is not None:
+            self.monitor.start()
+        if self.checkpoints is not None:
+            self.checkpoints.start(trainer)
+        if self._generators is not None:
+            set_generators(self._generators)
+            self._generators = None
+            say(f"resumed at step {trainer.global_step:,}")
+        if world_size() > 1:
+            self._start_process(trainer)
+
+    def _start_process(self, trainer: pl.Trainer) -> None:
+        """Lets SIGTERM through to `Checkpoints`; sets the generators of a process that is not the first."""
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         # Lightning asks the first process in every step whether it got SIGTERM, which makes each wait for its device;
         # `Checkpoints` asks all of them, between the hosts
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
-        if 0 < rank() <= len(self._stored):
-            set_generators(_unpacked(self._stored[rank() - 1]))
+        if 0 < rank() <= len(self._others):
+            set_generators(_unpacked(self._others[rank() - 1]))
         elif rank() > 0:
             own = np.random.SeedSequence((self.seed, trainer.global_step, rank()))
             torch.manual_seed(int(own.generate_state(1)[0]))
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """After the last step of this sitting."""
+        if self.curves is not None and (self.checkpoints is None or self.checkpoints.stopped is None):
+            self.curves.at_end(trainer, pl_module, self.guard)
+        if self.monitor is not None:
+            self.monitor.at_end(trainer, pl_module)
+        if self.checkpoints is not None:
+            self.checkpoints.at_end(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         """Leaves signals as they were."""
         if world_size() > 1:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
+    def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        """Removes the bar."""
+        if self.bar is not None:
+            self.bar.stop()
+
+    # checkpoints
+
     def state_dict(self) -> dict[str, Any]:
-        """The generators of all processes but the first, whose are in the checkpoint anyway."""
-        return {"generators": [] if world_size() == 1 else from_all(_packed(generators()))[1:]}
+        """Everything beside the method, its optimiser and its schedule that the next step depends on."""
+        others = [] if world_size() == 1 else all_gather_object(_packed(generators()))[1:]
+        return {name: part.state_dict() for name, part in self._stateful().items()} | {
+            "progress": self._progress,
+            "generators": others,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keeps them until training starts."""
-        self._stored = state_dict["generators"]
+        """Continues with it; what the checkpoint knows nothing of begins anew."""
+        self._progress, self._others = state_dict["progress"], state_dict["generators"]
+        for name, part in self._stateful().items():
+            if name in state_dict:
+                part.load_state_dict(state_dict[name])
+
+    def _stateful(self) -> dict[str, Stateful]:
+        parts: dict[str, Stateful | None] = {"guard": self.guard, "ema": self.ema, "duration": self.duration}
+        parts |= {"curves": self.curves, "monitor": self.monitor}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Adds the generators that Lightning leaves out."""
+        checkpoint["generators"] = generators()
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Keeps the generators' state until training starts (setting up draws from them)."""
+        self._generators = checkpoint["generators"]
+
+
+def _move_on(method: Any, progress: float, held: Tensor) -> None:
+    """`method.after_step`, unless the step was held back. On an accelerator nothing waits to know that."""
+    if not hasattr(method, "after_step"):  # fine-tuning
+        return
+    if held.is_cpu:
+        if not held:
+            method.after_step(progress)
+        return
+    state = [*method.buffers(), *(weight for weight in method.parameters() if not weight.requires_grad)]
+    before = [values.clone() for values in state]
+    method.after_step(progress)
+    with torch.no_grad():
+        for values, old in zip(state, before, strict=True):
+            values.copy_(torch.where(held, old, values))
 
 
 def _packed(state: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -26,7 +26,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from ssl_kit.core.console import say
 from ssl_kit.core.errors import UserError
 from ssl_kit.training.distributed import largest
-from ssl_kit.training.guard import Watchdog
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ class Optim:
             optimiser = SGD(groups, lr=lr, momentum=self.momentum, fused=fused)
             for parameter in [parameter for group in groups for parameter in group["params"] if self.momentum]:
                 # the same first step as without; but the fused kernel makes missing buffers itself, and leaves them
-                # with whatever was in memory when the watchdog holds that step back
+                # with whatever was in memory when the guard holds that step back
                 optimiser.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
             return optimiser
         return LARS(groups, lr=lr, momentum=self.momentum)
@@ -256,57 +255,48 @@ def cosine_decay(first: float, done: float) -> float:
     return 1 - (1 - first) * (math.cos(math.pi * min(1.0, done)) + 1) / 2
 
 
-class Average(pl.Callback):
-    """Averages the weights of `module.encoder`; steps that the watchdog holds back do not move it, nor does what is not
-    finite, of which the watchdog is told.
+class EMA:
+    """Averages the weights of an encoder; steps that the guard holds back do not move it, nor does what is not finite.
 
     Args:
         decay: tau, in (0, 1). Choose 1 / (1 - tau) far below the number of steps: the average begins with the random
             weights.
-        watchdog: a callback before this one.
-        total_steps: of the run, for `cosine`.
         cosine: let tau grow to 1 over the run.
     """
 
-    def __init__(
-        self, decay: float, watchdog: Watchdog, total_steps: Callable[[], int], *, cosine: bool = False
-    ) -> None:
+    def __init__(self, decay: float, *, cosine: bool = False) -> None:
         if not 0 < decay < 1:
             raise UserError(f"--ema {decay:g}: wanted a decay between 0 and 1, such as 0.99")
-        self.decay, self.watchdog, self.total_steps, self.cosine = decay, watchdog, total_steps, cosine
+        self.decay, self.cosine = decay, cosine
         self._encoder: nn.Module | None = None
         self._stored: dict[str, Tensor] | None = None
 
-    def encoder(self, module: pl.LightningModule) -> Any:
+    def encoder(self, trained: nn.Module) -> Any:
         """The averaged encoder, in eval mode, on the device of the trained one; before the first step its copy."""
         if self._encoder is None:
-            self._encoder = copy.deepcopy(cast(nn.Module, module.encoder)).eval().requires_grad_(False)
+            self._encoder = copy.deepcopy(trained).eval().requires_grad_(False)
             if self._stored is not None:
                 self._encoder.load_state_dict(self._stored)
                 self._stored = None
         return self._encoder
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Makes the copy, where the weights now are."""
-        self.encoder(pl_module)
-
     @torch.no_grad()
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Moves the average after an optimiser step."""
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
-            return
-        step = trainer.global_step - 1
-        decay = cosine_decay(self.decay, step / max(1, self.total_steps() - 1)) if self.cosine else self.decay
-        trained, averaged = cast(nn.Module, pl_module.encoder), self.encoder(pl_module)
+    def move(self, trained: nn.Module, step: int, total: int, held: Tensor) -> Tensor:
+        """Moves the average after the optimiser step number `step` of `total`, unless it was `held` back, () bool.
+
+        Returns:
+            () bool on the device: whether the weights were not finite, so that the average has stayed.
+        """
+        decay = cosine_decay(self.decay, (step - 1) / max(1, total - 1)) if self.cosine else self.decay
+        averaged = self.encoder(trained)
         weights = list(averaged.parameters())
         difference = torch._foreach_sub(list(trained.parameters()), weights)
-        self.watchdog.spoilt = ~torch.nn.utils.get_total_norm(difference).isfinite()
-        stay = self.watchdog.held | self.watchdog.spoilt  # no step, no move
+        spoilt = ~torch.nn.utils.get_total_norm(difference).isfinite()
+        stay = held | spoilt  # no step, no move
         torch._foreach_mul_(difference, 1 - decay)
         torch._foreach_add_(weights, [torch.where(stay, 0.0, change) for change in difference])  # NaN * 0 would be NaN
         torch._foreach_copy_(list(averaged.buffers()), list(trained.buffers()))
+        return spoilt
 
     def state_dict(self) -> dict[str, Any]:
         """The averaged weights."""
@@ -322,8 +312,8 @@ _DEFAULT_EPOCHS = 100
 _UNMEASURED = 5  # first steps: compilation and caches
 
 
-class Horizon(pl.Callback):
-    """Ends the run, and fits the learning-rate schedule to `minutes` while it goes.
+class Duration:
+    """How long a run is. Ends it, and fits the learning-rate schedule to `minutes` while it goes.
 
     Args:
         epochs: passes over the images; 100 when neither is given.
@@ -351,7 +341,7 @@ class Horizon(pl.Callback):
         """For Lightning's Trainer; -1 when minutes decide."""
         return self.total if self.minutes is None else -1
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def start(self, trainer: pl.Trainer) -> None:
         """Starts the clock; a run that had used up its minutes makes no further step."""
         self._began = time.perf_counter()
         self._first = None
@@ -360,9 +350,7 @@ class Horizon(pl.Callback):
         elif self._before >= 60 * self.minutes:
             trainer.should_stop = True
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def after_step(self, trainer: pl.Trainer) -> None:
         """With `minutes`: sets the schedule's horizon from the speed so far."""
         if self.minutes is None:
             return

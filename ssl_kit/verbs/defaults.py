@@ -6,8 +6,9 @@ import importlib
 import logging
 import math
 import warnings
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,9 +40,14 @@ from ssl_kit.encoders.vit import unfuse_attention
 from ssl_kit.encoders.weights import SENSELESS, check_sizes
 from ssl_kit.methods.method import Method
 from ssl_kit.training.distributed import world_size
-from ssl_kit.training.optim import Horizon
+from ssl_kit.training.optim import Duration
 from ssl_kit.verbs.recipes import brief, read_recipe, without_places
 from ssl_kit.views.recipe import View, ViewRecipe, plain
+
+if TYPE_CHECKING:
+    from ssl_kit.verbs.pretrain import Settings
+
+ViewSchedule = dict[int, tuple[View, ...]]  # first epoch -> the views from there on
 
 _MEASURED = 2_048  # images whose statistics stand for all
 _LARGEST_DEFAULT, _LARGEST_ON_CPU = 224, 128  # pixels: the default view of larger images
@@ -99,9 +105,9 @@ def channel_statistics(source: Source, size: tuple[int, int]) -> tuple[tuple[flo
     return tuple(mean.round(4).tolist()), tuple(std.round(4).tolist())
 
 
-def view_schedule(
+def schedule_views(
     views: ViewRecipe, size: tuple[int, int], grow: dict[int, int] | None, learner: Method
-) -> dict[int, tuple[View, ...]]:
+) -> ViewSchedule:
     """First epoch -> the views of the epochs from there on."""
     build = lambda side: views.build(side, learner.encoder.channels, learner.num_views)
     for side in (grow or {}).values():
@@ -111,7 +117,7 @@ def view_schedule(
     return {0: build(size)} | {int(epoch): build((side, side)) for epoch, side in (grow or {}).items()}
 
 
-def fit_to_data(settings: dict[str, Any], count: int, processes: int = 1) -> None:
+def fit_to_data(settings: Settings, count: int, processes: int = 1) -> Settings:
     """Chooses the batch size and the length of the run where they are left open, and says so.
 
     Args:
@@ -120,18 +126,17 @@ def fit_to_data(settings: dict[str, Any], count: int, processes: int = 1) -> Non
         processes: that share a step.
     """
     count //= processes
-    if settings["batch_size"] is None:
+    batch_size, epochs = settings.batch_size, settings.epochs
+    if batch_size is None:
         # a small set seen in a handful of large batches would hardly move the weights
         fitting = 2 ** int(math.log2(max(2.0, count / _FEWEST_STEPS)))
-        settings["batch_size"] = min(_BATCH, fitting, count)
-        say(f"batch size: {settings['batch_size']} ({count:,} images; --batch_size changes it)")
-    if settings["epochs"] is None and settings["minutes"] is None:
-        steps_per_epoch = -(-count // (settings["contrastive_batch"] or settings["batch_size"]))
-        settings["epochs"] = max(_EPOCHS, math.ceil(_STEPS / steps_per_epoch))
-        say(
-            f"epochs: {settings['epochs']:,} ({settings['epochs'] * steps_per_epoch:,} steps; --epochs or --minutes "
-            "changes it)"
-        )
+        batch_size = min(_BATCH, fitting, count)
+        say(f"batch size: {batch_size} ({count:,} images; --batch_size changes it)")
+    if epochs is None and settings.minutes is None:
+        steps_per_epoch = -(-count // (settings.contrastive_batch or batch_size))
+        epochs = max(_EPOCHS, math.ceil(_STEPS / steps_per_epoch))
+        say(f"epochs: {epochs:,} ({epochs * steps_per_epoch:,} steps; --epochs or --minutes changes it)")
+    return replace(settings, batch_size=batch_size, epochs=epochs)
 
 
 class Fitted(NamedTuple):
@@ -141,11 +146,11 @@ class Fitted(NamedTuple):
     precision: str
 
 
-def _check_memory(learner: Method, kinds: dict[int, tuple[View, ...]], images: int, device: str) -> None:
+def _check_memory(learner: Method, view_schedule: ViewSchedule, images: int, device: str) -> None:
     """Raises `UserError` for a step that cannot fit: what its views take at least, and the first layer on a CPU."""
     precision = 2 if device == "cpu" else 0  # an accelerator has a memory of its own
     needed = images * max(
-        sum(learner.encoder.least_bytes(view.size, precision) for view in views) for views in kinds.values()
+        sum(learner.encoder.least_bytes(view.size, precision) for view in views) for views in view_schedule.values()
     )
     free = available_memory()
     if needed * on_this_machine() > free:
@@ -158,14 +163,15 @@ def _check_memory(learner: Method, kinds: dict[int, tuple[View, ...]], images: i
 def fit_to_machine(
     learner: Method,
     training: Source,
-    kinds: dict[int, tuple[View, ...]],
-    settings: dict[str, Any],
+    view_schedule: ViewSchedule,
+    settings: Settings,
     images_per_step: int,
-) -> tuple[ImageData, Horizon, Fitted]:
+) -> tuple[ImageData, Duration, Fitted]:
     """Chooses what the options leave open, says each choice with its reason, and plans the run."""
+    assert settings.batch_size is not None, "fit_to_data has chosen it"
     device = choose_device()
-    precision = choose_precision(settings["precision"], device.value)
-    views_on, reason = settings["views_on"], "asked for"
+    precision = choose_precision(settings.precision, device.value)
+    views_on, reason = settings.views_on, "asked for"
     if views_on == "auto":
         # the device executor needs stored images of one size, and is slower than the host's on a CPU
         suits = device.value != "cpu" and isinstance(training.images, np.ndarray)
@@ -182,13 +188,13 @@ def fit_to_machine(
     if device.value == "cpu" and precision.value == "bfloat16" and unfuse_attention(learner):
         say("attention: plain products (torch's fused kernel is slow backwards in bfloat16 on a CPU)")
     say(f"views on: {views_on} ({reason})")
-    threads = settings["threads"] or choose_threads(device.value).value
+    threads = settings.threads or choose_threads(device.value).value
     loader = ImageData(
         training,
-        kinds,
-        batch_size=settings["batch_size"],
-        contrastive_batch=settings["contrastive_batch"],
-        seed=settings["seed"],
+        view_schedule,
+        batch_size=settings.batch_size,
+        contrastive_batch=settings.contrastive_batch,
+        seed=settings.seed,
         threads=threads,
         views_on=views_on,
         channels_last=channels_last.value,
@@ -196,19 +202,19 @@ def fit_to_machine(
         images_per_step=images_per_step,
     )
     if views_on == "host":
-        _check_memory(learner, kinds, settings["batch_size"], device.value)
-    horizon = Horizon(settings["epochs"], settings["minutes"], loader.steps_per_epoch / learner.optim.accumulate)
-    tf32 = choose_tf32(settings["tf32"], device.value)
+        _check_memory(learner, view_schedule, settings.batch_size, device.value)
+    duration = Duration(settings.epochs, settings.minutes, loader.steps_per_epoch / learner.optim.accumulate)
+    tf32 = choose_tf32(settings.tf32, device.value)
     use_tf32(tf32.value)
     say(f"tf32: {'on' if tf32.value else 'off'} ({tf32.reason})")
-    blocks = choose_compile(settings["compile"], device.value, None if settings["minutes"] else horizon.total)
-    if settings["diagnose"]:
+    blocks = choose_compile(settings.compile, device.value, None if settings.minutes else duration.total)
+    if settings.diagnose:
         blocks = Choice(False, "diagnose watches every ReLU")
     if blocks.value:
         compile_blocks(learner.encoder.model)
     say(f"torch.compile: {'on' if blocks.value else 'off'} ({blocks.reason})")
-    loader.total_steps = horizon.total
-    return loader, horizon, Fitted(device.value, precision.value)
+    loader.total_steps = duration.total
+    return loader, duration, Fitted(device.value, precision.value)
 
 
 SIMCLR = "ssl_kit.methods.simclr.SimCLR"
@@ -277,12 +283,12 @@ def _class(path: str) -> type[Method]:
     return getattr(importlib.import_module(module), name)
 
 
-def resolved_recipe(settings: dict[str, Any], method: Method) -> dict[str, Any]:
+def resolved_recipe(settings: Settings, method: Method) -> dict[str, Any]:
     """All settings of a run as one recipe: how it learns, neither where it goes nor what is measured on the images.
 
     Callbacks and loggers given from Python as objects cannot be written down: a repeated run must be given them again.
     """
-    recipe = without_places({key: _plain(value) for key, value in settings.items() if value is not None})
+    recipe = without_places({key: _plain(value) for key, value in vars(settings).items() if value is not None})
     if "trainer" in recipe:
         recipe["trainer"] = {key: value for key, value in recipe["trainer"].items() if not _holds_objects(value)}
     spec = recipe.setdefault("method", default_method())

@@ -8,7 +8,7 @@ import secrets
 import shlex
 import time
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import KW_ONLY, asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from ssl_kit.core.machine import (
 from ssl_kit.core.owned import check_place, record_in, remove_training
 from ssl_kit.core.process import Signals
 from ssl_kit.core.random import permutation
+from ssl_kit.core.settings import verb
 from ssl_kit.data.module import ImageData
 from ssl_kit.data.sources import Source, open_labelled
 from ssl_kit.encoders.encoder import Encoder, find_encoder
@@ -40,7 +41,8 @@ from ssl_kit.evaluation.metrics import probability_metrics
 from ssl_kit.evaluation.result import Result, classification_metrics, holdout, paired_difference, versions
 from ssl_kit.report.report import write_report
 from ssl_kit.training.checkpoint import Checkpoints, SafeCheckpointIO, newest
-from ssl_kit.training.guard import Watchdog
+from ssl_kit.training.guard import Guard
+from ssl_kit.training.loop import Loop
 from ssl_kit.training.optim import Optim
 from ssl_kit.verbs.defaults import quiet_lightning
 from ssl_kit.verbs.evaluate import results_folder
@@ -56,35 +58,9 @@ _TRAINING = "training"  # there and in the results: what tells one training from
 _FREE = ("resume", "threads", "checkpoint_minutes", "scratch")  # settings that do not decide what is learnt
 
 
-def finetune(
-    encoder: str,
-    labelled: str,
-    *,
-    out: str | None = None,
-    fraction: float = 1.0,
-    epochs: int = 30,
-    batch_size: int = 256,
-    lr: float = 1e-3,
-    weight_decay: float = 0.05,
-    layer_decay: float | None = 0.75,
-    warmup_epochs: float = 2.0,
-    mixup: float = 0.0,
-    cutmix: float = 0.0,
-    smoothing: float = 0.1,
-    lora: int = 0,
-    patience: int | None = None,
-    views: ViewRecipe = ViewRecipe(preset="mae", scale=(0.35, 1.0)),  # noqa: B008 (frozen)
-    scratch: bool = True,
-    limit: int | None = None,
-    seed: int = 0,
-    precision: Precision = "auto",
-    threads: int | None = None,
-    checkpoint_minutes: float = 10.0,
-    resume: bool = False,
-) -> dict[str, Any]:
-    """Train an encoder end to end on labels; scores it beside the same network from scratch.
-
-    The epoch is chosen on a tenth of the training images, which are not trained on; test is read once.
+@dataclass(frozen=True)
+class Settings:
+    """How to train on labels, and where.
 
     Args:
         encoder: run folder or encoder folder.
@@ -112,21 +88,53 @@ def finetune(
         threads: for decoding and views.
         checkpoint_minutes: minutes between checkpoints.
         resume: go on with a training that was stopped, with the same settings; without it, training starts anew.
+    """
+
+    encoder: str
+    labelled: str
+    _: KW_ONLY
+    out: str | None = None
+    fraction: float = 1.0
+    epochs: int = 30
+    batch_size: int = 256
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    layer_decay: float | None = 0.75
+    warmup_epochs: float = 2.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    smoothing: float = 0.1
+    lora: int = 0
+    patience: int | None = None
+    views: ViewRecipe = ViewRecipe(preset="mae", scale=(0.35, 1.0))  # noqa: RUF009 (frozen)
+    scratch: bool = True
+    limit: int | None = None
+    seed: int = 0
+    precision: Precision = "auto"
+    threads: int | None = None
+    checkpoint_minutes: float = 10.0
+    resume: bool = False
+
+
+@verb(Settings)
+def finetune(settings: Settings) -> dict[str, Any]:
+    """Train an encoder end to end on labels; scores it beside the same network from scratch.
+
+    The epoch is chosen on a tenth of the training images, which are not trained on; test is read once.
 
     Returns:
         `{"encoder", "out", "finetuned", "results": [a record per network], "seconds"}`.
     """
     started = time.perf_counter()
-    settings = {key: value for key, value in locals().items() if key not in ("encoder", "labelled", "out", "started")}
-    check_numbers(settings)
-    choose_precision(precision, choose_device().value)  # refused before anything is removed
-    path = find_encoder(encoder)
-    folder, loaded = results_folder(path, out), Encoder.load(path)
-    check_place(folder, labelled)
-    if lora:
+    check_numbers(vars(settings))
+    choose_precision(settings.precision, choose_device().value)  # refused before anything is removed
+    path, seed = find_encoder(settings.encoder), settings.seed
+    folder, loaded = results_folder(path, settings.out), Encoder.load(path)
+    check_place(folder, settings.labelled)
+    if settings.lora:
         check_lora(loaded)
-    train, test = open_labelled(labelled, limit=limit, channels=loaded.channels)
-    train = _share(train, fraction, seed)
+    train, test = open_labelled(settings.labelled, limit=settings.limit, channels=loaded.channels)
+    train = _share(train, settings.fraction, seed)
     fitted, held = holdout(train.labels, _HELD_OUT, seed)
     parts = train.subset(fitted), train.subset(held)
     say(f"fine-tuning on {len(fitted):,} images, the epoch chosen on {len(held):,} others, tested on {len(test):,}")
@@ -135,9 +143,9 @@ def finetune(
     made = {"encoder_sha256": loaded.sha256, "train": train.name, "test": test.name}
     kept = f"the states saved in {folder / 'finetuning'} are kept; go on with --resume"
     with lock(folder), record_in(folder) as record, if_interrupted(lambda: kept), Signals() as signals:
-        begun = {**settings, "views": asdict(views), **made, "images": len(train)}
-        training = _begin(folder / "finetuning", begun, resume)
-        for name in ("encoder", "random_init") if scratch else ("encoder",):
+        how = {key: value for key, value in asdict(settings).items() if key not in ("encoder", "labelled", "out")}
+        training = _begin(folder / "finetuning", {**how, **made, "images": len(train)}, settings.resume)
+        for name in ("encoder", "random_init") if settings.scratch else ("encoder",):
             network = Encoder.load(path)
             network = network if name == "encoder" else network.fresh(seed)
             began = time.perf_counter()
@@ -147,7 +155,7 @@ def finetune(
             predicted = found.argmax(axis=1)
             metrics = classification_metrics(labels, predicted, len(train.classes), seed=seed)
             metrics |= probability_metrics(labels, found, seed=seed)
-            used = {key: value for key, value in settings.items() if key not in ("views", "resume", "threads")}
+            used = {key: value for key, value in how.items() if key not in ("views", "resume", "threads")}
             used |= {
                 "held_out_top1": scores,
                 "num_train": len(fitted),
@@ -226,40 +234,40 @@ def _train(
     num_classes: int,
     folder: Path,
     name: str,
-    settings: dict[str, Any],
+    settings: Settings,
     signals: Signals,
 ) -> list[float]:
     """Trains the network in place, to its best epoch; the scores of the held-out images at every look."""
     training, held_out = parts
-    pl.seed_everything(settings["seed"], verbose=False)
+    pl.seed_everything(settings.seed, verbose=False)
     device = choose_device()
-    batch_size = min(settings["batch_size"], len(training))
+    batch_size = min(settings.batch_size, len(training))
     steps_per_epoch = -(-len(training) // batch_size)
-    epochs = max(settings["epochs"], math.ceil(_FEWEST_STEPS / steps_per_epoch))
+    epochs = max(settings.epochs, math.ceil(_FEWEST_STEPS / steps_per_epoch))
     optim = Optim(
         name="adamw",
-        lr=settings["lr"],
-        weight_decay=settings["weight_decay"],
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
         betas=(0.9, 0.999),
-        warmup_epochs=settings["warmup_epochs"] * epochs / settings["epochs"],
-        layer_decay=settings["layer_decay"] if name == "encoder" else None,
+        warmup_epochs=settings.warmup_epochs * epochs / settings.epochs,
+        layer_decay=settings.layer_decay if name == "encoder" else None,
         clip=1.0,
     )
-    mixing = {key: settings[key] for key in ("mixup", "cutmix", "smoothing")}
-    lora = settings["lora"] if name == "encoder" else 0  # adapters of random weights would be no network from scratch
+    mixing = {"mixup": settings.mixup, "cutmix": settings.cutmix, "smoothing": settings.smoothing}
+    lora = settings.lora if name == "encoder" else 0  # adapters of random weights would be no network from scratch
     learner = FineTune(network, num_classes, optim, **mixing, lora=lora).train()
     channels_last = choose_channels_last(network.model, device.value).value
     if channels_last:
         learner.to(memory_format=torch.channels_last)
-    view = settings["views"].build(network.image_size, network.channels, 1)
-    threads = settings["threads"] or max(1, available_cores() // (2 if device.value == "cpu" else 1))
+    view = settings.views.build(network.image_size, network.channels, 1)
+    threads = settings.threads or max(1, available_cores() // (2 if device.value == "cpu" else 1))
     data = ImageData(
-        training, {0: view}, batch_size=batch_size, seed=settings["seed"], threads=threads, channels_last=channels_last
+        training, {0: view}, batch_size=batch_size, seed=settings.seed, threads=threads, channels_last=channels_last
     )
-    best = BestEpoch(held_out, max(1, epochs // _LOOKS), settings["patience"])
-    watchdog = Watchdog(optim.clip, folder)
-    checkpoints = Checkpoints(folder, settings["checkpoint_minutes"], watchdog.healthy, signals)
-    precision = lightning_precision(choose_precision(settings["precision"], device.value).value)
+    best = BestEpoch(held_out, max(1, epochs // _LOOKS), settings.patience)
+    guard = Guard(optim.clip, folder)
+    checkpoints = Checkpoints(folder, settings.checkpoint_minutes, signals)
+    precision = lightning_precision(choose_precision(settings.precision, device.value).value)
     quiet_lightning()
     trainer = pl.Trainer(
         accelerator=device.value,
@@ -273,15 +281,15 @@ def _train(
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        callbacks=[watchdog, best, checkpoints],
+        callbacks=[best, Loop(guard, checkpoints)],
         default_root_dir=str(folder),
     )
-    found = newest(folder) if settings["resume"] else None
+    found = newest(folder) if settings.resume else None
     trainer.fit(learner, datamodule=data, ckpt_path=str(found) if found is not None else None)
     if checkpoints.stopped is not None:
         result(f"stopped at step {trainer.global_step:,} of {name}; go on with --resume")
         raise SystemExit(128 + checkpoints.stopped)
-    watchdog.look(trainer.global_step)
+    guard.look(trainer.global_step)
     best.restore(network)
     if lora:
         merge_lora(network)

@@ -40,7 +40,7 @@ from ssl_kit.report.verdict import BASELINES, Compared, compared
 from ssl_kit.report.verdict import verdict as shown
 from ssl_kit.training.checkpoint import Checkpoints
 from ssl_kit.training.curves import Curves, Judge, feature_health
-from ssl_kit.training.distributed import from_all, from_first, parts, rank, same_buffers, wait, world_size
+from ssl_kit.training.distributed import all_gather_object, broadcast, parts, rank, same_buffers, wait, world_size
 from ssl_kit.training.verdict import BELOW, Verdict, too_short, verdict
 from ssl_kit.verbs.record import RunRecord
 from ssl_kit.views.recipe import View, plain
@@ -138,7 +138,7 @@ class Measure:
         vectors, _ = self.images.embedded(encoder, self.view, "rank")
         found = [score.embedded(encoder, self.view) for score in self.scores]
         pixels = self._pixels() if method.global_step == 0 else []
-        return from_first(lambda: self._scores(encoder, vectors, found, pixels))
+        return broadcast(lambda: self._scores(encoder, vectors, found, pixels))
 
     def _pixels(self) -> list[Arrays]:
         """Raw pixels in the place of features."""
@@ -292,76 +292,73 @@ class Show:
             draw_grid(self.folder / f"{name}.png", picture.grid.float().cpu().numpy(), picture.columns, picture.caption)
 
 
-class Skips(pl.Callback):
-    """Bad files that any process has met count for all: each knows the whole list, and all stop when it is too long.
+class Monitor:
+    """What is looked at between steps: bad files; and after each measurement run.json, pictures, report, best state.
 
-    A process's own files are counted at once, those of the others every `interval` steps.
+    Bad files that any process has met count for all: each knows the whole list, and all stop when it is too long. A
+    process's own are counted at once, those of the others every `interval` steps.
 
     Args:
+        record: of the run.
+        curves: whose measurements are acted on.
+        checkpoints: that keep the best state by kNN.
+        show: draws the method's pictures.
         source: whose images are trained on.
-        interval: optimiser steps.
+        interval: optimiser steps between exchanges of bad files.
     """
 
-    def __init__(self, source: Source, interval: int = 20):
+    def __init__(
+        self,
+        record: RunRecord,
+        curves: Curves,
+        checkpoints: Checkpoints,
+        show: Show,
+        source: Source,
+        interval: int = 20,
+    ):
+        self.record, self.curves, self.checkpoints, self.show = record, curves, checkpoints, show
         self.source, self.interval = source, interval
+        self.best = -1.0
+        self._seen = 0
         self._told = {name for name, _ in source.skipped}  # before training all meet the same
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Exchanges the new ones, where files are decoded during training."""
-        at_boundary = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if self.source.images is None and at_boundary and trainer.global_step % self.interval == 0:
-            self._exchange()
+    def start(self) -> None:
+        """Rows of an earlier sitting were looked at then."""
+        self._seen = len(self.curves.history)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The last ones, for skipped.csv."""
-        self._exchange()
+    def after_step(self, trainer: pl.Trainer, method: Method) -> None:
+        """Exchanges bad files, where files are decoded during training; acts when there is a new measurement."""
+        if self.source.images is None and trainer.global_step % self.interval == 0:
+            self.exchange()
+        self._look(trainer, method)
 
-    def _exchange(self) -> None:
+    def at_end(self, trainer: pl.Trainer, method: Method) -> None:
+        """The last bad files, for skipped.csv; the last measurement is made when training ends."""
+        self.exchange()
+        self._look(trainer, method)
+
+    def exchange(self) -> None:
+        """Tells all processes of the bad files of each."""
         if world_size() == 1:
             return
         bad = self.source.bad
-        for name, reason in itertools.chain(*from_all([row for row in bad.rows if row[0] not in self._told])):
+        new = [row for row in bad.rows if row[0] not in self._told]
+        for name, reason in itertools.chain(*all_gather_object(new)):
             bad.add(name, reason)
             self._told.add(name)
         bad.check()
 
-
-class Refresh(pl.Callback):
-    """After each measurement: run.json, the pictures, the report, and the best checkpoint by kNN."""
-
-    def __init__(self, record: RunRecord, curves: Curves, checkpoints: Checkpoints, show: Show):
-        self.record, self.curves, self.checkpoints, self.show = record, curves, checkpoints, show
-        self.best = -1.0
-        self._seen = 0
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Rows of an earlier sitting were looked at then."""
-        self._seen = len(self.curves.history)
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Acts when the curves have a new measurement."""
-        self._look(trainer, pl_module)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The last measurement is made when training ends."""
-        self._look(trainer, pl_module)
-
-    def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _look(self, trainer: pl.Trainer, method: Method) -> None:
         if len(self.curves.history) == self._seen or not self.curves.history:
             return
         self._seen = len(self.curves.history)
         row = self.curves.history[-1]
         if "effective_rank" not in row or row["step"] == 0:
             return
-        assert isinstance(pl_module, Method)
         with if_room(self.record.folder), cycles_freed():
             self.record.progress(self.curves)
             if trainer.is_global_zero:
-                self.show(pl_module)
+                self.show(method)
                 write_report([self.record.folder], self.record.folder / "report.html")
         wait()
         if row.get("knn_top1", -1.0) > self.best:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import netrc
 import os
 import shlex
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from ssl_kit.core.errors import UserError, check_numbers
 from ssl_kit.core.machine import Precision, Switch, keep_memory, lightning_precision
 from ssl_kit.core.owned import check_place
 from ssl_kit.core.process import Signals
+from ssl_kit.core.settings import verb
 from ssl_kit.data.batches import ViewLoader
 from ssl_kit.data.listing import write_skipped
 from ssl_kit.data.module import ImageData
@@ -27,10 +29,10 @@ from ssl_kit.report.report import write_report
 from ssl_kit.training.checkpoint import Checkpoints, SafeCheckpointIO, newest
 from ssl_kit.training.chunked import Chunkable, no_chunks
 from ssl_kit.training.curves import Bar, Curves
-from ssl_kit.training.distributed import Processes, from_first, joined, rank, wait, world_size
-from ssl_kit.training.guard import Diagnose, Watchdog
-from ssl_kit.training.loop import Member
-from ssl_kit.training.optim import Average, Horizon
+from ssl_kit.training.distributed import Processes, broadcast, joined, rank, wait, world_size
+from ssl_kit.training.guard import Diagnose, Guard
+from ssl_kit.training.loop import Loop
+from ssl_kit.training.optim import EMA, Duration
 from ssl_kit.verbs.defaults import (
     Fitted,
     build_method,
@@ -41,10 +43,10 @@ from ssl_kit.verbs.defaults import (
     quiet_lightning,
     resolved_recipe,
     save_recipe,
-    view_schedule,
+    schedule_views,
     view_size,
 )
-from ssl_kit.verbs.monitor import Measure, Refresh, Show, Skips, hold_out, judge_of, kept
+from ssl_kit.verbs.monitor import Measure, Monitor, Show, hold_out, judge_of, kept
 from ssl_kit.verbs.record import RunRecord, opened, versions
 from ssl_kit.verbs.rehearsal import rehearse
 from ssl_kit.verbs.several import all_fit, check_images, check_processes, held, images_per_step
@@ -53,41 +55,9 @@ from ssl_kit.views.recipe import View, ViewRecipe, plain
 _SHOWN = 8  # images in the picture of the views
 
 
-def pretrain(
-    data: str,
-    *,
-    method: dict[str, Any] | None = None,
-    views: ViewRecipe = ViewRecipe(),  # noqa: B008 (frozen)
-    run: str | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    init: str | None = None,
-    limit: int | None = None,
-    image_size: int | tuple[int, int] | None = None,
-    grow: dict[int, int] | None = None,
-    channels: int = 3,
-    epochs: float | None = None,
-    minutes: float | None = None,
-    batch_size: int | None = None,
-    contrastive_batch: int | None = None,
-    seed: int = 0,
-    precision: Precision = "auto",
-    evaluate_every: float = 1.0,
-    checkpoint_minutes: float = 10.0,
-    when_full: Literal["continue", "stop"] = "continue",
-    max_bad: float = 0.05,
-    threads: int | None = None,
-    views_on: Literal["auto", "host", "device"] = "auto",
-    ema: float | None = None,
-    ema_cosine: bool = False,
-    compile: Switch = "auto",
-    tf32: Switch = "auto",
-    diagnose: bool = False,
-    wandb: bool = False,
-    tensorboard: bool = False,
-    trainer: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Train an encoder on images without labels; writes a run folder.
+@dataclass(frozen=True)
+class Settings:
+    """How to train, and where.
 
     Args:
         data: folder (searched recursively), .csv or .parquet manifest with a `path` column, or a built-in set.
@@ -123,57 +93,103 @@ def pretrain(
         wandb: log to Weights & Biases too, offline when no key is set.
         tensorboard: write TensorBoard events to the run folder too (extra `tensorboard`).
         trainer: any arguments of Lightning's Trainer; `--trainer.devices 2` trains in two processes.
+    """
+
+    data: str
+    _: KW_ONLY
+    method: dict[str, Any] | None = None
+    views: ViewRecipe = ViewRecipe()  # noqa: RUF009 (frozen)
+    run: str | None = None
+    resume: bool = False
+    overwrite: bool = False
+    init: str | None = None
+    limit: int | None = None
+    image_size: int | tuple[int, int] | None = None
+    grow: dict[int, int] | None = None
+    channels: int = 3
+    epochs: float | None = None
+    minutes: float | None = None
+    batch_size: int | None = None
+    contrastive_batch: int | None = None
+    seed: int = 0
+    precision: Precision = "auto"
+    evaluate_every: float = 1.0
+    checkpoint_minutes: float = 10.0
+    when_full: Literal["continue", "stop"] = "continue"
+    max_bad: float = 0.05
+    threads: int | None = None
+    views_on: Literal["auto", "host", "device"] = "auto"
+    ema: float | None = None
+    ema_cosine: bool = False
+    compile: Switch = "auto"
+    tf32: Switch = "auto"
+    diagnose: bool = False
+    wandb: bool = False
+    tensorboard: bool = False
+    trainer: dict[str, Any] | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of a view, once it is chosen."""
+        assert isinstance(self.image_size, tuple), "chosen from the images"
+        return self.image_size
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.run or f"runs/{Path(self.data).name or 'run'}")
+
+
+@verb(Settings)
+def pretrain(settings: Settings) -> dict[str, Any]:
+    """Train an encoder on images without labels; writes a run folder.
 
     Returns:
         What `run.json` holds: run, encoder, verdict, timings, versions.
     """
-    settings = {key: value for key, value in locals().items() if key not in ("run", "resume", "overwrite")}
-    folder = Path(run or f"runs/{Path(data).name or 'run'}")
-    _check_options(settings)
-    check_place(folder, data, removing=overwrite)
+    settings, folder = _checked(settings), settings.folder
+    check_place(folder, settings.data, removing=settings.overwrite)
     with (
         joined(),
         held(folder),
         if_interrupted(lambda: kept(folder)),
         Signals() as signals,
-        opened(folder, resume, overwrite) as record,
+        opened(folder, settings.resume, settings.overwrite) as record,
     ):
         reused = keep_memory()
         say(f"freed memory: {'kept (page faults cost 10 % of a step)' if reused else 'given back (not glibc)'}")
-        pl.seed_everything(seed, verbose=False)
-        source = open_source(data, limit=limit, channels=channels, in_memory=all_fit, max_bad=max_bad, threads=threads)
+        pl.seed_everything(settings.seed, verbose=False)
+        source = open_source(
+            settings.data,
+            limit=settings.limit,
+            channels=settings.channels,
+            in_memory=all_fit,
+            max_bad=settings.max_bad,
+            threads=settings.threads,
+        )
         check_images(source)
-        size = view_size(image_size, source)
-        settings["image_size"] = list(size)
-        mean, std = channel_statistics(source, size)
-        learner = build_method(method, image_size=size, channels=channels, mean=mean, std=std)
-        if contrastive_batch is not None and not isinstance(learner, Chunkable):
-            raise UserError(no_chunks(type(learner).__name__))
-        if init is not None:
-            matched = initialise(learner.encoder, init)
-            say(f"initialised from {init}: {matched.fraction:.1%} of the weights matched")
-        views = settings["views"] = views.fitted(learner.preset, size, channels)
-        kinds = view_schedule(views, size, grow, learner)
+        settings, learner = _method(settings, source)
+        view_schedule = schedule_views(settings.views, settings.size, settings.grow, learner)
         training, gallery, queries = hold_out(source)
-        fit_to_data(settings, len(training), world_size())
-        if resume and rank() == 0:
+        settings = fit_to_data(settings, len(training), world_size())
+        if settings.resume and rank() == 0:
             check_resumable(folder, resolved_recipe(settings, learner), len(source), world_size())
-        together = images_per_step(settings, folder, resume)
-        loader, horizon, fitted = fit_to_machine(learner, training, kinds, settings, together)
+        settings, together = images_per_step(settings, folder)
+        loader, duration, fitted = fit_to_machine(learner, training, view_schedule, settings, together)
 
         if rank() == 0:
-            if not resume:
+            if not settings.resume:
                 smallest = len(training) // loader.steps_per_epoch  # step
-                rehearse(learner, kinds, seed, min(2, smallest))  # the last that may be refused
+                rehearse(learner, view_schedule, settings.seed, min(2, smallest))  # the last that may be refused
                 record.former.set_aside()  # there is one where `overwrite` says so, or it was killed as it began
-            _describe(record, data, source, learner, seed)
+            _describe(record, settings, source, learner)
             save_recipe(folder / "recipe.yaml", resolved_recipe(settings, learner))
-            _draw(folder / "pictures" / "views.png", source, kinds[0], seed)
+            _draw(folder / "pictures" / "views.png", source, view_schedule[0], settings.seed)
             write_report([folder], folder / "report.html")
             say(f"report: {folder / 'report.html'}")
-        measure = Measure(training, gallery, queries, plain(size), kinds[0])
-        show = Show(folder / "pictures", training, kinds[0], seed)
-        encoder = _train(learner, loader, horizon, fitted, measure, show, record, settings, resume, signals)
+        measure = Measure(training, gallery, queries, plain(settings.size), view_schedule[0])
+        show = Show(folder / "pictures", training, view_schedule[0], settings.seed)
+        encoder = _train(learner, loader, duration, fitted, measure, show, record, settings, signals)
 
         signals.patient = True  # all is learnt: what is left takes seconds
         if rank() == 0:
@@ -181,22 +197,38 @@ def pretrain(
             encoder.save(folder / "encoder", record.provenance())
             record.update(status="finished", encoder_sha256=encoder.sha256)
             write_report([folder], folder / "report.html")
-        record.entries = from_first(lambda: record.entries)
+        record.entries = broadcast(lambda: record.entries)
     result(f"verdict: {record.entries['verdict']['state']} - {record.entries['verdict']['reason']}")
-    next_command(f"ssl-kit evaluate {shlex.quote(str(folder))} {shlex.quote(data) if source.classes else 'LABELLED'}")
+    labelled = shlex.quote(settings.data) if source.classes else "LABELLED"
+    next_command(f"ssl-kit evaluate {shlex.quote(str(folder))} {labelled}")
     return record.entries
+
+
+def _method(settings: Settings, source: Source) -> tuple[Settings, Method]:
+    """The method with its encoder, made for these images; the settings with what follows from both."""
+    size = view_size(settings.image_size, source)
+    mean, std = channel_statistics(source, size)
+    learner = build_method(settings.method, image_size=size, channels=settings.channels, mean=mean, std=std)
+    if settings.contrastive_batch is not None and not isinstance(learner, Chunkable):
+        raise UserError(no_chunks(type(learner).__name__))
+    if learner.uses_labels:
+        say(f"labels are used: {type(learner).__name__} learns from them, where images have one")
+    if settings.init is not None:
+        matched = initialise(learner.encoder, settings.init)
+        say(f"initialised from {settings.init}: {matched.fraction:.1%} of the weights matched")
+    views = settings.views.fitted(learner.preset, size, settings.channels)
+    return replace(settings, image_size=size, views=views), learner
 
 
 def _train(
     learner: Method,
     loader: ImageData,
-    horizon: Horizon,
+    duration: Duration,
     fitted: Fitted,
     measure: Measure,
     show: Show,
     record: RunRecord,
-    settings: dict[str, Any],
-    resume: bool,
+    settings: Settings,
     signals: Signals,
 ) -> Encoder:
     """Runs Lightning over the steps of the run; returns the encoder to be kept, the trained or the averaged one.
@@ -204,55 +236,27 @@ def _train(
     Raises:
         SystemExit: stopped by a signal, with the conventional code, after the state was saved.
     """
-    folder, options = record.folder, dict(settings["trainer"] or {})
-    watchdog = Watchdog(learner.optim.clip, folder / "checkpoints")
+    folder = record.folder
+    ema = None if settings.ema is None else EMA(settings.ema, cosine=settings.ema_cosine)
+    if ema is not None:
+        measure.encoder = lambda method: ema.encoder(method.encoder)
+    judge = judge_of(learner, measure, record)
+    curves = Curves(folder / "metrics.csv", measure=measure, judge=judge, measure_every=settings.evaluate_every)
     checkpoints = Checkpoints(
-        folder / "checkpoints",
-        settings["checkpoint_minutes"],
-        watchdog.healthy,
-        signals,
-        settings["when_full"],
-        saved=record.former.remove,
+        folder / "checkpoints", settings.checkpoint_minutes, signals, settings.when_full, saved=record.former.remove
     )
-    stopped = lambda: checkpoints.stopped is not None
-    averages = []
-    if settings["ema"] is not None:
-        averages = [Average(settings["ema"], watchdog, lambda: horizon.total, cosine=settings["ema_cosine"])]
-        measure.encoder = averages[0].encoder
-    curves = Curves(
-        folder / "metrics.csv",
-        measure=measure,
-        judge=judge_of(learner, measure, record),
-        watchdog=watchdog,
-        measure_every=settings["evaluate_every"],
-        interrupted=stopped,
+    loop = Loop(
+        Guard(learner.optim.clip, folder / "checkpoints"),
+        checkpoints,
+        ema=ema,
+        duration=duration,
+        curves=curves,
+        bar=Bar(curves),
+        monitor=Monitor(record, curves, checkpoints, show, loader.source),
+        diagnose=Diagnose(folder / "diagnose.csv") if settings.diagnose else None,
+        seed=settings.seed,
     )
-    bar, refresh = Bar(curves, lambda: horizon.total), Refresh(record, curves, checkpoints, show)
-    diagnoses = [Diagnose(folder / "diagnose.csv")] if settings["diagnose"] else []
-    skips, member = Skips(loader.source), Member(settings["seed"])
-    # what changes the state of a step comes first, what saves it last
-    callbacks = [*diagnoses, watchdog, *averages, horizon, curves, bar, skips, refresh, checkpoints, member]
-    several = Processes.arguments(options) if world_size() > 1 else {}
-    arguments = {
-        "accelerator": fitted.device,
-        "devices": 1,
-        "precision": lightning_precision(fitted.precision),
-        "max_epochs": -1,  # one endless stream of steps: see ImageData
-        "max_steps": horizon.max_steps,
-        "accumulate_grad_batches": learner.optim.accumulate,
-        "logger": _loggers(settings["wandb"], settings["tensorboard"], folder) if rank() == 0 else [],
-        "plugins": [SafeCheckpointIO(learner.state_dict), *several.pop("plugins", ())],
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "use_distributed_sampler": False,
-        "callbacks": [*callbacks, *(options.pop("callbacks", None) or [])],
-        "default_root_dir": str(folder),
-        **options,
-        **several,
-    }
-    quiet_lightning()
-    trainer = pl.Trainer(**arguments)
+    trainer = _trainer(learner, duration, fitted, loop, settings)
     record.update(
         status="running",
         device=str(trainer.strategy.root_device),
@@ -260,7 +264,7 @@ def _train(
         images_per_step=loader.images_per_step,
         chance_loss=learner.chance_loss(loader.images_per_step),
     )
-    path = from_first(lambda: str(newest(folder / "checkpoints") or "")) if resume else ""
+    path = broadcast(lambda: str(newest(folder / "checkpoints") or "")) if settings.resume else ""
     with record.written_by_others("tensorboard", "wandb"):
         trainer.fit(learner, datamodule=loader, ckpt_path=path or None)
     if checkpoints.stopped is not None:
@@ -272,29 +276,67 @@ def _train(
     return measure.encoder(learner)
 
 
-def _check_options(settings: dict[str, Any]) -> None:
-    """Raises `UserError` for numbers out of range and trainer options that would be ignored or break a promise."""
-    check_numbers(settings)
-    if any(epoch < 0 or side < 1 for epoch, side in (settings["grow"] or {}).items()):
-        raise UserError(f"--grow {settings['grow']}: wanted epochs from 0 and sides of at least 1 pixel")
-    options = dict(settings["trainer"] or {})
-    instead = {
-        "max_epochs": "--epochs",
-        "plugins": "no other",
-        "enable_checkpointing": "--checkpoint_minutes",
-        "accumulate_grad_batches": "--method.optim.accumulate",
-        "gradient_clip_val": "--method.optim.clip",
-        "precision": "--precision",
-        "accelerator": "CUDA_VISIBLE_DEVICES= in the environment to train on the CPU",
+def _trainer(learner: Method, duration: Duration, fitted: Fitted, loop: Loop, settings: Settings) -> pl.Trainer:
+    """Lightning's, with what the user asks of it beside."""
+    options = dict(settings.trainer or {})
+    several = Processes.arguments(options) if world_size() > 1 else {}
+    loggers = _loggers(settings.wandb, settings.tensorboard, settings.folder) if rank() == 0 else []
+    arguments = {
+        "accelerator": fitted.device,
+        "devices": 1,
+        "precision": lightning_precision(fitted.precision),
+        "max_epochs": -1,  # one endless stream of steps: see ImageData
+        "max_steps": duration.max_steps,
+        "accumulate_grad_batches": learner.optim.accumulate,
+        "logger": loggers,
+        "plugins": [SafeCheckpointIO(learner.state_dict), *several.pop("plugins", ())],
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+        "callbacks": [loop, *(options.pop("callbacks", None) or [])],
+        "default_root_dir": str(settings.folder),
+        **options,
+        **several,
     }
-    for name in [name for name in options if name in instead]:
-        raise UserError(f"--trainer.{name} has no meaning here: use {instead[name]}")
+    quiet_lightning()
+    return pl.Trainer(**arguments)
+
+
+_INSTEAD = {  # options of the trainer that would be ignored or break a promise
+    "max_epochs": "--epochs",
+    "plugins": "no other",
+    "enable_checkpointing": "--checkpoint_minutes",
+    "accumulate_grad_batches": "--method.optim.accumulate",
+    "gradient_clip_val": "--method.optim.clip",
+    "precision": "--precision",
+    "accelerator": "CUDA_VISIBLE_DEVICES= in the environment to train on the CPU",
+}
+
+
+def _checked(settings: Settings) -> Settings:
+    """The settings, with the trainer's options in order.
+
+    Raises:
+        UserError: a number is out of range, or an option of the trainer is not to be given.
+    """
+    check_numbers(vars(settings))
+    if any(epoch < 0 or side < 1 for epoch, side in (settings.grow or {}).items()):
+        raise UserError(f"--grow {settings.grow}: wanted epochs from 0 and sides of at least 1 pixel")
+    options = dict(settings.trainer or {})
+    for name in [name for name in options if name in _INSTEAD]:
+        raise UserError(f"--trainer.{name} has no meaning here: use {_INSTEAD[name]}")
     check_processes(options)
-    settings["trainer"] = options or None
+    return replace(settings, trainer=options or None)
 
 
-def _describe(record: RunRecord, data: str, source: Source, learner: Method, seed: int) -> None:
-    facts = {"root": data, "images": len(source), "skipped": len(source.skipped), "classes": len(source.classes)}
+def _describe(record: RunRecord, settings: Settings, source: Source, learner: Method) -> None:
+    facts = {
+        "root": settings.data,
+        "images": len(source),
+        "skipped": len(source.skipped),
+        "classes": len(source.classes),
+    }
     record.begin(
         method=type(learner).__name__,
         judged_by=list(learner.judged_by),
@@ -303,19 +345,19 @@ def _describe(record: RunRecord, data: str, source: Source, learner: Method, see
         encoder=learner.encoder.name,
         dim=learner.encoder.dim,
         data=facts,
-        seed=seed,
+        seed=settings.seed,
         versions=versions(),
         verdict={"state": "unknown", "reason": "nothing was measured yet"},
     )
 
 
-def _draw(path: Path, source: Source, kinds: tuple[View, ...], seed: int) -> None:
+def _draw(path: Path, source: Source, views: tuple[View, ...], seed: int) -> None:
     """The first picture, before the first step: a few images and their views."""
     rows = np.linspace(0, len(source) - 1, min(_SHOWN, len(source))).astype(np.int64)
-    loader = ViewLoader(source, [rows], kinds, seed=seed)
+    loader = ViewLoader(source, [rows], views, seed=seed)
     batch = next(iter(loader))
     kept = batch["key"].index.numpy()
-    originals = next(iter(ViewLoader(source, [kept], (plain(kinds[0].size),))))["views"][0].numpy()
+    originals = next(iter(ViewLoader(source, [kept], (plain(views[0].size),))))["views"][0].numpy()
     stored = [(image.transpose(1, 2, 0) * 255).round().astype(np.uint8) for image in originals]
     path.parent.mkdir(parents=True, exist_ok=True)
     draw_views(path, stored, [view.numpy() for view in batch["views"]])

@@ -16,19 +16,20 @@ from ssl_kit.encoders.weights import SENSELESS
 from ssl_kit.methods.method import Method
 from ssl_kit.training.checkpoint import generators, set_generators
 from ssl_kit.training.distributed import by_itself
+from ssl_kit.verbs.defaults import ViewSchedule
 from ssl_kit.views.recipe import View
 
 _MOST = 1e-3  # difference of a feature after saving and loading, as a share of the largest
 
 
-def rehearse(learner: Method, kinds: dict[int, tuple[View, ...]], seed: int, images: int = 2) -> None:
+def rehearse(learner: Method, view_schedule: ViewSchedule, seed: int, images: int = 2) -> None:
     """One forward and backward pass at the smallest and at the largest view, and a round trip of the encoder.
 
     On a copy, of noise; the generators are where they were afterwards. Under 0.5 s for a ResNet-18 on two cores.
 
     Args:
         learner: the method, on the CPU.
-        kinds: first epoch -> the views from there on.
+        view_schedule: first epoch -> the views from there on.
         seed: of the run.
         images: of its smallest step, two at most: one has no negatives, and may have no statistics.
 
@@ -40,8 +41,8 @@ def rehearse(learner: Method, kinds: dict[int, tuple[View, ...]], seed: int, ima
         with by_itself():
             trial = copy.deepcopy(learner).train()
             area = lambda views: math.prod(views[0].size)
-            sizes = {views[0].size: views for views in (min(kinds.values(), key=area), max(kinds.values(), key=area))}
-            for views in sizes.values():
+            by_area = sorted(view_schedule.values(), key=area)
+            for views in {views[0].size: views for views in (by_area[0], by_area[-1])}.values():
                 _step(trial, views, seed, images)
             _round_trip(trial.encoder)
     finally:

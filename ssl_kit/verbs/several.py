@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ssl_kit.core.console import say
 from ssl_kit.core.errors import UserError
@@ -14,8 +15,11 @@ from ssl_kit.core.files import read_json
 from ssl_kit.core.locking import lock
 from ssl_kit.core.process import on_this_machine, started
 from ssl_kit.data.sources import Source
-from ssl_kit.training.distributed import FIND_UNUSED, from_all, from_first, rank, world_size
+from ssl_kit.training.distributed import FIND_UNUSED, all_gather_object, broadcast, rank, world_size
 from ssl_kit.verbs.launching import processes_asked
+
+if TYPE_CHECKING:
+    from ssl_kit.verbs.pretrain import Settings
 
 
 def check_processes(options: dict[str, Any]) -> None:
@@ -50,13 +54,13 @@ def held(folder: Path) -> Iterator[None]:
 
 def all_fit(fits: bool) -> bool:
     """Whether the images fit into the memory of every process: decoded when needed, they are not quite the same."""
-    return all(from_all(fits))
+    return all(all_gather_object(fits))
 
 
 def check_images(source: Source) -> None:
     """Raises `UserError` unless all processes see the same images."""
     names = hashlib.sha256("\n".join(source.ids).encode()).hexdigest()
-    count, wanted = from_first(lambda: [len(source), names])
+    count, wanted = broadcast(lambda: [len(source), names])
     if [len(source), names] != [count, wanted]:
         raise UserError(
             f"{source.name} has {len(source):,} images here and {count:,} for process 0, or others: the processes need "
@@ -64,19 +68,25 @@ def check_images(source: Source) -> None:
         )
 
 
-def images_per_step(settings: dict[str, Any], folder: Path, resume: bool) -> int:
+def images_per_step(settings: Settings, folder: Path) -> tuple[Settings, int]:
     """Images of a step over all processes. A resumed run keeps them, however many processes there are now.
 
     Args:
-        settings: of the run; the size of a process's batch becomes its share.
+        settings: of the run, with the size of its batches.
         folder: of the run.
-        resume: whether it goes on.
+
+    Returns:
+        The settings, where the size of a process's batch is its share; and the images of a step.
     """
-    option = "batch_size" if settings["contrastive_batch"] is None else "contrastive_batch"
-    planned = settings[option] * world_size()
+    contrastive = settings.contrastive_batch is not None
+    own = settings.contrastive_batch or settings.batch_size
+    assert own is not None, "fit_to_data has chosen it"
+    planned = own * world_size()
     begun = lambda: read_json(folder / "run.json").get("images_per_step", planned)
-    kept = int(from_first(begun)) if resume else planned
-    if kept != planned:
-        settings[option] = -(-kept // world_size())
-        say(f"{option}: {settings[option]} on each of {world_size()} processes ({kept} images a step, as before)")
-    return kept
+    kept = int(broadcast(begun)) if settings.resume else planned
+    if kept == planned:
+        return settings, kept
+    share = -(-kept // world_size())
+    option = "contrastive_batch" if contrastive else "batch_size"
+    say(f"{option}: {share} on each of {world_size()} processes ({kept} images a step, as before)")
+    return replace(settings, contrastive_batch=share) if contrastive else replace(settings, batch_size=share), kept

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from ssl_kit.training.distributed import counts, gather, leave, others, rank, share_weight, world_size
+from ssl_kit.training.distributed import counts, all_gather, leave, others, rank, share_weight, world_size
 
 COUNTS = (5, 2, 4, 1)  # rows of the ranks
 
@@ -32,12 +32,12 @@ def one_rank(number, world, port, queue):
     slices = images.split([*COUNTS[: world - 1], sum(COUNTS[world - 1 :])])
     own = slices[number]
     assert (rank(), world_size()) == (number, world) and counts(len(own)) == [len(part) for part in slices]
-    assert torch.equal(gather(own), images)
+    assert torch.equal(all_gather(own), images)
     assert torch.equal(others(own), torch.cat([*slices[:number], *slices[number + 1 :]]))
     results = []
     for loss in (
         lambda: (own @ weight).tanh().square().mean() * share_weight(len(own)),  # a mean over images: MAE, VAE
-        lambda: between_rows(gather(own @ weight)),  # every process computes the loss of the joined batch
+        lambda: between_rows(all_gather(own @ weight)),  # every process computes the loss of the joined batch
     ):
         weight.grad = None
         value = loss()
@@ -68,7 +68,7 @@ def test_unequal_slices_equal_one_process(world, free_port):
 
 def test_one_process_needs_no_group():
     images, _ = rows()
-    assert gather(images) is images and others(images).shape == (0, 3)
+    assert all_gather(images) is images and others(images).shape == (0, 3)
     assert (rank(), world_size(), share_weight(7), counts(7)) == (0, 1, 1.0, [7])
 
 

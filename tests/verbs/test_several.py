@@ -31,7 +31,7 @@ from ssl_kit.evaluation.neighbours import knn_accuracy
 from ssl_kit.methods.mae import MAE as Method
 from ssl_kit.training import distributed as together
 from ssl_kit.training.checkpoint import Checkpoints
-from ssl_kit.training.distributed import from_all, joined, rank
+from ssl_kit.training.distributed import all_gather_object, joined, rank
 from ssl_kit.training.loop import Member
 from ssl_kit.verbs import monitor as following
 from ssl_kit.verbs.monitor import Share, Skips
@@ -350,7 +350,7 @@ def measured(folder, answers):
         share = Share(source)
         vectors, labels = share.embedded(encoder, plain((8, 8)), "test")
         accuracy = knn_accuracy(vectors, labels, vectors[::3], labels[::3])
-        seen = from_all(share.rows.tolist())
+        seen = all_gather_object(share.rows.tolist())
         if rank() == 0:
             np.savez(answers, vectors=vectors, labels=labels, accuracy=accuracy, seen=np.concatenate(seen))
 
