@@ -24,9 +24,9 @@ from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from ssl_kit.core.console import FULL, lost, printable, protect, terminal
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.process import is_first, prepare, refusal
+from ssl_kit.core.streams import FULL, lost, printable, protect, terminal
 
 _VERBS = Path(__file__).parent / "verbs"
 _COMMON = (

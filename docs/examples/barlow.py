@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ssl_kit.core.random import Key
 from ssl_kit.encoders.encoder import Encoder
-from ssl_kit.methods.method import Method, flatten_views
-from ssl_kit.methods.simclr import projection_head
+from ssl_kit.methods.method import Method
+from ssl_kit.methods.parts import flatten_views, float32, mlp
 from ssl_kit.training.distributed import all_gather
 from ssl_kit.training.optim import Optim
 
@@ -25,7 +25,7 @@ def barlow_loss(first: Tensor, second: Tensor, off_diagonal: float) -> Tensor:
 
     C is that of the images of all processes, which may have unequal shares b; nothing is computed in low precision.
     """
-    with torch.autocast(first.device.type, enabled=False):
+    with float32(first):
         first, second = all_gather(torch.cat([first, second], dim=1)).chunk(2, dim=1)  # (B, width) each
         first, second = ((z - z.mean(0)) / z.std(0, correction=0).clamp(min=1e-5) for z in (first, second))
         c = first.T @ second / len(first)  # (width, width)
@@ -56,7 +56,7 @@ class BarlowTwins(Method):
     ):
         super().__init__(encoder, optim)
         self.off_diagonal = off_diagonal
-        self.head = projection_head(encoder.dim, (width, width))
+        self.head = mlp(encoder.dim, (width, width), last_norm=True)
 
     def loss(self, views: list[Tensor], key: Key) -> dict[str, Tensor]:
         """The redundancy-reduction loss of the two views."""

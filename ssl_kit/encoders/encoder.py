@@ -142,7 +142,7 @@ class Encoder(nn.Module):
     @property
     def fixed_size(self) -> bool:
         """Whether it takes images of `image_size` only: it has position embeddings made for that size."""
-        return bool(_size_argument(self.name, self.image_size))
+        return bool(_size_argument(self.name, self.image_size)) and not self.args.get("dynamic_img_size")
 
     @property
     def is_convolutional(self) -> bool:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
 from typing import Any, ClassVar, NamedTuple
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.random import Key
@@ -94,6 +95,9 @@ class Method(pl.LightningModule):
             progress: fraction of the run that is over, in [0, 1]; it never falls.
         """
 
+    def after_init(self) -> None:
+        """After `--init` has set the encoder's weights: a teacher starts from them, too."""
+
     def embed(self, images: Tensor) -> Tensor:
         """(B, C, h, w) in [0, 1] to the representation that is evaluated and exported, (B, D)."""
         return self.encoder(images)
@@ -119,11 +123,36 @@ class Method(pl.LightningModule):
                 raise UserError(no_chunks(type(self).__name__))
             losses = self.contrast(chunked(self, self.project, batch["chunks"], self.num_views))
         elif len(views) == self.num_views:
-            losses = self.loss(views, key)
+            losses = self.loss(views, key, *([batch["label"]] if self.uses_labels else []))
         else:
             raise ValueError(f"{type(self).__name__} takes {self.num_views} views of each image, got {len(views)}")
         weight = share_weight(len(key.index))
         return {name: value * weight for name, value in losses.items()}
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Weights and buffers, but for those of the `external` modules."""
+        state: dict[str, Any] = super().state_dict(*args, **kwargs)
+        for name in [name for name in state if self._is_external(name)]:
+            del state[name]
+        return state
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Takes what `state_dict` gave; `external` modules stay as they are."""
+        own = {name: value for name, value in super().state_dict().items() if self._is_external(name)}
+        return super().load_state_dict({**own, **state_dict}, strict, assign)
+
+    def _is_external(self, name: str) -> bool:
+        return name.partition(".")[0] in self.external
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the sha256 of the `external` modules, which are not in the checkpoint."""
+        checkpoint["external"] = {name: fingerprint(self.get_submodule(name)) for name in self.external}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raises `UserError` when an `external` module is another one than the run was begun with."""
+        for name, begun in checkpoint["external"].items():
+            if fingerprint(self.get_submodule(name)) != begun:
+                raise UserError(f"--resume: {name} has other weights than the run was begun with ({begun[:12]})")
 
     def configure_optimizers(self) -> Any:
         """Builds the optimiser and its schedule; the trainer knows the batch, the processes and the steps."""
@@ -138,6 +167,10 @@ class Method(pl.LightningModule):
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def flatten_views(views: list[Tensor]) -> Tensor:
-    """V views (B, C, h, w) to (V*B, C, h, w), view by view: one pass through the encoder serves all."""
-    return torch.cat(views, dim=0)
+def fingerprint(module: nn.Module) -> str:
+    """The sha256 of a module's weights and buffers: of their names, types and bytes."""
+    digest = hashlib.sha256()
+    for name, values in sorted(module.state_dict().items()):
+        digest.update(f"{name} {values.dtype} {tuple(values.shape)};".encode())
+        digest.update(values.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

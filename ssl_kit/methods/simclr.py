@@ -33,7 +33,8 @@ from torch.autograd.function import once_differentiable
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.random import Key
 from ssl_kit.encoders.encoder import Encoder
-from ssl_kit.methods.method import Method, flatten_views
+from ssl_kit.methods.method import Method
+from ssl_kit.methods.parts import flatten_views, mlp
 from ssl_kit.training.distributed import others, world_size
 from ssl_kit.training.optim import Optim
 
@@ -77,7 +78,7 @@ class SimCLR(Method):
         self.temperature, self.decoupled = temperature, decoupled
         self.in_bfloat16 = bfloat16  # Module.bfloat16 is a method
         self.dims = dims or (encoder.dim,)
-        self.heads = nn.ModuleList(projection_head(dim, projection) for dim in self.dims)
+        self.heads = nn.ModuleList(mlp(dim, projection, last_norm=True) for dim in self.dims)  # authors' `resnet_v2`
 
     def loss(self, views: list[Tensor], key: Key) -> dict[str, Tensor]:
         """NT-Xent between the two views."""
@@ -99,20 +100,6 @@ class SimCLR(Method):
     def chance_loss(self, batch_size: int) -> float:
         """ln(2N - 1): every view looks the same; ln(2N - 2) decoupled."""
         return math.log(max(1, 2 * batch_size - 1 - self.decoupled))
-
-
-def projection_head(dim: int, widths: tuple[int, ...]) -> nn.Sequential:
-    """g of the paper: linear layers without bias, each with batch norm, ReLU between them (authors' `resnet_v2`).
-
-    (B, dim) to (B, widths[-1]).
-    """
-    layers: list[nn.Module] = []
-    for position, width in enumerate(widths):
-        if position:
-            layers.append(nn.ReLU(inplace=True))
-        layers += [nn.Linear(dim, width, bias=False), nn.BatchNorm1d(width)]
-        dim = width
-    return nn.Sequential(*layers)
 
 
 def nt_xent(z: Tensor, temperature: float, *, decoupled: bool = False, bfloat16: bool = False) -> Tensor:

@@ -11,8 +11,9 @@ program; the first one alone measures, draws, writes and speaks.
     all_gather_object      what each has found, for all
     Processes     Lightning's data-parallel strategy for them
 
-A step's collectives fail after `TIMEOUT`, so that a process that hangs ends the run within a minute. What the first one
-does alone may take longer: the others are patient. A process that dies closes its connections, which ends both kinds of
+A step's collectives fail after `TIMEOUT`, so that a process that hangs ends the run within a minute; until the first
+step is over, after `PATIENCE`: compiling and cold disks take their time. What the first process does alone may take
+longer, too: the others are patient. A process that dies closes its connections, which ends both kinds of
 waiting at once.
 """
 
@@ -65,6 +66,14 @@ def by_itself() -> Iterator[None]:
         yield
     finally:
         _by_itself = False
+
+
+def expect_promptness() -> None:
+    """From now on a step's collectives fail after `TIMEOUT`: the first step is over."""
+    if world_size() > 1:
+        for group in (dist.group.WORLD, _host_group(dist.group.WORLD)):
+            if group is not None:
+                dist.distributed_c10d._set_pg_timeout(TIMEOUT, group)
 
 
 def leave() -> None:
@@ -136,11 +145,16 @@ def largest(value: float) -> float:
 
 def mean_of_all(values: Tensor) -> Tensor:
     """The mean over the processes of a tensor that has one shape on all of them."""
+    return sum_of_all(values) / world_size() if world_size() > 1 else values
+
+
+def sum_of_all(values: Tensor) -> Tensor:
+    """The sum over the processes of a tensor that has one shape on all of them, without gradient."""
     if world_size() == 1:
         return values
-    total = values.clone()
+    total = values.detach().clone()
     dist.all_reduce(total)
-    return total / world_size()
+    return total
 
 
 class _Gather(torch.autograd.Function):
@@ -180,7 +194,7 @@ def patient_group(everyone: Any) -> Any:
     return dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
-TIMEOUT = timedelta(seconds=TIMEOUT_SECONDS)
+TIMEOUT = timedelta(seconds=TIMEOUT_SECONDS)  # of a step's collectives, once the first step is over
 _WORD_SECONDS = 3.0  # for a word with the process that holds the store
 
 
@@ -205,7 +219,7 @@ def joined() -> Iterator[None]:
     # on a machine with GPUs each kind of tensor has its own carrier
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     store = dist.PrefixStore("run", store)
-    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=TIMEOUT)
+    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=PATIENCE)
     groups = (dist.group.WORLD, patient_group(dist.group.WORLD))  # all processes make the second one, here
     if number > 0:
         configure(to_stderr=True, quiet=True)
@@ -314,7 +328,7 @@ class Processes(DDPStrategy):
     """
 
     def __init__(self, unused: bool = False):
-        super().__init__(timeout=TIMEOUT, find_unused_parameters=unused)
+        super().__init__(timeout=PATIENCE, find_unused_parameters=unused)
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         """Waits for all, also for a first process that measures or saves."""

@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from ssl_kit.core.console import say
 from ssl_kit.training.checkpoint import Checkpoints, generators, set_generators
 from ssl_kit.training.curves import Bar, Curves
-from ssl_kit.training.distributed import all_gather_object, rank, world_size
+from ssl_kit.training.distributed import all_gather_object, expect_promptness, rank, world_size
 from ssl_kit.training.guard import Diagnose, Guard
 from ssl_kit.training.optim import EMA, Duration
 
@@ -83,6 +83,7 @@ class Loop(pl.Callback):
     ):
         self.guard, self.checkpoints, self.ema, self.duration = guard or Guard(), checkpoints, ema, duration
         self.curves, self.bar, self.monitor, self.diagnose, self.seed = curves, bar, monitor, diagnose, seed
+        self._first = True  # step of this sitting
         self._progress = 0.0  # fraction of the run that is over, as the method was told
         self._generators: dict[str, Any] | None = None  # of the first process, from a checkpoint
         self._others: list[dict[str, Any]] = []  # generators of all processes but the first, from a checkpoint
@@ -121,6 +122,9 @@ class Loop(pl.Callback):
 
     def _after_step(self, trainer: pl.Trainer, method: Any, batch: Any) -> None:
         step, total = trainer.global_step, self._total(trainer)
+        if self._first:
+            self._first = False
+            expect_promptness()
         self._progress = min(1.0, max(self._progress, step / total))
         _move_on(method, self._progress, self.guard.held)
         if self.ema is not None:

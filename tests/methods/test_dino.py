@@ -1,0 +1,158 @@
+"""DINO's loss against lightly's, in value and gradient; its center, temperature, teacher and crops of several sizes."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from lightly.loss import DINOLoss
+
+from ssl_kit.core.errors import UserError
+from ssl_kit.core.random import Key
+from ssl_kit.encoders import Encoder
+from ssl_kit.methods.dino import DINO, dino_loss
+from ssl_kit.methods.parts import Center, by_size, sinkhorn
+from ssl_kit.training.distributed import leave
+from ssl_kit.training.optim import cosine_decay
+from ssl_kit.views.recipe import ViewRecipe
+
+SIZE = (16, 16)
+
+
+def method(**arguments):
+    torch.manual_seed(0)
+    usual = {"small_crops": 2, "prototypes": 12, "hidden": (16, 8)}
+    return DINO(Encoder("resnet18_small", {"channels": [8, 8, 16, 16]}, SIZE), **(usual | arguments))
+
+
+def views(count=5, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (SIZE, SIZE, (8, 8), (8, 8))
+    return [torch.rand(count, 3, *size, generator=generator) for size in sizes], Key(0, 0, torch.arange(count))
+
+
+def test_loss_gradient_and_center_are_lightlys():
+    generator = torch.Generator().manual_seed(0)
+    scores = [[torch.randn(6, 10, generator=generator) for _ in range(count)] for count in (2, 5)]
+    lightlys = DINOLoss(10, warmup_teacher_temp=0.04, teacher_temp=0.04, student_temp=0.1, center_momentum=0.9)
+    center = Center(10, momentum=0.9)
+    for _ in range(3):  # the center moves after each
+        teacher, student = scores
+        ours, theirs = ([score.clone().requires_grad_() for score in student] for _ in range(2))
+        wanted = lightlys(teacher, theirs, epoch=0)
+        wanted.backward()
+        found = (center(torch.cat(teacher)) / 0.04).softmax(dim=1).chunk(2)
+        loss = dino_loss([score / 0.1 for score in ours], list(found))
+        loss.backward()
+        assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(center.mean, lightlys.center.flatten(), rtol=1e-5, atol=1e-7)
+        scores = [[score + 0.5 for score in kind] for kind in scores]
+
+
+def test_a_step_is_eq_3_in_a_double_loop():
+    dino = method().eval()
+    crops, key = views()
+    encode = lambda x: dino.head(dino.encoder(x)).detach().double().numpy()
+    softmax = lambda x: np.exp(x) / np.exp(x).sum(axis=1, keepdims=True)
+    losses = []
+    for i in range(2):
+        p = softmax(encode(crops[i]) / 0.04)
+        for j in range(4):
+            if i != j:
+                losses.append(-(p * np.log(softmax(encode(crops[j]) / 0.1))).sum(axis=1).mean())
+    told = dino.loss(crops, key)
+    assert told["loss"].item() == pytest.approx(np.mean(losses), rel=1e-4)
+    assert 0 <= told["teacher_entropy"] <= math.log(12) and dino.chance_loss(5) == math.log(12)
+
+
+def test_teacher_and_temperature_move_by_the_progress():
+    dino = method(teacher_temperature=(0.04, 0.08), warmup=0.5, tau=0.5)
+    assert dino.temperature_now == pytest.approx(0.04)
+    before = [weight.clone() for weight in dino.teacher.parameters()]
+    with torch.no_grad():
+        for weight in [*dino.encoder.parameters(), *dino.head.parameters()]:
+            weight.add_(1)
+    dino.after_step(0.25)
+    assert dino.temperature_now == pytest.approx(0.06)
+    tau = cosine_decay(0.5, 0.25)
+    for old, new in zip(before, dino.teacher.parameters(), strict=True):
+        torch.testing.assert_close(new, old + (1 - tau))
+    dino.after_step(1.0)
+    assert dino.temperature_now == pytest.approx(0.08)
+    names = dino.state_dict().keys()
+    assert {"temperature_now", "center.mean"} < names and any(name.startswith("teacher.") for name in names)
+
+
+def test_the_center_is_that_of_a_training_step_only():
+    dino = method()
+    dino.eval().loss(*views())
+    assert (dino.center.mean == 0).all()
+    dino.train().loss(*views())
+    assert (dino.center.mean != 0).any()
+
+
+def test_sinkhorn_assigns_evenly():
+    """Swav's algorithm 1 in NumPy, in its own orientation."""
+    scores = torch.randn(24, 6, generator=torch.Generator().manual_seed(0))
+    q = np.exp(scores.double().numpy().T / 0.5)
+    q /= q.sum()
+    for _ in range(3):
+        q /= q.sum(axis=1, keepdims=True) * 6
+        q /= q.sum(axis=0, keepdims=True) * 24
+    found = sinkhorn(scores, 0.5)
+    np.testing.assert_allclose(found.numpy(), (q * 24).T, rtol=1e-4)
+    assert torch.allclose(found.sum(dim=1), torch.ones(24))
+    assert (sinkhorn(scores, 0.5, iterations=50).sum(dim=0) - 4).abs().max() < 1e-3
+    loss = method(balance="sinkhorn").loss(*views())["loss"]
+    assert loss.isfinite() and loss.requires_grad
+
+
+def test_each_size_goes_through_once_and_comes_back_in_order():
+    seen = []
+    encode = lambda x: seen.append(tuple(x.shape)) or x.mean(dim=(1, 2, 3))[:, None]
+    crops = [views()[0][place] for place in (2, 0, 3, 1)]
+    made = by_size(encode, crops)
+    assert sorted(seen) == [(10, 3, 8, 8), (10, 3, 16, 16)]
+    for one, view in zip(made, crops, strict=True):
+        torch.testing.assert_close(one[:, 0], view.mean(dim=(1, 2, 3)))
+
+
+def test_crops_are_those_of_its_preset_and_encoders_of_one_size_are_refused():
+    dino = method(small_crops=3)
+    built = ViewRecipe(preset=dino.preset, local_size=8).build(SIZE, 3, dino.num_views)
+    assert [view.size for view in built] == [SIZE, SIZE, (8, 8), (8, 8), (8, 8)]
+    vit = {"patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 2}
+    with pytest.raises(UserError, match=r"takes one size only.*dynamic_img_size"):
+        DINO(Encoder("vit_tiny_patch16_224", vit, SIZE))
+    DINO(Encoder("vit_tiny_patch16_224", {**vit, "dynamic_img_size": True}, SIZE))
+    for wrong in ({"small_crops": 9}, {"temperature": 0.0}, {"warmup": 2.0}):
+        with pytest.raises(UserError, match="wanted"):
+            method(**wrong)
+
+
+def balanced(rows):
+    """What the teacher's side makes of scores: centred twice, the center, and Sinkhorn's assignment."""
+    center = Center(6, momentum=0.5)
+    return [center(rows), center(rows), sinkhorn(rows, 0.5)], center.mean
+
+
+def one_rank(rank, world, port, queue):
+    torch.set_num_threads(1)
+    rows = torch.randn(9, 6, generator=torch.Generator().manual_seed(0))
+    part = (slice(0, 5), slice(5, 9))[rank]
+    alone, mean = balanced(rows)
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    made, own = balanced(rows[part])
+    errors = [(one - all_rows[part]).abs().max().item() for one, all_rows in zip(made, alone, strict=True)]
+    queue.put(max([*errors, (own - mean).abs().max().item()]))
+    torch.distributed.barrier()
+    leave()
+
+
+def test_two_processes_balance_as_one_does(free_port):
+    queue = mp.get_context("spawn").SimpleQueue()
+    mp.spawn(one_rank, args=(2, free_port, queue), nprocs=2)
+    assert max(queue.get(), queue.get()) <= 1e-6
