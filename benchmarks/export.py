@@ -18,9 +18,8 @@ import numpy as np
 import timm
 import torch
 
-from ssl_kit.data.batches import ViewLoader
-from ssl_kit.data.decode import decode
-from ssl_kit.data.sources import Source, open_source
+from ssl_kit.data.loader import ViewLoader
+from ssl_kit.data.sources import Source, open_source, pixels
 from ssl_kit.embeddings.embeddings import embed
 from ssl_kit.embeddings.exact import normalised, search
 from ssl_kit.encoders.encoder import Encoder, find_encoder
@@ -46,7 +45,7 @@ def exported(run: str, place: Path, source: Source, data: str, encoder: Encoder)
     export(run, out=str(place / "timm"), images=data)
     export(run, out=str(place / "onnx"), format="onnx", images=data)
     export(run, out=str(place / "pixels"), format="onnx", preprocess=True, images=data)
-    images = [decode(source.read(row), encoder.channels).image for row in range(len(source))]
+    images = [pixels(source, row) for row in range(len(source))]
     same_size = len({image.shape for image in images}) == 1
     batches = (
         [np.stack(images[rows[0] : rows[-1] + 1]) for rows in plan] if same_size else [one[None] for one in images]

@@ -32,9 +32,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_kit.core.console import say, table
-from ssl_kit.core.machine import fast_bfloat16
+from ssl_kit.core.machine import available_memory, fast_bfloat16
 from ssl_kit.core.random import Key
-from ssl_kit.data.loading import available_memory
 from ssl_kit.encoders import Encoder
 from ssl_kit.methods.simclr import SimCLR, nt_xent
 

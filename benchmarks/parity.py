@@ -84,8 +84,8 @@ def train(arm: str, seed: int, training: Source, steps: int) -> SimCLR:
     optim = Optim(name="sgd", lr=0.5, lr_per=256, weight_decay=5e-4, warmup_epochs=0.5)
     method = SimCLR(encoder, temperature=0.2, projection=(512, 128), optim=optim)
     method.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    images = training.images
-    assert isinstance(images, np.ndarray)
+    assert training.stack is not None, "a built-in set or an array"
+    images = training.stack[0][training.stack[1]]
     plan = TrainingPlan(len(training), BATCH, seed)
     optimiser, schedule = optim.build(
         method, images_per_step=BATCH, steps_per_epoch=plan.steps_per_epoch, total_steps=steps
@@ -108,7 +108,7 @@ def one(arm: str, seed: int, data: str, steps: int | None, kept: Path) -> None:
     torch.set_num_threads(1)
     began = time.perf_counter()
     source = open_source(data)
-    held = stratified(source.labels, 0.1)  # 5,000 of 50,000, the same for all runs
+    held = stratified(source.labels(), 0.1)  # 5,000 of 50,000, the same for all runs
     training, queries = source.subset(~held), source.subset(held)
     plan = TrainingPlan(len(training), BATCH, seed)
     encoder = train(arm, seed, training, steps or EPOCHS * plan.steps_per_epoch).encoder

@@ -50,7 +50,7 @@ def augmented(encoder: str, data: str, count: int) -> np.ndarray:
     import torch
 
     from ssl_kit.core.console import progress
-    from ssl_kit.data.batches import ViewLoader
+    from ssl_kit.data.loader import ViewLoader
     from ssl_kit.data.sources import open_source
     from ssl_kit.encoders.encoder import Encoder, find_encoder
     from ssl_kit.views.recipe import View

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from record import tell
 
-from ssl_kit.data.batches import ViewLoader
+from ssl_kit.data.loader import ViewLoader
 from ssl_kit.data.sources import open_source
 from ssl_kit.encoders import Encoder, find_encoder
 from ssl_kit.views.recipe import plain

@@ -31,7 +31,7 @@ import torch
 from PIL import Image
 
 from ssl_kit.core.console import table
-from ssl_kit.data.batches import ViewLoader
+from ssl_kit.data.loader import ViewLoader
 from ssl_kit.data.sources import Source, open_source
 from ssl_kit.views.device import apply_device
 from ssl_kit.views.host import apply_host
@@ -263,7 +263,7 @@ def photographs(source: Source, runs: int) -> Row:
 
     def peer(_: int) -> None:
         for row in range(len(source)):
-            with Image.open(io.BytesIO(source.read(row))) as image:
+            with Image.open(io.BytesIO(source.read([row])[0])) as image:
                 upright = image.convert("RGB")
             transform(upright)
             transform(upright)

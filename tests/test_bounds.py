@@ -1,6 +1,6 @@
 """What files of strangers make a process take: those that are refused, at most 64 MiB more than a small honest one.
 
-Images are in tests/data/test_headers.py.
+Images are in tests/data/test_decode_bounds.py.
 """
 
 import json

@@ -212,10 +212,10 @@ def test_embed_equals_a_direct_pass_and_leaves_the_encoder_alone():
     net.dropout.eval()  # frozen by its owner
     state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     got = embed(net, images, view=plain((4, 4)), batch_size=3, precision="float32")
-    pixels = torch.from_numpy(images.images).permute(0, 3, 1, 2).float() / 255
+    pixels = torch.from_numpy(images.stack[0]).permute(0, 3, 1, 2).float() / 255
     expected = pixels.flatten(1).numpy() / np.sqrt(1 + net.norm.eps)  # running mean 0, variance 1
     assert np.allclose(got.vectors, expected, atol=1e-6)
-    assert got.ids == images.ids and np.array_equal(got.labels, images.labels) and got.classes == ("0", "1")
+    assert got.ids == images.ids() and np.array_equal(got.labels, images.labels()) and got.classes == ("0", "1")
     assert net.training and net.norm.training and not net.dropout.training
     assert all(torch.equal(tensor, state[name]) for name, tensor in net.state_dict().items())
     assert not any(parameter.grad is not None for parameter in net.parameters())

@@ -13,7 +13,7 @@ import torch
 from inputs_pixels import encoded, picture
 from isolated import told
 
-from ssl_kit.data.batches import ViewLoader
+from ssl_kit.data.loader import ViewLoader
 from ssl_kit.data.sources import Source, open_source
 from ssl_kit.embeddings.embeddings import Embeddings
 from ssl_kit.encoders.encoder import Encoder
@@ -80,9 +80,9 @@ def broken(place: Path, quick: bool) -> Cases:
         file.write_bytes(data)
         (certain if bad else possible).add(f"bad/{name}")
     kept = open_source(photos, max_bad=1.0, in_memory=True)
-    named = {name for name, _ in kept.skipped}
-    assert isinstance(kept.images, list)
-    sizes = {name: image.shape for name, image in zip(kept.ids, kept.images, strict=True)}
+    named = {name for name, _ in kept.bad.rows}
+    assert kept.in_memory
+    sizes = {name: image.shape for name, image in zip(kept.ids(), kept.read(slice(None)), strict=True)}
     embed(small_encoder(place), str(photos), out=str(place / "emb"), max_bad=1.0, precision="float32")
     with open(place / "emb" / "skipped.csv", newline="", encoding="utf-8") as file:
         told_later = {row[0] for row in list(csv.reader(file))[1:]}
@@ -185,5 +185,5 @@ def _trained(source: Source) -> str | None:
     loader = ViewLoader(source, [np.arange(10), np.arange(10, 20)], (plain((8, 8)),), bad="replace")
     batch = next(iter(loader))
     rows = batch["key"].index.tolist()
-    right = len(rows) == 10 and 7 not in rows and [name for name, _ in source.skipped] == ["00007.png"]
-    return None if right else f"rows {rows}, {source.skipped}"
+    right = len(rows) == 10 and 7 not in rows and [name for name, _ in source.bad.rows] == ["00007.png"]
+    return None if right else f"rows {rows}, {source.bad.rows}"

@@ -87,7 +87,7 @@ def _as_nobody(root: Path) -> None:
         os.setegid(65_534)
         os.seteuid(65_534)
     source = open_source(root, max_bad=1.0, in_memory=True)
-    reasons = dict(source.skipped)
+    reasons = dict(source.bad.rows)
     if "Permission denied" not in reasons.get("secret.png", "") or len(source) != len(list(root.glob("real/*.png"))):
         raise RuntimeError(f"{len(source)} images, {reasons.get('secret.png')}")
 

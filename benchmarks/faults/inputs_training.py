@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from harness import Rows, run_warmed
 
+from ssl_kit.core import machine
 from ssl_kit.core.random import permutation
-from ssl_kit.data import loading
 from ssl_kit.verbs.evaluate import evaluate
 from ssl_kit.verbs.pretrain import pretrain
 
@@ -102,7 +102,7 @@ def prepare(data: Path, place: Path, images: int, scored: int) -> set[str]:
 
 def train(images: Path, folder: Path, scored: Path, epochs: int, seed: int, memory: bool) -> None:
     """One run and its kNN score; `memory`: whether images may be decoded once, into RAM."""
-    loading._SHARE = 1.0 if memory else 0.0
+    machine._SHARE = 1.0 if memory else 0.0
     pretrain(
         str(images),
         method=METHOD,

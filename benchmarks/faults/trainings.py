@@ -18,7 +18,7 @@ from harness import fork_warmed, run_warmed, tail
 from PIL import Image
 
 from ssl_kit.core.files import MANIFEST, read_json
-from ssl_kit.data.batches import ViewLoader
+from ssl_kit.data.loader import ViewLoader
 from ssl_kit.data.sources import open_source
 from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.training import curves as monitor

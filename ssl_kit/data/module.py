@@ -1,4 +1,4 @@
-"""ImageData: what Lightning trains on. With `batches.py` the only place where views are applied."""
+"""ImageData: what Lightning trains on. With `loader.py` the only place where views are applied."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.random import Key
-from ssl_kit.data.batches import Batch, ViewLoader, views_at
+from ssl_kit.data.loader import Batch, ViewLoader, views_at
 from ssl_kit.data.plan import TrainingPlan
 from ssl_kit.data.sources import Source
 from ssl_kit.views.device import apply_device

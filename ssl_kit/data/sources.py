@@ -9,96 +9,189 @@ open_labelled("cifar10")          train/ + test/ sub-folders or manifests as giv
 
 from __future__ import annotations
 
-import io
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
 
-from ssl_kit.core.console import say, warn
+from ssl_kit.core.console import progress, say, warn
 from ssl_kit.core.errors import UserError
-from ssl_kit.core.machine import available_cores
+from ssl_kit.core.machine import available_cores, fits_in_memory, in_order
 from ssl_kit.core.random import permutation
-from ssl_kit.data.decode import BadImageError, image_size
+from ssl_kit.data import tables
+from ssl_kit.data.decode import BadImageError, decode, image_size
 from ssl_kit.data.listing import Skipped, folder_of_images, folders_without, read_regular, unescape
-from ssl_kit.data.loading import Images, estimate_bytes, fits_in_memory, load_images
-from ssl_kit.data.tables import TABLES, builtin, encode, folder_labels, is_builtin, read_table, split_parts, stratified
 
 Data: TypeAlias = str | Path | np.ndarray | tuple[np.ndarray, np.ndarray]
+Rows: TypeAlias = np.ndarray | Sequence[int] | slice  # positions in a source, or a mask of them
+Stored: TypeAlias = bytes | np.ndarray | BadImageError  # a file, pixels (H, W, C) uint8, or why neither can be had
 
+_ALL = slice(None)
 _TEST_FRACTION = 0.2  # of a labelled source that has no test folder
+_SAMPLE = 256  # files whose headers are read to estimate what all take
+_TASK = 4 * 2**20, 256  # bytes and files that are decoded at a time: of 1 ms of work the hand-over shows
 
 
-@dataclass
-class Source:
-    """Images, their ids and labels; row i of each belongs to image i.
+class Source(Protocol):
+    """Images as stored, their ids and labels; image i is at position i.
 
     Attributes:
         name: what it was opened from.
-        ids: paths relative to `root` (see listing.py), unique and stable.
-        labels: (N,) int64 positions in `classes`, -1 = unknown.
         classes: names, sorted; empty when nothing is labelled.
         channels: 3 (RGB) or 1 (grey); built from arrays, as many as they have.
-        images: (N, H, W, C) uint8, or a list of (H_i, W_i, C), or None = decoded when needed.
         root: the folder that ids are relative to; None when the images never were files.
         bad: files that could not be decoded so far; shared by the subsets of a source.
+        in_memory: whether `read` gives pixels.
+        stack: where all pixels lie in one array (M, H, W, C) uint8, that and the place (N,) of each image in it.
     """
 
     name: str
-    ids: list[str]
-    labels: np.ndarray
     classes: tuple[str, ...]
     channels: int
-    images: Images | None
     root: Path | None
-    bad: Skipped = field(repr=False)
-
-    def __len__(self) -> int:
-        return len(self.ids)
+    bad: Skipped
 
     @property
-    def skipped(self) -> list[tuple[str, str]]:
-        """(id, reason) of every file that could not be decoded so far."""
-        return self.bad.rows
+    def in_memory(self) -> bool: ...  # noqa: D102
 
-    def id(self, row: int) -> str:
-        """The id of image `row`."""
-        return self.ids[row]
+    @property
+    def stack(self) -> tuple[np.ndarray, np.ndarray] | None: ...  # noqa: D102
 
-    def read(self, row: int) -> bytes:
-        """The file of image `row` as it is on disk; a PNG of the pixels when there is no file.
+    def __len__(self) -> int: ...
 
-        Raises:
-            BadImageError: the file has gone, cannot be read, or is no regular file any more.
-        """
-        if self.root is not None:
-            return _read_file(self.root, self.ids[row])
-        assert self.images is not None, "a source without files has its images in memory"
-        return _png(self.images[row])
+    def ids(self, rows: Rows = _ALL) -> list[str]:
+        """Paths relative to `root` (see listing.py), unique and stable."""
 
-    def size(self, row: int) -> tuple[int, int]:
-        """(height, width) of image `row`, upright; from the file's header (`BadImageError`) if it is not in memory."""
-        if self.images is not None:
-            return self.images[row].shape[0], self.images[row].shape[1]
-        return image_size(self.read(row))
+    def labels(self, rows: Rows = _ALL) -> np.ndarray:
+        """(R,) int64 positions in `classes`, -1 = unknown."""
+
+    def sizes(self, rows: Rows) -> np.ndarray:
+        """(R, 2) int64 height and width, upright; of files from their headers, 0 and 0 where there is none to read."""
+
+    def read(self, rows: Rows) -> list[Stored]:
+        """Each image as it is stored; nothing is decoded or copied."""
+
+    def shards(self, rows: Rows) -> list[str]:
+        """The file that each image lies in: what lies in one is best read together."""
+
+    def subset(self, rows: Rows, name: str | None = None) -> Source:
+        """The images at `rows`, in that order, none of them copied; bad files are counted together."""
 
     def skip(self, row: int, reason: str) -> None:
-        """Notes that image `row` could not be decoded; raises `UserError` when there are too many of them."""
-        self.bad.add(self.ids[row], reason)
+        """Notes that an image could not be decoded; raises `UserError` when there are too many of them."""
+
+
+@dataclass
+class Listed:
+    """A source whose ids and labels are in memory: a folder, a table, arrays, a built-in set. Subsets share all of it.
+
+    Attributes:
+        names: ids of all M images.
+        targets: (M,) int64 labels of all.
+        images: pixels of all, (M, H, W, C) uint8 or a list of (H_i, W_i, C); None = files, decoded when needed.
+        rows: (N,) int64, which of them this source has.
+    """
+
+    name: str
+    names: list[str] = field(repr=False)
+    targets: np.ndarray = field(repr=False)
+    classes: tuple[str, ...]
+    channels: int
+    root: Path | None
+    bad: Skipped = field(repr=False)
+    rows: np.ndarray = field(repr=False)
+    images: np.ndarray | list[np.ndarray] | None = field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether `read` gives pixels."""
+        return self.images is not None
+
+    @property
+    def stack(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """The array of all pixels, if they lie in one, and the place of each image in it."""
+        return (self.images, self.rows) if isinstance(self.images, np.ndarray) else None
+
+    def ids(self, rows: Rows = _ALL) -> list[str]:
+        """See `Source`, here and below."""
+        return [self.names[row] for row in self.rows[rows].tolist()]
+
+    def labels(self, rows: Rows = _ALL) -> np.ndarray:
+        """(R,) int64."""
+        return self.targets[self.rows[rows]]
+
+    def sizes(self, rows: Rows) -> np.ndarray:
+        """(R, 2) int64 height and width."""
+        found = np.zeros((len(self.rows[rows]), 2), np.int64)
+        for place, stored in enumerate(self._stored(rows)):
+            try:
+                found[place] = size_of(stored)
+            except BadImageError:
+                continue
+        return found
+
+    def read(self, rows: Rows) -> list[Stored]:
+        """Files or pixels."""
+        return list(self._stored(rows))
+
+    def _stored(self, rows: Rows) -> Iterator[Stored]:
+        """One image after the other."""
+        for row in self.rows[rows].tolist():
+            yield self._file(self.names[row]) if self.images is None else self.images[row]
+
+    def _file(self, name: str) -> bytes | BadImageError:
+        assert self.root is not None, "a source without files has its images in memory"
+        try:
+            return read_regular(os.path.join(os.fsencode(self.root), unescape(name)))
+        except OSError as error:
+            return BadImageError(error.strerror or str(error))
+        except ValueError as error:  # a name with a NUL, out of a table
+            return BadImageError(str(error))
+
+    def shards(self, rows: Rows) -> list[str]:
+        """Every image is a file of its own."""
+        return self.ids(rows)
+
+    def subset(self, rows: Rows, name: str | None = None) -> Listed:
+        """A view of these rows."""
+        return replace(self, rows=self.rows[rows], name=self.name if name is None else name)
+
+    def skip(self, row: int, reason: str) -> None:
+        """Notes a bad file."""
+        self.bad.add(self.ids([row])[0], reason)
         self.bad.check()
 
-    def subset(self, rows: np.ndarray) -> Source:
-        """The images at positions `rows` (int64, or a boolean mask), in that order; bad files are counted together."""
-        rows = np.asarray(rows)
-        rows = np.flatnonzero(rows) if rows.dtype == bool else rows.astype(np.int64)
-        images = self.images
-        if images is not None:
-            images = images[rows] if isinstance(images, np.ndarray) else [images[row] for row in rows]
-        return replace(self, ids=[self.ids[row] for row in rows], labels=self.labels[rows], images=images)
+
+def size_of(stored: Stored) -> tuple[int, int]:
+    """(height, width) of an image as it is stored, upright.
+
+    Raises:
+        BadImageError: it cannot be had, or is none.
+    """
+    if isinstance(stored, BadImageError):
+        raise stored
+    return (stored.shape[0], stored.shape[1]) if isinstance(stored, np.ndarray) else image_size(stored)
+
+
+def pixels(source: Source, row: int, smallest: tuple[int, int] | None = None) -> np.ndarray:
+    """(H, W, C) uint8 of one image; a file may be decoded to fewer pixels, but at least `smallest`.
+
+    Raises:
+        BadImageError: it cannot be decoded.
+    """
+    stored = source.read([row])[0]
+    if isinstance(stored, BadImageError):
+        raise stored
+    return decode(stored, source.channels, smallest=smallest).image if isinstance(stored, bytes) else stored
 
 
 def open_source(
@@ -138,7 +231,7 @@ def open_source(
     _at_least_two(source)
     if labelled:
         _needs_labels(source)
-    if source.images is None:
+    if not source.in_memory:
         source = _decoded(source, in_memory, threads or available_cores())
     say(_found(source))
     return source
@@ -160,130 +253,124 @@ def open_labelled(
     Everything else is split 80 : 20, stratified, by a fixed seed: the same rows in every run. Images without a label
     are left out.
     """
-    pair = split_parts(Path(data)) if isinstance(data, str | Path) else None
-    if pair is None:
-        whole = open_source(
-            data, limit=limit, channels=channels, in_memory=in_memory, max_bad=max_bad, labelled=True, threads=threads
-        )
-        test = stratified(whole.labels, _TEST_FRACTION)
-        train = ~test & (whole.labels >= 0)
-        return _part(whole, train, "train"), _part(whole, test & (whole.labels >= 0), "test")
-    sizes = [_count(part) for part in pair] if limit is not None else [0, 0]
-    shares = [max(2, round(limit * size / sum(sizes))) if limit is not None else None for size in sizes]
-    one, two = (
-        open_source(
-            part, limit=share, channels=channels, in_memory=in_memory, max_bad=max_bad, labelled=True, threads=threads
-        )
-        for part, share in zip(pair, shares, strict=True)
+    opened = partial(
+        open_source, channels=channels, in_memory=in_memory, max_bad=max_bad, labelled=True, threads=threads
     )
-    return _shared_classes(one, two)
+    pair = tables.split_parts(Path(data)) if isinstance(data, str | Path) else None
+    if pair is None:
+        whole = opened(data, limit=limit)
+        test, known = tables.stratified(whole.labels(), _TEST_FRACTION), whole.labels() >= 0
+        return whole.subset(known & ~test, f"{whole.name}:train"), whole.subset(known & test, f"{whole.name}:test")
+    if limit is None:
+        return _shared_classes(opened(pair[0]), opened(pair[1]))
+    sizes = [len(tables.read_table(part)[0] if part.is_file() else folder_of_images(part).ids) for part in pair]
+    shares = [max(2, round(limit * size / sum(sizes))) for size in sizes]
+    return _shared_classes(opened(pair[0], limit=shares[0]), opened(pair[1], limit=shares[1]))
 
 
-def _count(part: Path) -> int:
-    """Images that a folder or a manifest lists."""
-    return len(read_table(part)[0] if part.is_file() else folder_of_images(part).ids)
-
-
-def _listed(data: Data, channels: int, max_bad: float, labelled: bool) -> Source:
+def _listed(data: Data, channels: int, max_bad: float, labelled: bool) -> Listed:
     """The source with nothing decoded yet (arrays and built-in sets are in memory as they come)."""
-    if isinstance(data, np.ndarray):
-        return _from_arrays(data, None, channels, "arrays")
-    if isinstance(data, tuple):
-        return _from_arrays(data[0], np.asarray(data[1]), channels, "arrays")
+    if not isinstance(data, str | Path):
+        images, labels = data if isinstance(data, tuple) else (data, None)
+        return _of_arrays(images, None if labels is None else np.asarray(labels), channels, "arrays")
     text, path = str(data), Path(data)
     if "://" in text:
         raise UserError(f"{text}: addresses are not read yet; wanted a folder, a .csv or .parquet, or 'mnist5k'")
     if path.suffix == ".tar" or ".tar." in path.name or ("{" in text and ".." in text and not path.exists()):
         raise UserError(f"{text}: tar shards are not read yet; unpack them into a folder, or list the files in a .csv")
     name, _, part = text.partition(":")
-    if is_builtin(name) and not path.exists():
+    if tables.is_builtin(name) and not path.exists():
         whole = builtin_source(name, channels)
-        return _part(whole, _rows_of(whole, part), part) if part else whole
-    if path.suffix.lower() in TABLES and path.is_file():
-        ids, names = read_table(path)
-        labels, classes = encode(names)
-        return Source(text, ids, labels, classes, channels, None, path.parent, Skipped(len(ids), max_bad))
+        if part not in ("", "train", "test"):
+            raise UserError(f"{text}: a built-in set has the parts train and test")
+        test = tables.stratified(whole.labels(), _TEST_FRACTION)  # as `open_labelled` splits them
+        return whole.subset(test if part == "test" else ~test, text) if part else whole
+    if path.suffix.lower() in tables.TABLES and path.is_file():
+        ids, names = tables.read_table(path)
+        labels, classes = tables.encode(names)
+        bad = Skipped(len(ids), max_bad)
+        return Listed(text, ids, labels, classes, channels, path.parent, bad, np.arange(len(ids)))
     if path.is_file():
         raise UserError(f"{path} is a file; wanted a folder, a .csv or .parquet with a column 'path', or 'mnist5k'")
     ids = folder_of_images(path).ids
-    labels, classes = folder_labels(ids, asked=labelled)
+    labels, classes = tables.folder_labels(ids, asked=labelled)
     if labelled and (empty := folders_without(path, classes)):
         warn(f"{path}: no images in {', '.join(map(repr, empty[:5]))}; {len(empty)} folders are no classes")
-    return Source(text, ids, labels, classes, channels, None, path, Skipped(len(ids), max_bad))
+    return Listed(text, ids, labels, classes, channels, path, Skipped(len(ids), max_bad), np.arange(len(ids)))
 
 
-def builtin_source(name: str, channels: int) -> Source:
+def builtin_source(name: str, channels: int) -> Listed:
     """A whole built-in set, in memory; see `tables.builtin`."""
-    return _from_arrays(*builtin(name), channels, name)
+    return _of_arrays(*tables.builtin(name), channels, name)
 
 
-def _rows_of(whole: Source, part: str) -> np.ndarray:
-    """(N,) bool: the rows of `train` or `test` as `open_labelled` splits them."""
-    if part not in ("train", "test"):
-        raise UserError(f"{whole.name}:{part}: a built-in set has the parts train and test")
-    test = stratified(whole.labels, _TEST_FRACTION)
-    return test if part == "test" else ~test
+def _of_arrays(images: np.ndarray, names: np.ndarray | None, channels: int, name: str) -> Listed:
+    images, ids, labels, classes = tables.from_arrays(images, names, channels, name)
+    return Listed(name, ids, labels, classes, channels, None, Skipped(len(ids), 0.0), np.arange(len(ids)), images)
 
 
-def _decoded(source: Source, in_memory: Literal["auto"] | bool | Callable[[bool], bool], threads: int) -> Source:
+def _decoded(source: Listed, in_memory: Literal["auto"] | bool | Callable[[bool], bool], threads: int) -> Listed:
     """Decodes into memory if asked to, or if it fits."""
-    assert source.root is not None
-    root, ids = source.root, source.ids
-    read = lambda row: _read_file(root, ids[row])
-    needed = estimate_bytes(len(source), read, source.channels)
-    fits, why = fits_in_memory(needed)
+    heights, widths = source.sizes(np.sort(permutation(0, 0, len(source))[:_SAMPLE])).T
+    areas = (heights * widths)[heights > 0]
+    mean_bytes = float(np.mean(areas * source.channels)) if len(areas) else 0.0
+    fits, why = fits_in_memory(len(source) * mean_bytes)
     keep = in_memory(fits) if callable(in_memory) else fits if in_memory == "auto" else in_memory
     say(f"{source.name}: {why}: images are {'decoded once, into RAM' if keep else 'decoded when needed'}")
     if not keep:
         return source
-    images, rows, bad = load_images(
-        len(source), read, source.channels, threads=threads, mean_bytes=needed / len(source), label="decode"
-    )
-    for row, reason in bad:
-        source.bad.add(ids[row], reason)
+    images, bad = _load(source, threads, mean_bytes)
+    for name, reason in zip(source.ids(list(bad)), bad.values(), strict=True):
+        source.bad.add(name, reason)
     source.bad.check()
-    source = replace(source, ids=[ids[row] for row in rows], labels=source.labels[rows], images=images)
+    rows = np.setdiff1d(np.arange(len(source)), list(bad))
+    source = replace(source, names=source.ids(), targets=source.labels(), images=images, rows=rows)
     _at_least_two(source)
     return source
 
 
-def _from_arrays(images: np.ndarray, names: np.ndarray | None, channels: int, name: str) -> Source:
-    if images.ndim not in (3, 4) or images.dtype not in (np.uint8, np.uint16):
-        raise UserError(
-            f"{name}: got {images.dtype} of shape {images.shape}; wanted uint8 or uint16, (N, H, W) or (N, H, W, C)"
-        )
-    if names is not None and names.shape != (len(images),):
-        raise UserError(f"{name}: {len(images):,} images but labels of shape {names.shape}; wanted one label per image")
-    images = images[..., None] if images.ndim == 3 else images
-    if images.dtype == np.uint16:
-        images = ((images.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    if images.shape[-1] == 1 and channels == 3:
-        images = np.repeat(images, 3, axis=-1)
-    elif images.shape[-1] == 3 and channels == 1:
-        luma = images @ np.array([19595, 38470, 7471], dtype=np.uint32)  # ITU-R 601 in 16 bits, as Pillow computes it
-        images = ((luma + 32768) >> 16).astype(np.uint8)[..., None]
-    elif images.shape[-1] != channels:
-        raise UserError(f"{name}: images of {images.shape[-1]} channels; wanted {channels} (or 1 or 3)")
-    labels, classes = encode([None] * len(images) if names is None else [str(value) for value in names])
-    width = len(str(max(len(images) - 1, 0)))
-    ids = [f"{row:0{width}d}" for row in range(len(images))]
-    return Source(name, ids, labels, classes, channels, images, None, Skipped(len(images), 0.0))
+def _load(source: Listed, threads: int, mean_bytes: float) -> tuple[np.ndarray | list[np.ndarray], dict[int, str]]:
+    """Pixels of all images, an array where they have one size, else a list; and why those that lack them do, by row."""
+    together = int(np.clip(_TASK[0] / max(mean_bytes, 1), 1, _TASK[1]))
+    array, others, bad = np.empty((0, 0, 0, 0), np.uint8), dict[int, np.ndarray](), dict[int, str]()
+
+    some = lambda start: [_tried(source, row) for row in range(start, min(start + together, len(source)))]
+    starts = range(0, len(source), together)
+    with progress(len(source), "decode") as bar, ThreadPoolExecutor(threads, "decode") as pool:
+        # a few tasks wait for their turn, so that memory holds the images once
+        for start, found in zip(
+            starts, in_order(lambda start: pool.submit(some, start), starts, 2 * threads + 1), strict=True
+        ):
+            for row, image in enumerate(found, start):
+                if isinstance(image, BadImageError):
+                    bad[row] = str(image)
+                    continue
+                if not len(array):
+                    array = np.empty((len(source), *image.shape), np.uint8)  # pages are taken when written
+                if image.shape == array.shape[1:]:
+                    array[row] = image
+                else:
+                    others[row] = image
+            bar.advance(bar.task_ids[0], len(found))
+    return [others.get(row, array[row]) for row in range(len(array))] if others else array, bad
+
+
+def _tried(source: Source, row: int) -> np.ndarray | BadImageError:
+    try:
+        return pixels(source, row)
+    except BadImageError as error:
+        return error
 
 
 def _shared_classes(train: Source, test: Source) -> tuple[Source, Source]:
     """Both parts with the classes of train, so that one number means one class in both, and without unknown labels."""
     if missing := [name for name in test.classes if name not in train.classes]:
         raise UserError(f"{test.name}: classes {missing[:5]} do not occur in {train.name}; wanted the same classes")
-    where = {name: row for row, name in enumerate(train.classes)}
-    table = np.array([*(where[name] for name in test.classes), -1], dtype=np.int64)  # label -1 stays -1
-    test = replace(test, labels=table[test.labels], classes=train.classes)
-    return _part(train, train.labels >= 0, None), _part(test, test.labels >= 0, None)
-
-
-def _part(whole: Source, rows: np.ndarray, name: str | None) -> Source:
-    if rows.all():
-        return whole  # no copy of the pixels
-    return replace(whole.subset(rows), name=f"{whole.name}:{name}" if name else whole.name)
+    assert isinstance(test, Listed), "what was opened here"
+    place = {name: row for row, name in enumerate(train.classes)}
+    table = np.array([*map(place.get, test.classes), -1], dtype=np.int64)  # label -1 stays -1
+    test = replace(test, targets=table[test.targets], classes=train.classes)
+    return train.subset(train.labels() >= 0), test.subset(test.labels() >= 0)
 
 
 def _needs_labels(source: Source) -> None:
@@ -298,32 +385,16 @@ def _needs_labels(source: Source) -> None:
 
 def _at_least_two(source: Source) -> None:
     if len(source) < 2:
-        bad = f" ({len(source.skipped):,} could not be decoded)" if source.skipped else ""
+        bad = f" ({len(source.bad.rows):,} could not be decoded)" if source.bad.rows else ""
         raise UserError(f"{source.name}: {len(source)} image{bad}; at least 2 are needed")
 
 
 def _found(source: Source) -> str:
-    size = " of " + "x".join(map(str, source.images.shape[1:3])) if isinstance(source.images, np.ndarray) else ""
-    per_class = Counter(source.labels[source.labels >= 0].tolist()).values()
-    labels = f", {len(source.classes)} classes of {min(per_class):,}..{max(per_class):,}" if per_class else ""
-    unknown = int((source.labels < 0).sum()) if per_class else 0
+    size = " of " + "x".join(map(str, source.stack[0].shape[1:3])) if source.stack is not None else ""
+    labels = source.labels()
+    per_class = Counter(labels[labels >= 0].tolist()).values()
+    told = f", {len(source.classes)} classes of {min(per_class):,}..{max(per_class):,}" if per_class else ""
+    unknown = int((labels < 0).sum()) if per_class else 0
     without = f", {unknown:,} without a label" if unknown else ""
-    bad = f", {len(source.skipped):,} skipped" if source.skipped else ""
-    return f"{source.name}: {len(source):,} images{size}{labels}{without}{bad}"
-
-
-def _read_file(root: Path, name: str) -> bytes:
-    try:
-        return read_regular(os.path.join(os.fsencode(root), unescape(name)))
-    except OSError as error:
-        raise BadImageError(error.strerror or str(error)) from error
-    except ValueError as error:  # a name with a NUL, out of a table
-        raise BadImageError(str(error)) from error
-
-
-def _png(image: np.ndarray) -> bytes:
-    from PIL import Image
-
-    data = io.BytesIO()
-    Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(data, "PNG")
-    return data.getvalue()
+    bad = f", {len(source.bad.rows):,} skipped" if source.bad.rows else ""
+    return f"{source.name}: {len(source):,} images{size}{told}{without}{bad}"

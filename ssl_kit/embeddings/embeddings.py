@@ -30,8 +30,8 @@ from ssl_kit.core.errors import DamagedError, UserError
 from ssl_kit.core.files import MANIFEST, atomic_folder, read_manifest
 from ssl_kit.core.machine import choose_precision
 from ssl_kit.core.sealed import LARGE_JSON
-from ssl_kit.data.batches import Planned, ViewLoader
 from ssl_kit.data.listing import escape_path, write_skipped
+from ssl_kit.data.loader import Planned, ViewLoader
 from ssl_kit.data.sources import Source
 from ssl_kit.embeddings.parts import (
     FORMAT,
@@ -219,8 +219,8 @@ def embed(
     if len(kept) < len(source):
         vectors = vectors[kept]
     info = describe(encoder, source, view, layers, precision)
-    ids = [source.ids[row] for row in kept]
-    return Embeddings(vectors, source.labels[kept], source.classes, ids, info, list(source.skipped))
+    bad = list(source.bad.rows)
+    return Embeddings(vectors, source.labels(kept), source.classes, source.ids(kept), info, bad)
 
 
 def features(
@@ -307,7 +307,7 @@ def _evaluating(encoder: nn.Module) -> Iterator[None]:
 def _finite(features: np.ndarray, rows: np.ndarray, source: Source) -> None:
     bad = ~np.isfinite(features).all(axis=1)
     if bad.any():
-        first = source.ids[rows[int(np.argmax(bad))]]
+        first = source.ids(rows[bad][:1])[0]
         raise UserError(f"the encoder gives NaN or infinite features for {first!r}: its weights have diverged")
 
 

@@ -10,6 +10,7 @@ Imports are kept few: a cold start is most of the time that a search takes.
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import time
@@ -21,17 +22,17 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+import PIL.Image
 import torch
 
 from ssl_kit.core.console import warn
 from ssl_kit.core.errors import DamagedError, UserError
 from ssl_kit.core.files import MANIFEST, read_manifest, verify_file
-from ssl_kit.core.machine import available_cores
+from ssl_kit.core.machine import available_cores, available_memory
 from ssl_kit.core.sealed import LARGE_JSON, fingerprint
 from ssl_kit.data.decode import BadImageError, decode
 from ssl_kit.data.listing import read_regular, unescape
-from ssl_kit.data.loading import available_memory
-from ssl_kit.data.sources import Source, builtin_source
+from ssl_kit.data.sources import Source, builtin_source, pixels
 from ssl_kit.data.tables import is_builtin
 from ssl_kit.embeddings.exact import normalised
 from ssl_kit.embeddings.index import SEARCHED_ROWS, Gallery, search_index
@@ -374,13 +375,22 @@ def read_file(info: dict[str, Any], name: str) -> bytes | None:
     root, path = info.get("source_root"), unescape(name)  # escapes can hide dots and slashes
     if root is None:
         source = _builtin(info.get("source"))
-        return source.read(source.ids.index(name)) if source is not None and name in source.ids else None
+        return _png(source, name) if source is not None else None
     if not isinstance(root, str) or path.startswith(b"/") or b".." in path.split(b"/"):
         return None
     try:
         return read_regular(os.path.join(unescape(root), path))
     except (OSError, ValueError):  # a NUL is no OSError
         return None
+
+
+def _png(source: Source, name: str) -> bytes | None:
+    ids = source.ids()
+    if name not in ids:
+        return None
+    image, data = pixels(source, ids.index(name)), io.BytesIO()
+    PIL.Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(data, "PNG")
+    return data.getvalue()
 
 
 def _builtin(named: object) -> Source | None:

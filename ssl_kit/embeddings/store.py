@@ -44,7 +44,7 @@ from ssl_kit.core.locking import lock
 from ssl_kit.core.owned import Former
 from ssl_kit.core.sealed import LARGE_JSON, fingerprint, read_json, read_sealed
 from ssl_kit.data.listing import write_skipped
-from ssl_kit.data.sources import Source
+from ssl_kit.data.sources import Source, pixels
 from ssl_kit.embeddings.embeddings import (
     SKIPPED,
     Embeddings,
@@ -185,12 +185,12 @@ def _fingerprint(source: Source) -> str:
     Files are not looked at: 10^7 of them on a network drive would take an hour for each shard.
     """
     digest = hashlib.sha256(json.dumps([len(source), source.classes, source.channels]).encode())
-    digest.update(np.ascontiguousarray(source.labels).data)
+    digest.update(source.labels().data)
     for start in range(0, len(source), _LISTED):
-        digest.update(json.dumps(source.ids[start : start + _LISTED]).encode())
-    if source.root is None and source.images is not None:
-        for image in source.images:
-            digest.update(np.ascontiguousarray(image).data)
+        digest.update(json.dumps(source.ids(slice(start, start + _LISTED))).encode())
+    if source.root is None:
+        for row in range(len(source)):
+            digest.update(np.ascontiguousarray(pixels(source, row)).data)
     return digest.hexdigest()
 
 
@@ -255,16 +255,15 @@ class _Making:
         vectors, rows = self._vectors(part, bar)
         record: dict[str, Any] = {"plan": self.plan, "rows": len(rows), "dims": 0, "sha256": None}
         if len(rows):  # a part without a single good image has no file
-            ids = [self.source.ids[row] for row in rows]
-            made = Embeddings(vectors, self.source.labels[rows], self.source.classes, ids)
+            made = Embeddings(vectors, self.source.labels(rows), self.source.classes, self.source.ids(rows))
             made = made.normalised() if self.normalise else made
             check_range(made.vectors, self.dtype)
             path = self.folder / part_name(number)
             with atomic_file(path) as temporary:
                 write_part(temporary, made.vectors, made.labels, made.classes, made.ids, self.dtype)
             record |= {"dims": vectors.shape[1], "sha256": sha256(path)}
-        inside = set(self.source.ids[part])
-        record["skipped"] = sorted([name, reason] for name, reason in list(self.source.skipped) if name in inside)
+        inside = set(self.source.ids(part))
+        record["skipped"] = sorted([name, reason] for name, reason in list(self.source.bad.rows) if name in inside)
         write_sealed(self._record_path(number), record)
         return record
 

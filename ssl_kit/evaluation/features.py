@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from ssl_kit.core.console import progress, say, warn
 from ssl_kit.core.files import DamagedError
 from ssl_kit.core.machine import choose_precision
-from ssl_kit.data.batches import ViewLoader
 from ssl_kit.data.listing import unescape
-from ssl_kit.data.sources import Source
+from ssl_kit.data.loader import ViewLoader
+from ssl_kit.data.sources import Source, pixels
 from ssl_kit.embeddings.embeddings import Embeddings, embed
 from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.views.recipe import View, plain
@@ -193,16 +193,16 @@ def reduced(features: FeatureSet, dims: Sequence[int], seed: int = 0) -> Iterato
 
 def fingerprint(source: Source) -> str:
     """Hex sha256 of ids, labels and images: pixels when they are in memory, otherwise file sizes and times."""
-    digest = hashlib.sha256(json.dumps([source.ids, source.classes, source.channels]).encode())
-    digest.update(np.ascontiguousarray(source.labels).data)
-    if source.images is not None:
-        for image in source.images:
+    digest = hashlib.sha256(json.dumps([source.ids(), source.classes, source.channels]).encode())
+    digest.update(source.labels().data)
+    if source.in_memory:
+        for image in (pixels(source, row) for row in range(len(source))):
             digest.update(str(image.shape).encode())
             digest.update(np.ascontiguousarray(image).data)
     else:
         assert source.root is not None, "a source without files has its images in memory"
         root = os.fsencode(source.root)
-        for name in source.ids:
+        for name in source.ids():
             try:
                 status = os.stat(os.path.join(root, unescape(name)))
             except OSError:  # listed in a manifest, not there: decoding will skip it

@@ -24,7 +24,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from ssl_kit.core.console import progress
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.random import uniform_array
-from ssl_kit.data.batches import ViewLoader
+from ssl_kit.data.loader import ViewLoader
 from ssl_kit.evaluation.features import Network
 from ssl_kit.evaluation.health import sample_rows
 from ssl_kit.evaluation.neighbours import knn_predict
@@ -77,7 +77,7 @@ def robustness(
     """
     started = time.perf_counter()
     gallery, labels = labelled(train, "train")
-    rows = sample_rows(np.flatnonzero(source.labels >= 0), count, seed)
+    rows = sample_rows(np.flatnonzero(source.labels() >= 0), count, seed)
     if not len(rows):
         raise UserError(f"{source.name} has no labels; give class folders or a `label` column")
     right: dict[tuple[str, int], list[np.ndarray]] = {}

@@ -21,6 +21,7 @@ from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import atomic_file, read_json
 from ssl_kit.core.machine import (
     Choice,
+    available_memory,
     choose_channels_last,
     choose_compile,
     choose_device,
@@ -28,12 +29,11 @@ from ssl_kit.core.machine import (
     choose_tf32,
     choose_threads,
     compile_blocks,
+    size_text,
     use_tf32,
 )
 from ssl_kit.core.process import on_this_machine
-from ssl_kit.data.batches import ViewLoader
-from ssl_kit.data.decode import BadImageError
-from ssl_kit.data.loading import available_memory, size_text
+from ssl_kit.data.loader import ViewLoader
 from ssl_kit.data.module import ImageData
 from ssl_kit.data.sources import Source
 from ssl_kit.encoders.vit import unfuse_attention
@@ -67,8 +67,9 @@ def view_size(image_size: int | tuple[int, int] | None, source: Source) -> tuple
         check_sizes(asked, source.channels)
         return asked
     rows = np.linspace(0, len(source) - 1, min(256, len(source))).astype(np.int64)
-    sides = [min(source.size(int(row))) for row in rows if _readable(source, int(row))]
-    if not sides:
+    sizes = source.sizes(rows)
+    sides = sizes.min(axis=1)[sizes[:, 0] > 0]
+    if not len(sides):
         raise UserError(f"{source.name}: none of {len(rows)} sampled images can be read; see --max-bad")
     side = int(np.median(sides))
     multiple = 8 if side <= 128 else 32
@@ -78,15 +79,6 @@ def view_size(image_size: int | tuple[int, int] | None, source: Source) -> tuple
     side = min(most, fitting)
     say(f"image size: {side} px ({why}; --image_size changes it)")
     return side, side
-
-
-def _readable(source: Source, row: int) -> bool:
-    try:
-        source.size(row)
-    except BadImageError as error:
-        source.skip(row, str(error))
-        return False
-    return True
 
 
 def channel_statistics(source: Source, size: tuple[int, int]) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -174,10 +166,10 @@ def fit_to_machine(
     views_on, reason = settings.views_on, "asked for"
     if views_on == "auto":
         # the device executor needs stored images of one size, and is slower than the host's on a CPU
-        suits = device.value != "cpu" and isinstance(training.images, np.ndarray)
+        suits = device.value != "cpu" and training.stack is not None
         views_on = "device" if suits else "host"
         reason = "an accelerator and images of one size" if suits else "no accelerator, or images not in memory as one"
-    elif views_on == "device" and not isinstance(training.images, np.ndarray):
+    elif views_on == "device" and training.stack is None:
         raise UserError("--views_on device needs images of one size that fit into memory; use --views_on host")
     channels_last = choose_channels_last(learner.encoder.model, device.value)
     if channels_last.value:

@@ -58,7 +58,7 @@ def write_mistakes(folder: Path, source: Source, test: Embeddings, probe: Result
     )
     header = ["id", "label", "predicted", "confidence"]
     write_csv(folder / "details" / "confidently_wrong.csv", header, mistakes)
-    place = {name: position for position, name in enumerate(source.ids)}
+    place = {name: position for position, name in enumerate(source.ids())}
     places = np.array([place[test.ids[row]] for row in rows[:_DRAWN]], dtype=np.int64)
     draw_wrong(
         folder / "pictures",

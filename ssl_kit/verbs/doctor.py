@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import time
@@ -23,6 +24,7 @@ from ssl_kit.core.errors import UserError
 from ssl_kit.core.machine import (
     Choice,
     available_cores,
+    available_memory,
     choose_channels_last,
     choose_compile,
     choose_device,
@@ -30,14 +32,13 @@ from ssl_kit.core.machine import (
     choose_tf32,
     choose_threads,
     keep_memory,
+    size_text,
     use_tf32,
 )
 from ssl_kit.core.random import Key
-from ssl_kit.data.batches import ViewLoader
-from ssl_kit.data.decode import decode
 from ssl_kit.data.listing import Skipped
-from ssl_kit.data.loading import available_memory, size_text
-from ssl_kit.data.sources import Source
+from ssl_kit.data.loader import ViewLoader
+from ssl_kit.data.sources import Listed, Source, pixels
 from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.methods.simclr import SimCLR
 from ssl_kit.verbs.recipes import packaged
@@ -175,7 +176,7 @@ def _sources(subject: Subject, folder: Path) -> tuple[Source, Source | None]:
         smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float32)
         image[...] = (smooth + generator.normal(0, 8, smooth.shape)).clip(0, 255)
     names, unknown = [f"{number}.jpg" for number in range(_IMAGES)], np.full(_IMAGES, -1)
-    stored = Source(subject.name, names, unknown, (), 3, images, None, Skipped(_IMAGES, 0.0))
+    stored = Listed(subject.name, names, unknown, (), 3, None, Skipped(_IMAGES, 0.0), np.arange(_IMAGES), images)
     if not subject.files:
         return stored, None
     for name, image in zip(names, images, strict=True):
@@ -191,11 +192,11 @@ def _kinds(subject: Subject) -> tuple[View, ...]:
 
 def _load(source: Source, plan: Sequence[np.ndarray], subject: Subject, threads: int, place: str | None) -> None:
     """Two SimCLR views of each image, as training's loader makes them: on the device `place` where it can, if any."""
-    kinds, on_device = _kinds(subject), place is not None and isinstance(source.images, np.ndarray)
+    kinds, on_device = _kinds(subject), place is not None and source.stack is not None
     for batch in ViewLoader(source, plan, kinds, threads=threads, on_device=on_device):
         if on_device:
-            pixels, *params = (tensor.to(place) for tensor in batch["views"])
-            made = [apply_device(pixels, param, view.size) for param, view in zip(params, kinds, strict=True)]
+            stored, *params = (tensor.to(place) for tensor in batch["views"])
+            made = [apply_device(stored, param, view.size) for param, view in zip(params, kinds, strict=True)]
             made[-1][0, 0, 0, 0].item()  # waits for the device
 
 
@@ -205,9 +206,11 @@ def _decode(source: Source, plan: Sequence[np.ndarray], subject: Subject, thread
     rows = np.concatenate(plan)
     sizes = np.full(len(rows), height), np.full(len(rows), width)
     crops = [sample(view, 0, 0, rows, which, *sizes)[:, [HEIGHT, WIDTH]] for which, view in enumerate(_kinds(subject))]
-    one = lambda row, crop: decode(source.read(row), box=(0, 0, *crop), smallest=size)
+    least = [
+        (math.ceil(height * size[0] / crop[0]), math.ceil(width * size[1] / crop[1])) for crop in np.min(crops, axis=0)
+    ]
     with ThreadPoolExecutor(threads, "decode") as pool:
-        list(pool.map(one, rows, np.min(crops, axis=0)))
+        list(pool.map(lambda row, least: pixels(source, row, least), rows.tolist(), least))
 
 
 def _step(subject: Subject, batch: int, device: str, precision: str) -> Callable[[], None]:

@@ -286,7 +286,7 @@ def _say_leaks(leaks: Leaks, dropped: bool) -> None:
 def _without(test: Source, leaks: Leaks) -> Source:
     """The test images that have no near-duplicate in train, under a name of their own."""
     leaked = set(leaks.test_ids)
-    kept = np.array([name not in leaked for name in test.ids])
+    kept = np.array([name not in leaked for name in test.ids()])
     if not kept.any():
         raise UserError(f"{test.name}: every test image has a near-duplicate in train; nothing is left to score")
-    return replace(test.subset(kept), name=f"{test.name} without near-duplicates")
+    return test.subset(kept, f"{test.name} without near-duplicates")

@@ -18,9 +18,9 @@ from ssl_kit.core.console import next_command, say, table
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import MANIFEST, DamagedError, atomic_folder, read_json, read_manifest
 from ssl_kit.core.owned import check_place
-from ssl_kit.data.decode import BadImageError, decode
+from ssl_kit.data.decode import BadImageError
 from ssl_kit.data.listing import escape_path
-from ssl_kit.data.sources import Source, open_source
+from ssl_kit.data.sources import Source, open_source, pixels
 from ssl_kit.encoders.encoder import Encoder, find_encoder
 from ssl_kit.encoders.exporting import IMAGES, PIXELS, run_onnx, write_onnx
 from ssl_kit.report.reading import read_run
@@ -120,7 +120,7 @@ def _images(asked: str | None, record: dict[str, Any], encoder: Encoder) -> tupl
 
 def _decoded(source: Source, row: int) -> np.ndarray | None:
     try:
-        return decode(source.read(row), source.channels).image
+        return pixels(source, row)
     except BadImageError:
         return None
 

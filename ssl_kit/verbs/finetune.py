@@ -135,7 +135,7 @@ def finetune(settings: Settings) -> dict[str, Any]:
         check_lora(loaded)
     train, test = open_labelled(settings.labelled, limit=settings.limit, channels=loaded.channels)
     train = _share(train, settings.fraction, seed)
-    fitted, held = holdout(train.labels, _HELD_OUT, seed)
+    fitted, held = holdout(train.labels(), _HELD_OUT, seed)
     parts = train.subset(fitted), train.subset(held)
     say(f"fine-tuning on {len(fitted):,} images, the epoch chosen on {len(held):,} others, tested on {len(test):,}")
     keep_memory()
@@ -222,8 +222,9 @@ def _share(train: Source, fraction: float, seed: int) -> Source:
     if fraction == 1:
         return train
     order, kept = permutation(seed, 0, len(train), _STREAM), []
-    for label in np.unique(train.labels):
-        rows = order[train.labels[order] == label]
+    labels = train.labels()
+    for label in np.unique(labels):
+        rows = order[labels[order] == label]
         kept.append(rows[: max(2, round(fraction * len(rows)))])
     return train.subset(np.sort(np.concatenate(kept)))
 

@@ -12,8 +12,8 @@ from ssl_kit.core.console import if_interrupted, next_command, table, warn
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import MANIFEST, atomic_file, read_manifest, verify_file, write_sealed
 from ssl_kit.core.locking import lock
+from ssl_kit.core.machine import available_memory
 from ssl_kit.core.sealed import LARGE_JSON
-from ssl_kit.data.loading import available_memory
 from ssl_kit.embeddings.index import Gallery, build_index
 from ssl_kit.embeddings.parts import checked, read_rows, read_vectors
 from ssl_kit.embeddings.search import FILE, index_signature, vectors_fingerprint

@@ -22,7 +22,7 @@ from ssl_kit.core.console import say
 from ssl_kit.core.files import if_room
 from ssl_kit.core.machine import cycles_freed
 from ssl_kit.core.owned import Record
-from ssl_kit.data.batches import Batch, ViewLoader
+from ssl_kit.data.loader import Batch, ViewLoader
 from ssl_kit.data.sources import Source
 from ssl_kit.data.tables import stratified
 from ssl_kit.embeddings.embeddings import embed
@@ -62,12 +62,13 @@ _HELD_OUT = 0.05  # of the labelled images, at most
 
 def hold_out(source: Source) -> tuple[Source, Source | None, Source | None]:
     """(training images, kNN gallery, kNN queries); the queries are labelled images that are never trained on."""
-    labelled = source.labels >= 0
+    labels = source.labels()
+    labelled = labels >= 0
     if len(source.classes) < 2 or labelled.sum() < 100:
         return source, None, None
     fraction = min(_HELD_OUT, _QUERIES / labelled.sum())
     held = np.zeros(len(source), bool)
-    held[labelled] = stratified(source.labels[labelled], fraction)
+    held[labelled] = stratified(labels[labelled], fraction)
     if held.sum() < 2:  # a few images of each of many classes
         return source, None, None
     rest = np.flatnonzero(labelled & ~held)
@@ -239,7 +240,7 @@ class Share:
         rows, vectors, labels = self.rows[:0], np.empty((0, encoder.dim), np.float32), self.rows[:0]
         if len(self.rows):
             made = embed(encoder, self.source, view=view, batch_size=_BATCH, label=label)
-            places = {name: place for place, name in enumerate(self.source.ids)}
+            places = {name: place for place, name in enumerate(self.source.ids())}
             rows = self.rows[[places[name] for name in made.ids]]  # without those that could not be decoded
             vectors, labels = made.vectors, made.labels
         order = np.argsort(_of_all(rows))
@@ -320,7 +321,7 @@ class Monitor:
         self.source, self.interval = source, interval
         self.best = -1.0
         self._seen = 0
-        self._told = {name for name, _ in source.skipped}  # before training all meet the same
+        self._told = {name for name, _ in source.bad.rows}  # before training all meet the same
 
     def start(self) -> None:
         """Rows of an earlier sitting were looked at then."""
@@ -328,7 +329,7 @@ class Monitor:
 
     def after_step(self, trainer: pl.Trainer, method: Method) -> None:
         """Exchanges bad files, where files are decoded during training; acts when there is a new measurement."""
-        if self.source.images is None and trainer.global_step % self.interval == 0:
+        if not self.source.in_memory and trainer.global_step % self.interval == 0:
             self.exchange()
         self._look(trainer, method)
 

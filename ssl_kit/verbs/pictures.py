@@ -14,9 +14,8 @@ from torch import Tensor
 from ssl_kit.core.console import say
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.random import permutation
-from ssl_kit.data.batches import ViewLoader
-from ssl_kit.data.decode import decode
-from ssl_kit.data.sources import Source
+from ssl_kit.data.loader import ViewLoader
+from ssl_kit.data.sources import Source, pixels
 from ssl_kit.embeddings.embeddings import Embeddings
 from ssl_kit.embeddings.exact import normalised, search
 from ssl_kit.encoders.encoder import Encoder
@@ -52,10 +51,10 @@ def draw(folder: Path, encoder: Encoder, features: FeatureSet, train: Source, te
         test: a few images of it are looked at, from every class in turn.
         seed: of the choice.
     """
-    rows = rows_in(features.test, test, spread(test.labels, _IMAGES, seed))
+    rows = rows_in(features.test, test, spread(test.labels(), _IMAGES, seed))
     asked = normalised(features.test.vectors[[row for row, _ in rows]])
     nearest = search(normalised(features.train.vectors), asked, 1)[1][:, 0]
-    known = {name: place for place, name in enumerate(train.ids)}
+    known = {name: place for place, name in enumerate(train.ids())}
     places = np.array([place for _, place in rows])
     neighbours = np.array([known[features.train.ids[row]] for row in nearest])
     device = next(encoder.parameters()).device
@@ -81,8 +80,7 @@ def _images(source: Source, rows: np.ndarray, size: tuple[int, int]) -> Tensor:
 
 
 def _names(source: Source, rows: np.ndarray) -> list[str]:
-    labels = source.labels[rows]
-    return [source.classes[label] if label >= 0 else "unlabelled" for label in labels]
+    return [source.classes[label] if label >= 0 else "unlabelled" for label in source.labels(rows)]
 
 
 def _pixels(image: Tensor) -> np.ndarray:
@@ -152,7 +150,7 @@ def _gradients(encoder: Encoder, images: Tensor, others: Tensor) -> Look:
 
 def _prototypes(features: FeatureSet, test: Source) -> list[Prototype]:
     """Of the most frequent classes among the test images."""
-    found, place = features.test, {name: position for position, name in enumerate(test.ids)}
+    found, place = features.test, {name: position for position, name in enumerate(test.ids())}
     rows, counters, cosines = prototypes(found.vectors, found.labels, len(found.classes))
     frequent = np.argsort(-np.bincount(found.labels[found.labels >= 0], minlength=len(found.classes)), kind="stable")
     show = lambda row: image_of(test, place[found.ids[row]])
@@ -183,7 +181,7 @@ class Pictures:
 
     def __init__(self, folder: Path, train: Source, test: Source, seed: int):
         self.folder, self.train, self.test, self.seed = folder, train, test, seed
-        self.queries = spread(test.labels, _QUERIES, seed)
+        self.queries = spread(test.labels(), _QUERIES, seed)
         self.found: dict[str, np.ndarray] = {}
         self.positions: np.ndarray | None = None
         self.projection = ""
@@ -196,17 +194,17 @@ class Pictures:
         self.queries = np.array([query for _, query in rows])
         asked = features.test.vectors[[row for row, _ in rows]]
         ids = search(normalised(features.train.vectors), normalised(asked), _NEIGHBOURS)[1]
-        place = {name: position for position, name in enumerate(self.train.ids)}
+        place = {name: position for position, name in enumerate(self.train.ids())}
         self.found[features.name] = len(self.test) + np.vectorize(lambda one: place[features.train.ids[one]])(ids)
         if features.name == "encoder":
             shown = sample_rows(np.arange(len(features.test)), _MAP, self.seed)
-            place = {name: position for position, name in enumerate(self.test.ids)}
+            place = {name: position for position, name in enumerate(self.test.ids())}
             self.shown = np.array([place[features.test.ids[one]] for one in shown])
             self.positions, self.projection = _flattened(features.test.vectors[shown], self.seed)
 
     def draw(self) -> None:
         """Writes the neighbours and the map for the report."""
-        labels = np.concatenate((self.test.labels, self.train.labels))
+        labels = np.concatenate((self.test.labels(), self.train.labels()))
         if self.found and len(self.queries):
             draw_neighbours(self.folder, self.queries, self.found, self._thumbnail, labels, self.test.classes)
         if self.positions is not None:
@@ -227,15 +225,13 @@ class Pictures:
 
 def image_of(source: Source, row: int) -> np.ndarray:
     """(H, W, C) uint8, for a thumbnail of 64 pixels or less."""
-    if source.images is not None:
-        return source.images[row]
-    return decode(source.read(row), source.channels, smallest=(64, 64)).image
+    return pixels(source, row, smallest=(64, 64))
 
 
 def rows_in(embeddings: Embeddings, source: Source, places: np.ndarray) -> list[tuple[int, int]]:
     """(row of the embeddings, place in the source) of those `places` that have a row: files may turn out broken."""
     row = {name: position for position, name in enumerate(embeddings.ids)}
-    return [(row[source.ids[place]], int(place)) for place in places if source.ids[place] in row]
+    return [(row[name], int(place)) for name, place in zip(source.ids(places), places, strict=True) if name in row]
 
 
 def spread(labels: np.ndarray, count: int, seed: int) -> np.ndarray:

@@ -18,8 +18,8 @@ from ssl_kit.core.machine import Precision, Switch, keep_memory, lightning_preci
 from ssl_kit.core.owned import check_place
 from ssl_kit.core.process import Signals
 from ssl_kit.core.settings import verb
-from ssl_kit.data.batches import ViewLoader
 from ssl_kit.data.listing import write_skipped
+from ssl_kit.data.loader import ViewLoader
 from ssl_kit.data.module import ImageData
 from ssl_kit.data.sources import Source, open_source
 from ssl_kit.encoders.encoder import Encoder, initialise
@@ -193,7 +193,7 @@ def pretrain(settings: Settings) -> dict[str, Any]:
 
         signals.patient = True  # all is learnt: what is left takes seconds
         if rank() == 0:
-            write_skipped(folder / "skipped.csv", source.skipped)
+            write_skipped(folder / "skipped.csv", source.bad.rows)
             encoder.save(folder / "encoder", record.provenance())
             record.update(status="finished", encoder_sha256=encoder.sha256)
             write_report([folder], folder / "report.html")
@@ -335,7 +335,7 @@ def _describe(record: RunRecord, settings: Settings, source: Source, learner: Me
     facts = {
         "root": settings.data,
         "images": len(source),
-        "skipped": len(source.skipped),
+        "skipped": len(source.bad.rows),
         "classes": len(source.classes),
     }
     record.begin(

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from ssl_kit.core.console import warn
 from ssl_kit.core.errors import UserError
-from ssl_kit.data.loading import available_memory, size_text
+from ssl_kit.core.machine import available_memory, size_text
 from ssl_kit.data.sources import Source
 from ssl_kit.embeddings.embeddings import embed
 from ssl_kit.encoders.encoder import Encoder

@@ -59,7 +59,7 @@ def all_fit(fits: bool) -> bool:
 
 def check_images(source: Source) -> None:
     """Raises `UserError` unless all processes see the same images."""
-    names = hashlib.sha256("\n".join(source.ids).encode()).hexdigest()
+    names = hashlib.sha256("\n".join(source.ids()).encode()).hexdigest()
     count, wanted = broadcast(lambda: [len(source), names])
     if [len(source), names] != [count, wanted]:
         raise UserError(

@@ -14,8 +14,8 @@ from ssl_kit.core.errors import UserError, check_numbers
 from ssl_kit.core.files import atomic_file
 from ssl_kit.core.owned import check_output
 from ssl_kit.core.random import permutation
-from ssl_kit.data.decode import BadImageError, decode
-from ssl_kit.data.sources import Source, open_source
+from ssl_kit.data.decode import BadImageError
+from ssl_kit.data.sources import Source, open_source, pixels
 from ssl_kit.report.pictures import made_here
 from ssl_kit.views.host import apply_host
 from ssl_kit.views.recipe import View, ViewRecipe
@@ -69,7 +69,7 @@ def views(
     next_command(f"ssl-kit pretrain {shlex.quote(data)}")
     return {
         "out": str(Path(out)),
-        "originals": [source.id(row) for row in chosen],
+        "originals": source.ids(list(chosen)),
         "views_per_image": views_per_image,
         "image_size": side,
         "preset": views.preset,
@@ -83,8 +83,7 @@ def _decodable(source: Source, count: int) -> dict[int, np.ndarray]:
     found: dict[int, np.ndarray] = {}
     for row in permutation(0, 0, len(source)).tolist():
         try:
-            stored = source.images
-            found[row] = decode(source.read(row), source.channels).image if stored is None else stored[row]
+            found[row] = pixels(source, row)
         except BadImageError as error:
             source.skip(row, str(error))
         if len(found) == count:

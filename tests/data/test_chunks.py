@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from ssl_kit.core.errors import UserError
-from ssl_kit.data.batches import ViewLoader
+from ssl_kit.data.loader import ViewLoader
 from ssl_kit.data.module import ImageData
 from ssl_kit.data.plan import TrainingPlan
 from ssl_kit.data.sources import open_source
@@ -61,7 +61,7 @@ def test_bad_images_are_replaced_once_and_by_different_ones(labelled_folder, tmp
     assert passes[0] == passes[1][::-1]
     rows = [row for chunk in passes[0] for row in chunk]
     assert len(set(rows)) == len(rows) == 20 and not {1, 5, 9, 17, 21} & set(rows)
-    assert source.skipped
+    assert source.bad.rows
     batches.close()
 
 

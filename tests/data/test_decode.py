@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageOps
 
-from ssl_kit.data.decode import decode, image_size
-from ssl_kit.data.headers import MAX_PIXELS, BadImageError, jpeg_header
+from ssl_kit.data.decode import MAX_PIXELS, BadImageError, decode, image_size, jpeg_header
 
 ORIENTATION = 0x0112
 
@@ -135,7 +134,7 @@ def test_exif_orientation(kind, orientation):
     got = decode(data)
     assert got.image.shape == (40, 72, 3) and image_size(data) == (40, 72)
     assert difference(got.image, np.asarray(upright)) <= (12 if kind == "JPEG" else 0)
-    small = decode(data, box=(0, 0, 40, 72), smallest=(20, 36))
+    small = decode(data, smallest=(20, 36))
     assert small.image.shape[:2] == (round(40 * small.scale_y), round(72 * small.scale_x))
 
 
@@ -145,11 +144,10 @@ def test_scaled_decoding_is_the_smallest_that_suffices():
     random = np.random.default_rng(0)
     seen = set()
     for _ in range(60):
-        height, width = int(random.integers(20, 376)), int(random.integers(20, 501))
-        wanted = (int(random.integers(8, 200)), int(random.integers(8, 200)))
-        got = decode(data, box=(0, 0, height, width), smallest=wanted)
+        wanted = int(random.integers(8, 420)), int(random.integers(8, 560))
+        got = decode(data, smallest=wanted)
         assert got.image.shape[:2] == (round(375 * got.scale_y), round(500 * got.scale_x))
-        least = [min(n, math.ceil(n * w / b)) for n, w, b in zip((375, 500), wanted, (height, width), strict=True)]
+        least = [min(n, w) for n, w in zip((375, 500), wanted, strict=True)]
         fits = lambda n: math.ceil(375 * n / 8) >= least[0] and math.ceil(500 * n / 8) >= least[1]
         eighths = next(n for n in range(1, 9) if math.ceil(375 * n / 8) == got.image.shape[0])
         assert fits(eighths) and (eighths == 1 or not fits(eighths - 1))
@@ -161,11 +159,11 @@ def test_scaled_decoding_is_the_smallest_that_suffices():
     assert len(seen) >= 6
 
 
-def test_scaled_decoding_follows_the_turned_box():
+def test_scaled_decoding_of_a_turned_image():
     stored = encoded(picture(200, 400), "JPEG", exif=exif(6))
-    got = decode(stored, box=(0, 0, 400, 50), smallest=(100, 50))  # upright: 400 high, 200 wide
+    got = decode(stored, smallest=(100, 200))  # upright: 400 high, 200 wide
     assert got.image.shape == (400, 200, 3) and got.scale_x == 1
-    got = decode(stored, box=(0, 0, 400, 200), smallest=(100, 25))
+    got = decode(stored, smallest=(100, 25))
     assert got.image.shape == (100, 50, 3) and got.scale_y == 0.25
     odd = decode(encoded(picture(201, 403), "JPEG", exif=exif(6)), smallest=(100, 50))  # rounds differently per axis
     assert odd.image.shape == (101, 51, 3) and (odd.scale_y, odd.scale_x) == (101 / 403, 51 / 201)

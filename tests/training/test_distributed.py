@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from ssl_kit.training.distributed import counts, all_gather, leave, others, rank, share_weight, world_size
+from ssl_kit.training.distributed import all_gather, counts, leave, others, rank, share_weight, world_size
 
 COUNTS = (5, 2, 4, 1)  # rows of the ranks
 

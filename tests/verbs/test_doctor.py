@@ -10,7 +10,7 @@ import ssl_kit
 from ssl_kit import cli
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.machine import Choice, choose_device, choose_precision, choose_threads
-from ssl_kit.data import batches
+from ssl_kit.data import loader, sources
 from ssl_kit.data.decode import decode
 from ssl_kit.methods.simclr import SimCLR
 from ssl_kit.verbs import doctor as module
@@ -95,8 +95,8 @@ def test_files_are_decoded_as_training_decodes_them(tmp_path, monkeypatch):
 
         return noted
 
-    monkeypatch.setattr(module, "decode", noting("doctor"))
-    monkeypatch.setattr(batches, "decode", noting("training"))
+    monkeypatch.setattr(sources, "decode", noting("doctor"))
+    monkeypatch.setattr(loader, "decode", noting("training"))
     _, files = module._sources(SMALL[1], tmp_path)
     plan = np.split(np.arange(64), 4)
     module._decode(files, plan, SMALL[1], 1)
@@ -131,6 +131,6 @@ def test_the_step_is_laid_out_as_training_chooses(monkeypatch):
 
 def test_the_photographs_are_jpegs_of_their_size_and_no_two_are_alike(tmp_path):
     stored, files = module._sources(SMALL[1], tmp_path)
-    data = [files.read(row) for row in range(len(files))]
-    assert {image.shape for image in stored.images} == {(375, 500, 3)} and len(set(data)) == len(data) == len(stored)
+    data, images = files.read(slice(None)), stored.read(slice(None))
+    assert {image.shape for image in images} == {(375, 500, 3)} and len(set(data)) == len(data) == 64
     assert all(one[:3] == b"\xff\xd8\xff" for one in data) and np.mean([len(one) for one in data]) > 20_000

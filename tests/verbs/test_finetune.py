@@ -70,10 +70,10 @@ def test_it_learns_and_stands_beside_the_network_from_scratch(tuned):
 def test_auroc_is_that_of_the_kept_classifier_on_test(tuned, coloured):
     folder, record = tuned
     encoder, test = Encoder.load(folder / "out" / "finetuned"), open_labelled(str(coloured))[1]
-    images = torch.stack([torch.from_numpy(test.images[row]).permute(2, 0, 1) / 255 for row in range(len(test))])
+    images = torch.stack([torch.from_numpy(test.read([row])[0]).permute(2, 0, 1) / 255 for row in range(len(test))])
     with torch.inference_mode():
         probabilities = encoder(images).softmax(dim=1)
-    wanted = roc_auc_score(test.labels, probabilities, multi_class="ovr")
+    wanted = roc_auc_score(test.labels(), probabilities, multi_class="ovr")
     metrics = record["results"][0]["metrics"]
     assert metrics["auroc"] == pytest.approx(wanted, abs=5e-3)  # embedded in bfloat16 where that is fast
     assert metrics["auroc_low"] <= metrics["auroc"] <= metrics["auroc_high"]

@@ -57,12 +57,12 @@ def voted(gallery, labels, queries, asked):
 def test_knn_of_raw_pixels_and_of_their_pca_is_that_of_independent_code(images):
     training, gallery, queries = hold_out(open_source(images))
     scores = Measure(training, gallery, queries, plain(SIZE))(Bare())
-    voters, asked = (part.images.reshape(len(part), -1) / 255 for part in (gallery, queries))
+    voters, asked = (np.stack(part.read(slice(None))).reshape(len(part), -1) / 255 for part in (gallery, queries))
     mean = voters.mean(axis=0)
-    pixels = voters - mean, gallery.labels, asked - mean, queries.labels
+    pixels = voters - mean, gallery.labels(), asked - mean, queries.labels()
     assert scores["knn_pixels"] == pytest.approx(voted(*pixels), abs=1.5 / len(asked))
     pca = PCA(16, svd_solver="full").fit(voters)
-    reduced = pca.transform(voters), gallery.labels, pca.transform(asked), queries.labels
+    reduced = pca.transform(voters), gallery.labels(), pca.transform(asked), queries.labels()
     assert scores["knn_pca"] == pytest.approx(voted(*reduced), abs=1.5 / len(asked))
     assert 0.3 < scores["knn_pixels"] != scores["knn_pca"]  # there is something to tell apart
 

@@ -53,8 +53,8 @@ def test_pretraining_sees_all_images_but_those_of_the_knn(colours, tmp_path, mon
     settings = {"image_size": 16, "batch_size": 38, "epochs": 1, "threads": 1, "views": SAME_COLOUR, "method": method}
     pretrain(str(folder), run=str(tmp_path / "run"), **settings)
     training, gallery, queries = hold_out(open_source(folder))
-    assert len(queries) == 8 and trained == set(names.values()) - set(queries.ids) == set(training.ids)
-    assert set(gallery.ids) <= trained  # who votes is no query
+    assert len(queries) == 8 and trained == set(names.values()) - set(queries.ids()) == set(training.ids())
+    assert set(gallery.ids()) <= trained  # who votes is no query
 
 
 def test_fine_tuning_sees_neither_the_images_that_choose_the_epoch_nor_the_test_images(colours, tmp_path, monkeypatch):
@@ -66,7 +66,7 @@ def test_fine_tuning_sees_neither_the_images_that_choose_the_epoch_nor_the_test_
         return step(self, batch, batch_idx)
 
     def choosing(self, held_out, *rest):
-        chosen_by.update(held_out.ids)
+        chosen_by.update(held_out.ids())
         built(self, held_out, *rest)
 
     monkeypatch.setattr(FineTune, "training_step", seen)
@@ -75,6 +75,6 @@ def test_fine_tuning_sees_neither_the_images_that_choose_the_epoch_nor_the_test_
     Encoder("resnet18_small", NET, (16, 16)).save(tmp_path / "encoder")
     settings = {"epochs": 1, "batch_size": 32, "threads": 1, "views": SAME_COLOUR, "scratch": False}
     finetune(str(tmp_path / "encoder"), str(folder), out=str(tmp_path / "out"), **settings)
-    tested = set(open_labelled(str(folder))[1].ids)
+    tested = set(open_labelled(str(folder))[1].ids())
     assert len(tested) == 32 and len(chosen_by) >= 12 and not chosen_by & tested
     assert trained == set(names.values()) - tested - chosen_by

@@ -21,7 +21,7 @@ from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import write_sealed
 from ssl_kit.core.locking import lock
 from ssl_kit.core.sealed import read_sealed
-from ssl_kit.data import sources
+from ssl_kit.data import tables
 from ssl_kit.data.sources import open_source
 from ssl_kit.embeddings.search import read_file
 from ssl_kit.encoders.encoder import Encoder
@@ -125,18 +125,18 @@ def pictures(page):
 
 @pytest.mark.parametrize(("data", "side", "channels"), [("mnist5k", 28, 1), ("digits", 8, 3)])
 def test_pages_show_the_images_of_built_in_sets(tmp_path, monkeypatch, data, side, channels):
-    monkeypatch.setattr(sources, "builtin", lru_cache(sources.builtin))  # parsing MNIST takes 3 s
+    monkeypatch.setattr(tables, "builtin", lru_cache(tables.builtin))  # parsing MNIST takes 3 s
     torch.manual_seed(0)
     encoder = Encoder("resnet18_small", {"channels": [4, 4, 8, 8]}, (16, 16), channels).save(tmp_path / "encoder")
     embed(str(encoder), f"{data}:train", out=str(tmp_path / "emb"), precision="float32", limit=120)
     held = open_source(f"{data}:test", channels=1)
-    Image.fromarray(held.images[7, :, :, 0]).save(tmp_path / "query.png")
+    Image.fromarray(held.read([7])[0][:, :, 0]).save(tmp_path / "query.png")
     found = search(str(tmp_path / "emb"), [str(tmp_path / "query.png")], k=5, html=str(tmp_path / "search.html"))
     groups = duplicates(str(tmp_path / "emb"), outliers=4, threshold=0.9, html=str(tmp_path / "duplicates.html"))
     ids = [one["id"] for one in found["queries"][0]["results"]]
-    assert not set(ids) & set(held.ids)  # the query is not among them
+    assert not set(ids) & set(held.ids())  # the query is not among them
     whole = open_source(data, channels=1)
-    images = dict(zip(whole.ids, whole.images[..., 0], strict=True))
+    images = {name: image[..., 0] for name, image in zip(whole.ids(), whole.read(slice(None)), strict=True)}
     shown = pictures((tmp_path / "search.html").read_text())
     assert [name for name, _ in shown[1:]] == ids
     far = [one["id"] for one in groups["outliers"]]
@@ -145,7 +145,7 @@ def test_pages_show_the_images_of_built_in_sets(tmp_path, monkeypatch, data, sid
     for name, pixels in [*shown, *shown_far]:
         if name in images:
             assert pixels.shape == (side, side) and np.abs(pixels - images[name].astype(float)).mean() < 12, name
-    assert np.abs(shown[0][1] - held.images[7, :, :, 0].astype(float)).mean() < 12
+    assert np.abs(shown[0][1] - held.read([7])[0][:, :, 0].astype(float)).mean() < 12
     for page in ("search.html", "duplicates.html"):
         assert "not readable" not in (tmp_path / page).read_text()
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from ssl_kit.core.errors import UserError
-from ssl_kit.data.batches import ViewLoader
+from ssl_kit.data.loader import ViewLoader
 from ssl_kit.data.plan import TrainingPlan
 from ssl_kit.data.sources import open_source
 from ssl_kit.views.recipe import ViewRecipe, plain
@@ -104,7 +104,7 @@ def test_a_bad_file_is_dropped_or_replaced_by_the_next_good_one(labelled_folder,
     replaced = list(ViewLoader(source, plan, (plain((8, 8)),), bad="replace"))
     assert [batch["key"].index.tolist() for batch in replaced] == [[0, 4, 1], [6, 4], [6, 7]]
     assert torch.equal(replaced[1]["views"][0][0], replaced[2]["views"][0][0])
-    assert sorted(name for name, _ in source.skipped) == ["2.png", "5.png"]
+    assert sorted(name for name, _ in source.bad.rows) == ["2.png", "5.png"]
     strict = open_source(tmp_path, in_memory=False, max_bad=0.1)
     with pytest.raises(UserError, match=r"2 of 10 images could not be decoded"):
         list(ViewLoader(strict, plan, (plain((8, 8)),)))
@@ -187,5 +187,5 @@ def test_memory_is_used_again_only_when_nobody_holds_it(labelled_folder, in_memo
 def test_views_of_files_do_not_depend_on_which_are_cut_together(labelled_folder, monkeypatch):
     source = open_source(labelled_folder, in_memory=False)
     together = batches(source, threads=2)
-    monkeypatch.setattr("ssl_kit.data.batches._TOGETHER", 1)
+    monkeypatch.setattr("ssl_kit.data.loader._DECODED_TOGETHER", 1)
     assert same(together, batches(source, threads=2))

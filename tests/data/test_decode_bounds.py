@@ -8,8 +8,7 @@ import pytest
 from grown import MIB, grown, needs_proc, refused
 from PIL import Image
 
-from ssl_kit.data.decode import BadImageError, decode, image_size
-from ssl_kit.data.headers import bytes_per_pixel
+from ssl_kit.data.decode import BadImageError, bytes_per_pixel, decode, image_size
 
 pytestmark = needs_proc
 

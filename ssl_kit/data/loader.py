@@ -11,27 +11,27 @@ import itertools
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Literal, NotRequired, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ssl_kit.core.errors import UserError
-from ssl_kit.core.machine import available_cores
+from ssl_kit.core.machine import available_cores, in_order
 from ssl_kit.core.random import Key
-from ssl_kit.data.decode import BadImageError, decode, image_size
+from ssl_kit.data.decode import BadImageError, decode
 from ssl_kit.data.plan import Planned, following
-from ssl_kit.data.sources import Source
+from ssl_kit.data.sources import Source, Stored, size_of
 from ssl_kit.views.host import apply_host
 from ssl_kit.views.recipe import View
 from ssl_kit.views.sample import HEIGHT, LEFT, TOP, WIDTH, Params, sample
 
 _PREFETCH = 2  # batches made ahead: one hides the making, the second hides its jitter
-_TOGETHER = 4  # decoded images that go through the view kernel in one call: its overhead is 0.1 ms
+# images that go through the view kernel in one call, whose overhead is 0.1 ms: those of a task that decodes are few
+_TOGETHER, _DECODED_TOGETHER = 32, 4
 
 
 class Batch(TypedDict):
@@ -91,22 +91,17 @@ class ViewLoader:
             view.check_channels(source.channels)
 
     def __iter__(self) -> Iterator[Batch]:
-        planned = iter(self._planned())
         makers = ThreadPoolExecutor(self._producers, "batches")
         with makers as producer, ThreadPoolExecutor(self.threads, "decode") as decoders:
             make = lambda batch: producer.submit(self._make, batch, decoders)
             start = make if self.chunk is None else lambda batch: self._in_chunks(batch, make)
-            ahead = _PREFETCH if self.chunk is None else 1  # chunks look after each other
-            pending: deque[Future[Batch]] = deque()
+            batches = in_order(start, self._planned(), _PREFETCH if self.chunk is None else 1)  # chunks see to theirs
             try:
-                for batch in itertools.islice(planned, ahead):
-                    pending.append(start(batch))
-                while pending:
+                while True:
                     began = time.perf_counter()
-                    made = pending.popleft().result()
+                    if (made := next(batches, None)) is None:
+                        break
                     self.waited += time.perf_counter() - began
-                    for batch in itertools.islice(planned, 1):
-                        pending.append(start(batch))
                     yield made
             finally:  # the consumer may stop early
                 producer.shutdown(wait=False, cancel_futures=True)
@@ -123,7 +118,7 @@ class ViewLoader:
             {
                 "views": [],
                 "key": Key(self.seed, planned.epoch, torch.from_numpy(np.array(planned.rows, np.int64))),
-                "label": torch.from_numpy(self.source.labels[planned.rows]),
+                "label": torch.from_numpy(self.source.labels(planned.rows)),
                 "chunks": Chunks(self, parts, make),
             }
         )
@@ -137,47 +132,39 @@ class ViewLoader:
         return (Planned(self.epoch, rows, following(self.plan, number)) for number, rows in enumerate(self.plan))
 
     def _make(self, planned: Planned, decoders: ThreadPoolExecutor) -> Batch:
-        in_memory = self.source.images is not None
-        rows, views = self._from_memory(planned) if in_memory else self._from_files(planned, decoders)
+        stack = self.source.stack
+        rows, made = self._stacked(planned, *stack) if stack else self._one_by_one(planned, decoders)
         return {
-            "views": views,
+            "views": [torch.from_numpy(one) for one in made],
             "key": Key(self.seed, planned.epoch, torch.from_numpy(rows)),
-            "label": torch.from_numpy(self.source.labels[rows]),
+            "label": torch.from_numpy(self.source.labels(rows)),
         }
 
-    def _from_memory(self, planned: Planned) -> tuple[np.ndarray, list[Any]]:
-        images, rows, views = (
-            self.source.images,
-            np.asarray(planned.rows, np.int64),
-            views_at(self.views, planned.epoch),
-        )
-        if isinstance(images, np.ndarray):
-            heights, widths = np.full(len(rows), images.shape[1]), np.full(len(rows), images.shape[2])
-            params = self._sample(views, planned.epoch, rows, heights, widths)
-            if self.on_device:  # pixels stay uint8 until they are there: a quarter of the traffic, once for all views
-                stored = torch.from_numpy(np.ascontiguousarray(images[rows].transpose(0, 3, 1, 2)))
-                return rows, [stored, *(torch.from_numpy(param) for param in params)]
-            return rows, [self._apply((images, rows), param, view) for param, view in zip(params, views, strict=True)]
-        assert images is not None
-        chosen = [images[row] for row in rows]
-        params = self._sample(views, planned.epoch, rows, *_sizes([image.shape[:2] for image in chosen]))
-        return rows, [self._apply(chosen, param, view) for param, view in zip(params, views, strict=True)]
+    def _stacked(self, planned: Planned, images: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Views of images that lie in one array; their pixels and parameters, where the device makes the views."""
+        rows, views = np.array(planned.rows, np.int64), views_at(self.views, planned.epoch)
+        heights, widths = (np.full(len(rows), side) for side in images.shape[1:3])
+        params = self._sample(views, planned.epoch, rows, heights, widths)
+        if self.on_device:  # pixels stay uint8 until they are there: a quarter of the traffic, once for all views
+            return rows, [np.ascontiguousarray(images[places[rows]].transpose(0, 3, 1, 2)), *params]
+        threads = self.threads // self._producers
+        made = self._empty(len(rows), views)
+        for param, view, out in zip(params, views, made, strict=True):
+            apply_host((images, places[rows]), param, view.size, out=out, threads=threads)
+        return rows, made
+
+    def _empty(self, count: int, views: Sequence[View]) -> list[np.ndarray]:
+        return [self._buffers.take(count, (self.source.channels, *view.size)) for view in views]
 
     def _sample(
         self, views: Sequence[View], epoch: int, rows: np.ndarray, heights: np.ndarray, widths: np.ndarray
     ) -> list[Params]:
         return [sample(view, self.seed, epoch, rows, which, heights, widths) for which, view in enumerate(views)]
 
-    def _apply(self, images: Any, params: Params, view: View) -> Tensor:
-        out = self._buffers.take(len(params), (self.source.channels, *view.size))
-        threads = self.threads // self._producers
-        return torch.from_numpy(apply_host(images, params, view.size, out=out, threads=threads))
-
-    def _from_files(self, planned: Planned, decoders: ThreadPoolExecutor) -> tuple[np.ndarray, list[Tensor]]:
-        """Reads each file once and cuts all its views out of one decoding at the smallest sufficient JPEG scale."""
-        rows = np.array(planned.rows, np.int64)
-        views = views_at(self.views, planned.epoch)
-        made = [self._buffers.take(len(rows), (self.source.channels, *view.size)) for view in views]
+    def _one_by_one(self, planned: Planned, decoders: ThreadPoolExecutor) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Reads each image once, and cuts all its views out of one decoding at the smallest sufficient JPEG scale."""
+        rows, views = np.array(planned.rows, np.int64), views_at(self.views, planned.epoch)
+        made = self._empty(len(rows), views)
         good = np.zeros(len(rows), bool)
         pending = np.arange(len(rows))  # places in the batch
         spare: dict[int, Iterator[int]] = {}
@@ -190,25 +177,27 @@ class ViewLoader:
             pending = pending[rows[pending] >= 0]
         if not good.all():
             rows, made = rows[good], [batch[good] for batch in made]
-        return rows, [torch.from_numpy(batch) for batch in made]
+        return rows, made
 
     def _cut(
         self, epoch: int, rows: np.ndarray, places: np.ndarray, made: list[np.ndarray], decoders: ThreadPoolExecutor
     ) -> np.ndarray:
-        """Makes the views of `rows[places]` at those places of `made`; (len(places),) bool: which files were good."""
+        """Makes the views of `rows[places]` at those places of `made`; (len(places),) bool: which images were good."""
         opened = dict(zip(places, decoders.map(self._open, rows[places]), strict=True))
         found = np.array([place for place in places if opened[place] is not None], np.int64)
-        heights, widths = _sizes([opened[place][1] for place in found])
+        heights, widths = np.array([opened[place][1] for place in found], np.int64).reshape(-1, 2).T
         kinds = views_at(self.views, epoch)
         params = self._sample(kinds, epoch, rows[found], heights, widths)
 
         def load(number: int) -> np.ndarray | None:
             """One image, decoded as small as its views allow, their boxes scaled with it."""
-            data, (height, width) = opened[found[number]]
+            stored, (height, width) = opened[found[number]]
+            if isinstance(stored, np.ndarray):
+                return stored
             own = [param[number : number + 1] for param in params]
             try:
                 image, scale_y, scale_x = decode(
-                    data, self.source.channels, smallest=_needed(own, kinds, height, width)
+                    stored, self.source.channels, smallest=_needed(own, kinds, height, width)
                 )
             except BadImageError as error:
                 self.source.skip(int(rows[found[number]]), str(error))  # stops the run when there are too many
@@ -218,25 +207,28 @@ class ViewLoader:
                 param[:, [LEFT, WIDTH]] *= scale_x
             return image
 
-        def cut(numbers: np.ndarray) -> list[int]:
+        def cut(numbers: np.ndarray) -> np.ndarray:
             """The views of a few images; the places of those that could be decoded."""
-            images = [load(number) for number in numbers]
-            for run, decoded in _runs([found[number] for number in numbers], images):
-                these = numbers[run]
-                place = slice(found[these[0]], found[these[0]] + len(these))
-                for param, view, views in zip(params, kinds, made, strict=True):
-                    apply_host(decoded, param[these], view.size, out=views[place])
-            return [found[number] for number, image in zip(numbers, images, strict=True) if image is not None]
+            loaded = [load(number) for number in numbers]
+            images = [image for image in loaded if image is not None]
+            these = numbers[[image is not None for image in loaded]]
+            at = found[these]
+            for param, view, views in zip(params, kinds, made, strict=True) if images else ():
+                if at[-1] - at[0] == len(at) - 1:
+                    apply_host(images, param[these], view.size, out=views[at[0] : at[-1] + 1])
+                else:  # around a bad one
+                    views[at] = apply_host(images, param[these], view.size)
+            return at
 
-        groups = np.array_split(np.arange(len(found)), max(1, -(-len(found) // _TOGETHER)))
-        good = [place for places in decoders.map(cut, groups) for place in places]
-        return np.isin(places, good)
+        together = _TOGETHER if self.source.in_memory else _DECODED_TOGETHER
+        groups = np.array_split(np.arange(len(found)), max(1, -(-len(found) // together)))
+        return np.isin(places, np.concatenate(list(decoders.map(cut, groups))))
 
-    def _open(self, row: int) -> tuple[bytes, tuple[int, int]] | None:
-        """An image file and its upright (height, width); None when it is bad, which is noted."""
+    def _open(self, row: int) -> tuple[Stored, tuple[int, int]] | None:
+        """An image as it is stored and its upright (height, width); None when it is bad, which is noted."""
+        stored = self.source.read([int(row)])[0]
         try:
-            data = self.source.read(int(row))
-            return data, image_size(data)
+            return stored, size_of(stored)
         except BadImageError as error:
             self.source.skip(int(row), str(error))
             return None
@@ -316,25 +308,6 @@ _UNUSED = next(iter([sys.getrefcount(held) for held in [np.empty(0)]]))
 def views_at(schedule: Mapping[int, Sequence[View]], epoch: int) -> Sequence[View]:
     """The views of an epoch: those of the last entry that has begun. The first entry is for epoch 0."""
     return schedule[max(first for first in schedule if first <= epoch)]
-
-
-def _runs(places: list[int], images: list[np.ndarray | None]) -> Iterator[tuple[slice, list[np.ndarray]]]:
-    """The stretches of images that are there and whose places follow each other, as slice and images."""
-    start, run = 0, list[np.ndarray]()
-    for position, image in enumerate(images):
-        if run and (image is None or places[position] != places[position - 1] + 1):
-            yield slice(start, position), run
-            run = []
-        if image is not None:
-            start = start if run else position
-            run.append(image)
-    if run:
-        yield slice(start, len(images)), run
-
-
-def _sizes(shapes: list[tuple[int, ...]]) -> tuple[np.ndarray, np.ndarray]:
-    heights, widths = np.array(shapes, np.int64).reshape(-1, 2).T
-    return heights, widths
 
 
 def _needed(params: list[Params], views: Sequence[View], height: int, width: int) -> tuple[int, int] | None:
