@@ -12,44 +12,41 @@ From a notebook, on arrays (names are loaded when they are first used):
 `Embeddings.load(folder)` reads what `ssl-kit embed` wrote, `embed(encoder, source)` makes them from images.
 """
 
-from importlib import import_module
+import sys
+from types import ModuleType
 from typing import Any
 
-_HOME = {
-    "knn": "neighbours",
-    "knn_rows": "neighbours",
-    "knn_accuracy": "neighbours",
-    "search": "neighbours",  # which has it from the embeddings
-    "linear_probe": "linear",
-    "sgd_probe": "attentive",
-    "attentive_probe": "attentive",
-    "few_shot": "fewshot",
-    "retrieval": "retrieval",
-    "instance_retrieval": "retrieval",
-    "dimension_curve": "fewshot",
-    "robustness": "robustness",
-    "corrupt": "robustness",
-    "find_leaks": "duplicates",
-    "alignment": "health",
-    "uniformity": "health",
-    "lidar": "health",
-    "hubness": "health",
-    "probability_metrics": "metrics",
-    "class_scores": "metrics",
-    "confidently_wrong": "metrics",
-    "suspected_errors": "metrics",
-    "classification_metrics": "result",
-    "confusion_matrix": "result",
-    "paired_difference": "result",
-    "holdout": "result",
-    "Result": "result",
-    "Network": "features",
-    "FeatureSet": "features",
+from ssl_kit.evaluation.catalog import resolve
+
+_NAMES = {
+    "neighbours": ("knn", "knn_rows", "knn_accuracy", "search"),  # which has `search` from the embeddings
+    "linear": ("linear_probe",),
+    "attentive": ("sgd_probe", "attentive_probe"),
+    "fewshot": ("few_shot", "dimension_curve"),
+    "retrieval": ("retrieval", "instance_retrieval"),
+    "robustness": ("robustness", "corrupt"),
+    "duplicates": ("find_leaks",),
+    "health": ("alignment", "uniformity", "lidar", "hubness"),
+    "metrics": ("probability_metrics", "class_scores", "confidently_wrong", "suspected_errors"),
+    "result": ("classification_metrics", "confusion_matrix", "paired_difference", "holdout", "Result"),
+    "features": ("Network", "FeatureSet"),
 }
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = sorted(_HOME)  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return resolve(f"{__name__}.{_HOME[name]}:{name}")
+
+
+class _Package(ModuleType):
+    """Importing the module `retrieval` would hide the function of this name: modules are no attributes of theirs."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _HOME:
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ssl_kit.evaluation.catalog import EVALUATIONS
 from ssl_kit.report.reading import Run
 from ssl_kit.report.reading_details import ClassRow, Confusion
 from ssl_kit.report.scores import Score
@@ -112,12 +113,7 @@ def wrong_images(wrong: dict[str, Any]) -> list[dict[str, Any]]:
 
 def missing(run: Run, few_shot: bool, dimensions: bool, robustness: bool) -> tuple[list[str], list[str]]:
     """What was not measured: in words, and as names of `--only`."""
-    named = [
-        ("few-shot curve", "few_shot", few_shot),
-        ("score by dimensions", "curve", dimensions),
-        ("robustness", "robustness", robustness),
-        ("confusions, recalls, ROC and the worst mistakes", "details", bool(run.confusion and run.roc and run.wrong)),
-        ("what the encoder looks at", "looks", run.looks is not None),
-    ]
-    lacking = [(words, name) for words, name, there in named if not there]
-    return [words for words, _ in lacking], [name for _, name in lacking]
+    there = {"few_shot": few_shot, "curve": dimensions, "robustness": robustness, "looks": run.looks is not None}
+    there["details"] = bool(run.confusion and run.roc and run.wrong)
+    lacking = [entry for entry in EVALUATIONS.values() if entry.absent and not there[entry.name]]
+    return [entry.absent for entry in lacking], [entry.name for entry in lacking]

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ssl_kit.core.errors import UserError
+from ssl_kit.evaluation.catalog import EVALUATIONS, JUDGED_BY
 from ssl_kit.report.pictures import DUPLICATES, LOOKS, MAP, NEIGHBOURS, WRONG
 from ssl_kit.report.reading_details import ClassRow, Confusion, Roc, read_classes, read_confusion, read_roc
 from ssl_kit.report.reading_pictures import (
@@ -74,6 +75,13 @@ class Run:
     def method(self) -> str:
         """The name of the method's class, such as SimCLR; empty where run.json does not say."""
         return str(self.info.get("method") or "").rpartition(".")[2]
+
+    @property
+    def judged_by(self) -> tuple[str, ...]:
+        """The evaluations that judge the method, the first one first; of an older run, those of most methods."""
+        told = self.info.get("judged_by")
+        names = map(str, told) if isinstance(told, list) else ()
+        return tuple(name for name in names if name in EVALUATIONS) or JUDGED_BY
 
 
 def read_run(folder: Path | str) -> Run:

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ssl_kit.evaluation.catalog import ENCODER
 from ssl_kit.report import charts
 from ssl_kit.report.looks import look_rows
 from ssl_kit.report.page import render, write_page
 from ssl_kit.report.reading import Run, read_run
 from ssl_kit.report.score_section import score_section
-from ssl_kit.report.scores import ENCODER, axis_of
+from ssl_kit.report.scores import axis_of
 from ssl_kit.report.sections import duplicate_strips, map_context, seen, shown_pictures, strips
 from ssl_kit.report.untrusted import number
 from ssl_kit.report.verdict import Verdict, verdict

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from ssl_kit.evaluation.catalog import EVALUATIONS
 from ssl_kit.report.charts import NUM_COLOURS, Chart, colour, draw_line, new_figure, shape_of
 from ssl_kit.report.reading import Run
 from ssl_kit.report.reading_details import Roc, RocLine
-from ssl_kit.report.scores import EVALUATIONS
 from ssl_kit.report.series import Line, dimension_lines, few_shot_lines
 
 _HEIGHT = 300
@@ -39,7 +39,7 @@ def dimension_charts(run: Run) -> list[Chart]:
         fig = new_figure("dimensions; storage of a million float32 vectors", x_scale="log", height=_HEIGHT + 30)
         legend = _draw(fig, lines, {line.features for line in lines})
         _label(fig, {dim: f"{dim:,}\n{storage(dim)}" for line in lines for dim in line.points})
-        title = f"{EVALUATIONS[evaluation][0]} top-1 by number of dimensions"
+        title = f"{EVALUATIONS[evaluation].title} top-1 by number of dimensions"
         caption = "Bars are 95 % intervals. Fewer dimensions cost less to store and search."
         charts.append(Chart(f"dimensions-{evaluation}", title, caption, legend, fig, spoken=_ends(lines)))
     return charts

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ssl_kit.evaluation.catalog import EVALUATIONS
 from ssl_kit.report import details
 from ssl_kit.report.charts import Chart
 from ssl_kit.report.reading import Run
 from ssl_kit.report.score_charts import dimension_charts, few_shot_charts, roc_chart, storage
-from ssl_kit.report.scores import EVALUATIONS, Table, score_tables
+from ssl_kit.report.scores import Table, score_tables
 from ssl_kit.report.series import Grid, Robustness, dimension_lines, few_shot_grid, robustness_of
 
 _DRAWN = ("few_shot", "robustness", "details")  # of one run: not as tables, but as what follows
@@ -79,7 +80,7 @@ def _dimension_grids(run: Run) -> list[tuple[str, Grid]]:
     for evaluation, lines in dimension_lines(run).items():
         dims = sorted({dim for line in lines for dim in line.points})
         rows = [(f"{dim:,} ({storage(dim)})", [line.points.get(dim) for line in lines]) for dim in dims]
-        grids.append((EVALUATIONS[evaluation][0], Grid([line.name for line in lines], rows)))
+        grids.append((EVALUATIONS[evaluation].title, Grid([line.name for line in lines], rows)))
     return grids
 
 

@@ -12,52 +12,16 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ssl_kit.evaluation.catalog import ABOVE, ENCODER, EVALUATIONS, GAIN, METRICS, PRETRAINED
 from ssl_kit.report.reading import Run
 from ssl_kit.report.untrusted import number
 
-ENCODER = "encoder"
 FEATURES = {
     ENCODER: "this encoder",
     "random_init": "same network, untrained",
     "pixels": "raw pixels",
     "pca": "PCA of pixels",
 }
-PRETRAINED, ABOVE = "pretrained:", "above_"  # of features, of metrics
-EVALUATIONS = {
-    "knn": ("kNN", "Nearest neighbours by cosine vote on the label; nothing is trained."),
-    "linear": ("Linear probe", "A linear classifier on frozen features; l2 is chosen on a held-out part of train."),
-    "finetune": ("Fine-tuning", "The whole network trained on the labels."),
-    "attentive": ("Attentive probe", "Attention pooling and a linear classifier on frozen features."),
-    "few_shot": ("Few-shot", "A classifier from a few labelled images per class."),
-    "retrieval": ("Retrieval", "Are the nearest images of the same class?"),
-    "instances": ("Instance retrieval", "Is one crop of an image found by another?"),
-    "robustness": ("Robustness", "The score on corrupted images."),
-    "sgd": (
-        "Linear probe by SGD",
-        "The literature's protocol; the learning rate is chosen on a held-out part of train.",
-    ),
-    "details": ("Details", "Scores per class; tables are in details/."),
-    "health": ("Health, without labels", "Effective rank: how many directions the features really use."),
-}
-GAIN = "above_best_baseline"  # top-1 minus that of the best baseline on the same images, with its paired interval
-METRICS = {
-    "top1": "Top-1",
-    "balanced_accuracy": "Balanced accuracy",
-    "macro_f1": "Macro-F1",
-    GAIN: "Above the best baseline",
-    "map_at_r": "mAP@R",
-    "auroc": "AUROC",
-    "ece": "Calibration error",
-    "lidar": "LiDAR",
-    "effective_rank": "Effective rank",
-    "alignment": "Alignment",
-    "uniformity": "Uniformity",
-    "alpha": "Alpha of the spectrum",
-}
-HEADLINES = ("knn", "linear", "finetune", "attentive")  # the first one measured is the headline
-HEADLINES_BY_METHOD = {
-    "MAE": ("finetune", "attentive", "linear", "knn")
-}  # kNN does not judge MAE (design, three rules)
 _MAX_COLUMNS = 5
 
 
@@ -112,11 +76,6 @@ class Table:
         """The setting and the encoder's first metric, for a table that is folded away."""
         ours = next((row.scores[0] for row in self.rows if row.is_encoder and row.scores), None)
         return f"{self.setting or self.title}: {f'encoder {ours.text} {ours.interval}' if ours else 'baselines only'}"
-
-
-def judged_by(method: str) -> tuple[str, ...]:
-    """The evaluations that judge a method, given by its class's name, the first one first."""
-    return HEADLINES_BY_METHOD.get(method, HEADLINES)
 
 
 def feature_name(features: str) -> str:
@@ -216,9 +175,12 @@ def _table(
         scores = [score(record, metric) for metric in metrics]
         rows.append(Row(name, _detail(record), features == ENCODER, scores))
     rows.sort(key=lambda row: (not row.is_encoder, -(row.scores[0].value if row.scores and row.scores[0] else 0.0)))
-    title, note = EVALUATIONS.get(evaluation, (evaluation.replace("_", " ").capitalize(), ""))
+    entry = EVALUATIONS.get(evaluation)
+    title = entry.title if entry else evaluation.replace("_", " ").capitalize()
     title = f"{title}, on {test}" if several_tests and test else title
-    return Table(title, note, setting, [metric_name(metric) for metric in metrics], rows, axis_of(rows))
+    return Table(
+        title, entry.note if entry else "", setting, [metric_name(metric) for metric in metrics], rows, axis_of(rows)
+    )
 
 
 def axis_of(rows: Iterable[Row]) -> tuple[float, float] | None:

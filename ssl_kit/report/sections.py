@@ -6,21 +6,18 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from ssl_kit.evaluation.catalog import ENCODER
 from ssl_kit.report import charts
 from ssl_kit.report.reading import Run
 from ssl_kit.report.reading_pictures import VIEWS
-from ssl_kit.report.scores import ENCODER, feature_name
+from ssl_kit.report.scores import feature_name
 
 _NEIGHBOURS_SHOWN = 10  # per strip
 _LEGEND = 40  # classes with a button above the map, the most frequent ones
-_SEES = {
-    "MAE": "Most patches of an image are hidden; the encoder sees the others, and a decoder fills in what is hidden. "
-    "Does it fill in what belongs there?",
-    "VAE": "Each image is squeezed into a short code and drawn again from it. What is lost, and what does each number "
-    "of the code change?",
-    "": "Each column is one image: the original on top, below it the views the method learns from. Could you tell that "
-    "they belong together?",
-}
+_SEES = (  # where run.json does not tell what to look for
+    "Each column is one image: the original on top, below it the views the method learns from. Could you tell that "
+    "they belong together?"
+)
 _TITLES = {
     VIEWS: "Views",
     "reconstruction": "Image, what is seen of it, and what is filled in",
@@ -35,8 +32,8 @@ _WIDE = 1.5  # times as wide as high: such a picture gets the whole width of the
 
 def seen(runs: Sequence[Run]) -> str:
     """What to look for in the pictures of the method: in words for one method, nothing for several."""
-    methods = {run.method for run in runs}
-    return _SEES.get(next(iter(methods)), _SEES[""]) if len(methods) == 1 else ""
+    methods, told = {run.method for run in runs}, runs[0].info.get("shows")
+    return (told if isinstance(told, str) and told else _SEES) if len(methods) == 1 else ""
 
 
 def shown_pictures(runs: Sequence[Run]) -> list[dict[str, Any]]:

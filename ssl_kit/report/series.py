@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ssl_kit.evaluation.catalog import ENCODER
 from ssl_kit.report.reading import Run
 from ssl_kit.report.scores import (
-    ENCODER,
     Score,
     feature_name,
     feature_order,
-    judged_by,
     measured_on,
     score,
 )
@@ -100,7 +99,7 @@ def dimension_lines(run: Run) -> dict[str, list[Line]]:
     without a line.
     """
     drawn = {}
-    for evaluation in judged_by(run.method):
+    for evaluation in run.judged_by:
         found = _by_dimension(_latest(run, evaluation))
         lines = []
         for features in sorted(found, key=feature_order):

@@ -10,18 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ssl_kit.evaluation.catalog import ABOVE, ENCODER, EVALUATIONS, PRETRAINED
 from ssl_kit.report.reading import Run
 from ssl_kit.report.scores import (
-    ABOVE,
-    ENCODER,
-    EVALUATIONS,
-    PRETRAINED,
     Row,
     Score,
     axis_of,
     feature_name,
     full_size,
-    judged_by,
     score,
 )
 
@@ -113,7 +109,7 @@ def verdict(run: Run) -> Verdict:
 
 def compared(run: Run) -> Compared | None:
     """The evaluation that comes first for the run's method, of those that the encoder has a score in."""
-    order = judged_by(run.method)
+    order = run.judged_by
     for evaluation in order:
         latest: dict[str, dict[str, Any]] = {}
         for record in full_size([one for one in run.results if one["evaluation"] == evaluation]):
@@ -128,7 +124,7 @@ def compared(run: Run) -> Compared | None:
         others = {name: value for name in names if (value := score(latest[name], "top1"))}
         signs = {name: _sign(ours, other, score(latest[ENCODER], ABOVE + name)) for name, other in others.items()}
         judges = evaluation != "knn" or order[0] == "knn"
-        return Compared(EVALUATIONS[evaluation][0], latest[ENCODER], ours, others, signs, judges)
+        return Compared(EVALUATIONS[evaluation].title, latest[ENCODER], ours, others, signs, judges)
     return None
 
 
@@ -160,7 +156,7 @@ def _sentence(found: Compared, run: Run) -> str:
     ]
     told = f"{found.title} {found.ours.value:.2f}{interval}{', ' if gaps else ''}{_listed(gaps)}."
     if not found.judges:
-        told += f" {found.title} does not judge {run.method}: {EVALUATIONS[judged_by(run.method)[0]][0].lower()} does."
+        told += f" {found.title} does not judge {run.method}: {EVALUATIONS[run.judged_by[0]].title.lower()} does."
     return told
 
 

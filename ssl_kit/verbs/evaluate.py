@@ -20,14 +20,24 @@ from ssl_kit.core.owned import check_place, record_in
 from ssl_kit.data.sources import Source, open_labelled
 from ssl_kit.encoders.encoder import Encoder, find_encoder
 from ssl_kit.encoders.pretrained import load_pretrained
+from ssl_kit.evaluation.catalog import EVALUATIONS, ONLY, resolve
 from ssl_kit.evaluation.duplicates import Leaks, find_leaks
 from ssl_kit.evaluation.features import BASELINES, feature_sets, pretrained_names
 from ssl_kit.evaluation.result import Result
 from ssl_kit.report.report import write_report
 from ssl_kit.verbs.monitor import settle
 from ssl_kit.verbs.pictures import Pictures
-from ssl_kit.verbs.score_table import Scored, compared, print_curve, print_gaps, print_scores, print_spread, spread
-from ssl_kit.verbs.scoring import EVALUATIONS, Task, default_names
+from ssl_kit.verbs.scoring import (
+    Scored,
+    Task,
+    compared,
+    default_names,
+    print_curve,
+    print_gaps,
+    print_scores,
+    print_spread,
+    spread,
+)
 
 _SHOWN_LEAKS = 5  # pairs named on the terminal; leaks.csv has all
 
@@ -86,7 +96,7 @@ def evaluate(
     check_numbers({"layers": layers, "limit": limit, "max_bad": max_bad, "seed": seed, "batch_size": batch_size})
     options = _Options(
         labelled,
-        None if only is None else _names(only, tuple(EVALUATIONS), "--only"),
+        None if only is None else _names(only, ONLY, "--only"),
         _dims(dims),
         layers,
         balanced,
@@ -188,7 +198,7 @@ def _one(name: str, path: Path, folder: Path, opened: _Opened, options: _Options
         )
         for features in every:
             for evaluation in wanted:
-                results += EVALUATIONS[evaluation].score(task, features)
+                results += resolve(EVALUATIONS[evaluation].function)(task, features)
             labels = features.test.labels  # without the rows of files that turned out broken
             pictures.see(features)
             say(f"{features.name}: scored after {time.perf_counter() - started:.0f} s")

@@ -12,8 +12,8 @@ from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.evaluation.linear import linear_probe
 from ssl_kit.report.looks import look_rows
 from ssl_kit.report.reading import read_run
-from ssl_kit.verbs.details import write_classes, write_suspects
 from ssl_kit.verbs.evaluate import evaluate
+from ssl_kit.verbs.pictures import write_classes, write_suspects
 
 
 def rows_of(path):

@@ -51,8 +51,8 @@ def test_functions_of_bare_arrays():
     assert evaluation.uniformity(x) < 0 and evaluation.hubness(x) < 2
 
 
-def test_the_names_are_all_there():
-    for name in evaluation.__all__:
+def test_the_names_are_all_there_and_no_module_hides_one():
+    for name in evaluation.__all__ * 2:
         assert callable(getattr(evaluation, name))
     with pytest.raises(AttributeError, match="no attribute 'kmn'; it has FeatureSet"):
         evaluation.kmn

@@ -17,7 +17,7 @@ from ssl_kit.evaluation.features import pretrained_names
 from ssl_kit.evaluation.result import Result
 from ssl_kit.verbs import scoring
 from ssl_kit.verbs.evaluate import evaluate
-from ssl_kit.verbs.score_table import compared
+from ssl_kit.verbs.scoring import compared
 
 THEIRS = "pretrained:their_model"
 

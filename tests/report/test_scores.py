@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 from fabricated import record, scores
 
+from ssl_kit.methods.method import Method
 from ssl_kit.report.reading import Run
 from ssl_kit.report.scores import Score, axis_of, full_size, score_tables
 from ssl_kit.report.verdict import LAMPS, verdict
@@ -106,11 +107,17 @@ def test_without_scores_run_json_speaks(tmp_path, info, state, word, lamp):
 
 
 def test_knn_does_not_judge_a_masked_autoencoder_and_fine_tuning_goes_first(tmp_path):
-    head = verdict(run_of(tmp_path, scores(0.1), method="ssl_kit.methods.mae.MAE"))
+    told = {"method": "ssl_kit.methods.mae.MAE", "judged_by": ["finetune", "unheard of", 3, "knn"]}
+    head = verdict(run_of(tmp_path, scores(0.1), **told))
     assert head.scores.endswith("untrained. kNN does not judge MAE: fine-tuning does.")
     tuned = [record("finetune", "encoder", 0.9), record("finetune", "random_init", 0.7)]
-    head = verdict(run_of(tmp_path, scores(0.1) + tuned, method="MAE"))
+    head = verdict(run_of(tmp_path, scores(0.1) + tuned, **told))
     assert head.scores == "Fine-tuning 0.90 [0.89, 0.91], 0.20 above the same network untrained."
+
+
+@pytest.mark.parametrize("told", [None, [], "finetune", ["unheard of"], {"finetune": 1}])
+def test_a_run_that_does_not_tell_what_judges_it_is_judged_as_most(tmp_path, told):
+    assert run_of(tmp_path, method="MAE", judged_by=told).judged_by == Method.judged_by
 
 
 def test_the_chosen_row_is_quoted_whatever_the_order(tmp_path):

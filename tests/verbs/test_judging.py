@@ -93,10 +93,10 @@ def test_a_training_that_was_too_short_is_not_called_learning_by_any_score(tmp_p
 
 
 def test_knn_does_not_speak_against_a_method_that_is_fine_tuned(tmp_path):
-    assert final(tmp_path, "learning", BELOW_PIXELS, method="ssl_kit.methods.mae.MAE").state == "learning"
-    assert final(tmp_path, "learning", BELOW_PIXELS, "linear", method="MAE").state == BELOW
-    assert final(tmp_path, "unknown", {"random_init": 0.2}, "finetune", method="MAE").state == "learning"
-    assert final(tmp_path, "learning", BELOW_PIXELS, method="VAE").state == BELOW
+    tuned = {"judged_by": ["finetune", "linear", "knn"]}
+    assert final(tmp_path, "learning", BELOW_PIXELS, **tuned).state == "learning"
+    assert final(tmp_path, "learning", BELOW_PIXELS, "linear", **tuned).state == BELOW
+    assert final(tmp_path, "unknown", {"random_init": 0.2}, "finetune", **tuned).state == "learning"
 
 
 def test_scores_of_an_earlier_encoder_change_nothing(tmp_path):
