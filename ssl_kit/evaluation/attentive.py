@@ -121,6 +121,7 @@ def attentive_probe(
     queries: int = _QUERIES,
     seed: int = 0,
     features: str = "encoder",
+    device: torch.device | str = "cpu",
 ) -> Result:
     """Top-1, balanced accuracy and macro-F1 of an attentive classifier on frozen tokens, with 95 % intervals.
 
@@ -134,6 +135,7 @@ def attentive_probe(
         queries: Q.
         seed: of the held-out split, the initial weights, the order and the bootstrap.
         features: what the vectors are, for the record.
+        device: that trains; tokens stay on the host and go there batch by batch.
     """
     started = time.perf_counter()
     vectors, labels = labelled(train, "train")
@@ -145,7 +147,7 @@ def attentive_probe(
     candidates = [float(lr)] if isinstance(lr, int | float) else sorted(map(float, lr))
     settings: dict[str, Any] = {"lr_candidates": candidates, "epochs": epochs, "queries": queries, "batch_size": _BATCH}
     best = 0
-    fit = lambda rows, rate: _fit(tokens, labels, rows, num_classes, rate, epochs, queries, seed)
+    fit = lambda rows, rate: _fit(tokens, labels, rows, num_classes, rate, epochs, queries, seed, device)
     if len(candidates) > 1:
         fitted, held = holdout(labels, seed=seed)
         scores = [float((_predict(fit(fitted, rate), tokens[held]) == labels[held]).mean()) for rate in candidates]
@@ -185,27 +187,28 @@ def _fit(
     epochs: int,
     queries: int,
     seed: int,
+    device: torch.device | str,
 ) -> _Probe:
     """Trains on tokens[rows], (N, T, D); a pure function of its arguments."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # the same start on every device
         torch.manual_seed(seed)
         pooling = AttentivePooling(tokens.shape[2], num_classes, queries)
     sample = tokens[rows[: 8 * _BLOCK]].reshape(-1, tokens.shape[2])
     deviation = sample.std(axis=0)
     mean, scale = torch.from_numpy(sample.mean(axis=0)), torch.from_numpy(1 / np.maximum(deviation, 1e-6))
-    probe = _Probe(pooling, mean, scale)
+    probe = _Probe(pooling, mean, scale).to(device)
     optimiser = torch.optim.AdamW(probe.parameters(), lr=lr, weight_decay=_WEIGHT_DECAY, fused=True)
     steps = epochs * -(-len(rows) // _BATCH)
     rising = 0.1 if steps > 10 else 0.15  # a tenth of 10 steps would be a first phase of length 0, and divides by it
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, lr, total_steps=steps, pct_start=rising, anneal_strategy="cos"
     )
-    targets = torch.from_numpy(labels)
+    targets = torch.from_numpy(labels).to(device)
     for epoch in range(epochs):
         order = rows[permutation(seed, epoch, len(rows), _STREAM)]
         for start in range(0, len(order), _BATCH):
             chosen = order[start : start + _BATCH]
-            loss = F.cross_entropy(probe(torch.from_numpy(tokens[chosen])), targets[chosen])
+            loss = F.cross_entropy(probe(torch.from_numpy(tokens[chosen]).to(device)), targets[chosen])
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
@@ -214,11 +217,9 @@ def _fit(
 
 
 def _predict(probe: _Probe, tokens: np.ndarray) -> np.ndarray:
+    parts = [torch.from_numpy(tokens[start : start + _BLOCK]) for start in range(0, len(tokens), _BLOCK)]
     with torch.inference_mode():
-        parts = [
-            probe(torch.from_numpy(tokens[start : start + _BLOCK])).argmax(1) for start in range(0, len(tokens), _BLOCK)
-        ]
-    return torch.cat(parts).numpy()
+        return torch.cat([probe(part.to(probe.mean.device)).argmax(1) for part in parts]).cpu().numpy()
 
 
 SGD_LEARNING_RATES = (0.01, 0.03, 0.1, 0.3, 1.0)  # for 256 images a step
@@ -237,6 +238,7 @@ def sgd_probe(
     batch_size: int = BATCH_SIZE,
     seed: int = 0,
     features: str = "encoder",
+    device: torch.device | str = "cpu",
 ) -> Result:
     """Scores of a linear classifier trained by SGD on frozen features, with 95 % intervals; metrics as `linear_probe`.
 
@@ -249,6 +251,7 @@ def sgd_probe(
         batch_size: images per step.
         seed: of the held-out split, the order and the bootstrap.
         features: what the vectors are, for the record.
+        device: that trains; it must have float64.
     """
     started = time.perf_counter()
     if epochs < 1 or batch_size < 1:
@@ -257,7 +260,7 @@ def sgd_probe(
     test_vectors, test_labels = labelled(test, "test")
     num_classes = int(max(len(train.classes), labels.max() + 1, test_labels.max() + 1))
     scaling = Scaling.of(vectors)
-    scaled, targets = scaling.apply(vectors), torch.from_numpy(labels)
+    scaled, targets = scaling.apply(vectors).to(device), torch.from_numpy(labels).to(device)
     candidates = [float(lr)] if isinstance(lr, int | float) else sorted(map(float, lr))
     settings: dict[str, Any] = {"lr_candidates": candidates, "epochs": epochs, "batch_size": batch_size}
     best = 0
@@ -268,7 +271,7 @@ def sgd_probe(
         best = int(scores.argmax())
         settings |= {"held_out": 0.2, "held_out_top1": scores.tolist(), "at_edge": best in (0, len(candidates) - 1)}
     final = train_linear(scaled, targets, num_classes, candidates[best : best + 1], epochs, batch_size, seed)
-    probabilities = final.probabilities(scaling.apply(test_vectors))
+    probabilities = final.probabilities(scaling.apply(test_vectors).to(device))
     predictions, confidences = probabilities.argmax(axis=1), probabilities.max(axis=1)
     metrics = classification_metrics(test_labels, predictions, num_classes, seed=seed)
     metrics |= probability_metrics(test_labels, probabilities, seed=seed)
@@ -293,14 +296,14 @@ def train_linear(
         seed: of the order.
     """
     count, dim = features.shape
-    weights, bias = torch.zeros(len(lr), num_classes, dim), torch.zeros(len(lr), num_classes)
+    weights, bias = features.new_zeros(len(lr), num_classes, dim), features.new_zeros(len(lr), num_classes)
     speeds = torch.zeros_like(weights), torch.zeros_like(bias)
-    rates = torch.tensor(lr) * min(batch_size, count) / 256
+    rates = features.new_tensor(lr) * min(batch_size, count) / 256
     steps = epochs * -(-count // batch_size)
-    step, loss = 0, torch.zeros(len(lr), dtype=torch.float64)
+    step, loss = 0, features.new_zeros(len(lr), dtype=torch.float64)
     with progress(epochs, "linear probe by SGD") as bar:
         for epoch in range(epochs):
-            order = torch.from_numpy(permutation(seed, epoch, count, _SGD_STREAM))
+            order = torch.from_numpy(permutation(seed, epoch, count, _SGD_STREAM)).to(features.device)
             loss.zero_()
             for rows in order.split(batch_size):
                 rate = rates * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -309,12 +312,12 @@ def train_linear(
                 log_p = logits_BLC.log_softmax(dim=2)
                 index = y[:, None, None].expand(-1, len(lr), 1)
                 loss -= log_p.gather(2, index).sum(dim=(0, 2), dtype=torch.float64)
-                residual = log_p.exp_().scatter_add_(2, index, torch.full(index.shape, -1.0)) / len(x)
+                residual = log_p.exp_().scatter_add_(2, index, features.new_full(index.shape, -1.0)) / len(x)
                 speeds[0].mul_(_MOMENTUM).add_((residual.flatten(1).T @ x).view_as(weights))
                 speeds[1].mul_(_MOMENTUM).add_(residual.sum(dim=0))
                 weights -= rate[:, None, None] * speeds[0]
                 bias -= rate[:, None] * speeds[1]
                 step += 1
             bar.advance(bar.task_ids[0])
-    finite = np.isfinite(loss.numpy())
-    return LogisticFit(weights, bias, loss.numpy() / count, epochs, finite)
+    losses = loss.cpu().numpy()
+    return LogisticFit(weights, bias, losses / count, epochs, np.isfinite(losses))

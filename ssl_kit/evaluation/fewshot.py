@@ -69,6 +69,7 @@ def few_shot(
     l2: Sequence[float] = L2,
     seed: int = 0,
     features: str = "encoder",
+    device: torch.device | str = "cpu",
 ) -> list[Result]:
     """Top-1 and balanced accuracy with few labels: a Result per number of labels and classifier.
 
@@ -84,6 +85,7 @@ def few_shot(
         l2: candidates of the probe.
         seed: of the draws, the held-out splits and the bootstrap.
         features: what the vectors are, for the record.
+        device: of the linear probe; it must have float64.
     """
     if draws < 1 or min(shots, default=1) < 1 or not all(0 < fraction <= 1 for fraction in fractions):
         raise UserError(f"few-shot: {draws} draws of shots {shots} and fractions {fractions}; wanted 1 or more, (0, 1]")
@@ -92,7 +94,7 @@ def few_shot(
     num_classes = int(max(len(train.classes), labels.max() + 1, test_labels.max() + 1))
     candidates = sorted(map(float, l2), reverse=True)
     predictors = {
-        PROTOCOLS[0]: _probe(vectors, labels, test_vectors, num_classes, candidates, seed),
+        PROTOCOLS[0]: _probe(vectors, labels, test_vectors, num_classes, candidates, seed, device),
         PROTOCOLS[1]: _class_mean(vectors, labels, test_vectors, num_classes),
     }
     sizes: list[dict[str, Any]] = [{"shots": size} for size in sorted(shots)]
@@ -155,9 +157,10 @@ def _probe(
     num_classes: int,
     candidates: Sequence[float],
     seed: int,
+    device: torch.device | str,
 ) -> _Predict:
     scaling = Scaling.of(vectors)
-    scaled, test_scaled = scaling.apply(vectors), scaling.apply(test_vectors)
+    scaled, test_scaled = (scaling.apply(part).to(device) for part in (vectors, test_vectors))
 
     def predict(rows: np.ndarray, draw: int) -> tuple[np.ndarray, dict[str, Any]]:
         points, test_points = spanned(scaled[rows], test_scaled)
@@ -171,7 +174,7 @@ def _fit(
     points: Tensor, labels: np.ndarray, num_classes: int, candidates: Sequence[float], seed: int
 ) -> tuple[LogisticFit, float]:
     """The probe on all drawn rows, its l2 the one that was right most often on rows it was not fitted on."""
-    targets, moment = torch.from_numpy(labels), curvature(points)
+    targets, moment = torch.from_numpy(labels).to(points.device), curvature(points)
     fit = partial(fit_logistic, max_passes=_PASSES, tolerance=_TOLERANCE)
     right = np.zeros(len(candidates))
     for fitted, held in _folds(labels, seed) if len(candidates) > 1 else ():

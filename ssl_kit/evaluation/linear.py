@@ -65,7 +65,7 @@ class LogisticFit:
         blocks = [
             torch.addmm(bias, rows, weights.T).softmax(dim=1) for rows in features.split(_block_rows(bias.numel()))
         ]
-        return torch.cat(blocks).numpy()
+        return torch.cat(blocks).cpu().numpy()
 
     def predict(self, features: Tensor) -> np.ndarray:
         """(L, N) int64 classes of features (N, D)."""
@@ -73,7 +73,7 @@ class LogisticFit:
             (rows @ self.weights.flatten(0, 1).T + self.bias.flatten()).view(len(rows), *self.bias.shape).argmax(dim=2)
             for rows in features.split(_block_rows(self.bias.numel()))
         ]
-        return torch.cat(blocks).T.numpy()
+        return torch.cat(blocks).T.cpu().numpy()
 
 
 @dataclass
@@ -119,6 +119,7 @@ def linear_probe(
     seed: int = 0,
     features: str = "encoder",
     keep_probabilities: bool = False,
+    device: torch.device | str = "cpu",
 ) -> Result:
     """Scores of a linear classifier on frozen features, with 95 % intervals.
 
@@ -133,13 +134,14 @@ def linear_probe(
         seed: of the held-out split and the bootstrap.
         features: what the vectors are, for the record.
         keep_probabilities: leave (N, C) of them in the result; of many images and classes they are large.
+        device: that solves; it must have float64.
     """
     started = time.perf_counter()
     vectors, labels = labelled(train, "train")
     test_vectors, test_labels = labelled(test, "test")
     num_classes = int(max(len(train.classes), labels.max() + 1, test_labels.max() + 1))
     scaling = Scaling.of(vectors)
-    scaled, test_scaled = spanned(scaling.apply(vectors), scaling.apply(test_vectors))
+    scaled, test_scaled = spanned(*(scaling.apply(part).to(device) for part in (vectors, test_vectors)))
     candidates = [float(l2)] if isinstance(l2, int | float) else sorted(map(float, l2), reverse=True)
     final, chosen = fit_chosen(scaled, labels, num_classes, candidates, balanced=balanced, seed=seed)
     probabilities = final.probabilities(test_scaled)
@@ -194,8 +196,8 @@ def fit_chosen(
     Returns:
         The fit, and how its l2 came about, for the record.
     """
-    targets, moment = torch.from_numpy(labels), curvature(scaled)
-    weigh = lambda rows: class_weights(labels[rows], num_classes) if balanced else None
+    targets, moment = torch.from_numpy(labels).to(scaled.device), curvature(scaled)
+    weigh = lambda rows: class_weights(labels[rows], num_classes).to(scaled.device) if balanced else None
     settings: dict[str, Any] = {"l2_candidates": list(candidates)}
     start, best = None, 0
     if len(candidates) > 1:
@@ -203,7 +205,7 @@ def fit_chosen(
         path = fit_logistic(scaled[fitted], targets[fitted], num_classes, candidates, moment, row_weights=weigh(fitted))
         right = path.predict(scaled[held]) == labels[held]
         counted = weigh(held)
-        scores = right.mean(axis=1) if counted is None else right @ counted.numpy().astype(np.float64) / len(held)
+        scores = right.mean(axis=1) if counted is None else right @ counted.cpu().numpy().astype(np.float64) / len(held)
         best = int(scores.argmax())
         start = (path.weights[best : best + 1], path.bias[best : best + 1])
         name = "held_out_balanced_accuracy" if balanced else "held_out_top1"
@@ -267,7 +269,7 @@ def curvature(features: Tensor, seed: int = 0) -> Tensor:
     count = max(_CURVATURE_ROWS, 4 * features.shape[1])
     if count < len(features):
         features = features[torch.from_numpy(np.sort(permutation(seed, 0, len(features), _STREAM_CURVATURE)[:count]))]
-    moment = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64)
+    moment = features.new_zeros(features.shape[1], features.shape[1], dtype=torch.float64)
     for rows in features.split(_SCALING_ROWS):
         moment += rows.T @ rows  # float32 products, float64 sums
     return moment / len(features)
@@ -293,28 +295,29 @@ class _Solver:
         row_weights: Tensor | None = None,
     ):
         self.features, self.labels = features, labels
-        self.row_weights = torch.ones(len(features)) if row_weights is None else row_weights
+        self.row_weights = features.new_ones(len(features)) if row_weights is None else row_weights
         size, dim = len(l2), features.shape[1]
-        penalised = torch.ones(dim + 1)
+        penalised = features.new_ones(dim + 1)
         penalised[-1] = 0
-        self.penalty = torch.tensor(l2, dtype=torch.float32)[:, None, None] * penalised
-        self.factors = torch.empty(size, dim, dim)
+        self.penalty = features.new_tensor(l2)[:, None, None] * penalised
+        self.factors = features.new_empty(size, dim, dim)
         for factor, penalty in zip(self.factors, l2, strict=True):  # float64: with a small l2 the matrix is singular
             factor.copy_(_cholesky(moment / num_classes, penalty, _RIDGE * float(moment.diagonal().max())))
         self.bias_factor = num_classes**-0.5  # the bias sees a column of ones, and no penalty
-        self.point = torch.zeros(size, num_classes, dim + 1)
+        self.point = features.new_zeros(size, num_classes, dim + 1)
         if start is not None:
             self.point[..., :-1], self.point[..., -1] = start[0] @ self.factors, start[1] * self.bias_factor
-        self.steps = torch.zeros(_MEMORY, size, num_classes, dim + 1)
-        self.changes = torch.zeros(_MEMORY, size, num_classes, dim + 1)
-        self.rho = torch.zeros(_MEMORY, size)
-        self.gamma = torch.ones(size)
+        self.steps = features.new_zeros(_MEMORY, size, num_classes, dim + 1)
+        self.changes = features.new_zeros(_MEMORY, size, num_classes, dim + 1)
+        self.rho = features.new_zeros(_MEMORY, size)
+        self.gamma = features.new_ones(size)
 
     def run(self, max_passes: int, tolerance: float) -> LogisticFit:
-        active = torch.arange(len(self.point))
+        every = torch.arange(len(self.point), device=self.point.device)
+        active = every
         value, gradient = self.evaluate(self.point, active)
         direction = self.direction(gradient, active)
-        length = torch.ones(len(active))
+        length = self.gamma.new_ones(len(active))
         passes = 1
         while len(active) and passes < max_passes:
             slope = (gradient[active] * direction[active]).sum(dim=(1, 2))
@@ -336,9 +339,9 @@ class _Solver:
             direction[rows] = self.direction(gradient, rows)
             length[rows] = 1.0
         converged = np.ones(len(self.point), dtype=bool)
-        converged[active.numpy()] = False
-        solution = self.weights(self.point, torch.arange(len(self.point)))
-        return LogisticFit(solution[..., :-1], solution[..., -1], value.numpy(), passes, converged)
+        converged[active.cpu().numpy()] = False
+        solution = self.weights(self.point, every)
+        return LogisticFit(solution[..., :-1], solution[..., -1], value.cpu().numpy(), passes, converged)
 
     def evaluate(self, point: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Objective (A,) float64 and gradient (A, C, D + 1) at points of A candidates, in one pass over the data."""
@@ -346,8 +349,8 @@ class _Solver:
         solution = self.weights(point, rows)
         weights = solution[..., :-1].reshape(candidates * classes, columns - 1)
         bias = solution[..., -1].reshape(candidates * classes)
-        total = torch.zeros(candidates, dtype=torch.float64)
-        gradient = torch.zeros(candidates * classes, columns)
+        total = point.new_zeros(candidates, dtype=torch.float64)
+        gradient = point.new_zeros(candidates * classes, columns)
         size = _block_rows(candidates * classes)
         blocks = zip(self.features.split(size), self.labels.split(size), self.row_weights.split(size), strict=True)
         for features, labels, row_weights in blocks:
@@ -412,7 +415,7 @@ def _cholesky(moment: Tensor, penalty: float, ridge: float) -> Tensor:
     Float32 products leave eigenvalues of a singular moment below zero by up to 1e-7 of the largest one, which for
     thousands of equal columns (grey images as RGB) is more than the ridge: it then grows until the matrix is positive.
     """
-    identity = torch.eye(len(moment), dtype=moment.dtype)
+    identity = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
     while True:
         factor, failed = torch.linalg.cholesky_ex(moment + (penalty + ridge) * identity)
         if not failed:

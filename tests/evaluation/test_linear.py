@@ -1,5 +1,6 @@
 """The probe against scikit-learn at the same l2, and honesty of the choice of l2."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +9,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
+from ssl_kit.evaluation.attentive import attentive_probe, sgd_probe
+from ssl_kit.evaluation.fewshot import few_shot
 from ssl_kit.evaluation.linear import Scaling, _cholesky, class_weights, curvature, fit_logistic, linear_probe
 from ssl_kit.evaluation.result import holdout
 
@@ -200,3 +203,21 @@ def test_a_column_that_is_constant_up_to_rounding_has_no_say():
     assert np.array_equal(with_it.predictions, kept.predictions)
     train[:, 3] = 3000.0 * (1 + 1e-5 * flips)
     assert Scaling.of(train).scale[3] > 0
+
+
+PROBES = {
+    "linear": partial(linear_probe, l2=(1e-3, 1e-1), balanced=True),
+    "sgd": partial(sgd_probe, epochs=2),
+    "attentive": partial(attentive_probe, width=8, queries=2, epochs=1),
+    "few-shot": lambda train, test, **device: few_shot(train, test, shots=(5,), fractions=(), draws=1, **device)[0],
+}
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_a_probe_makes_all_its_tensors_on_its_device(name):
+    """Elsewhere they would meet tensors of the default device, here one that computes nothing."""
+    train, test = (as_embeddings(*clusters(count, seed=count)) for count in (200, 60))
+    wanted = PROBES[name](train, test, device="cpu")
+    with torch.device("meta"):
+        got = PROBES[name](train, test, device="cpu")
+    assert got.metrics == wanted.metrics and np.array_equal(got.predictions, wanted.predictions)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.random import permutation
-from ssl_kit.evaluation.attentive import _STREAM, sgd_probe, train_linear
+from ssl_kit.evaluation.attentive import _SGD_STREAM, sgd_probe, train_linear
 from ssl_kit.evaluation.linear import linear_probe
 
 
@@ -35,7 +35,7 @@ def test_every_candidate_takes_the_steps_of_torchs_sgd():
         optimiser = torch.optim.SGD(layer.parameters(), lr * 50 / 256, momentum=0.9)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 9)
         for epoch in range(3):
-            for rows in torch.from_numpy(permutation(5, epoch, 130, _STREAM)).split(50):
+            for rows in torch.from_numpy(permutation(5, epoch, 130, _SGD_STREAM)).split(50):
                 optimiser.zero_grad()
                 F.cross_entropy(layer(x[rows]), y[rows]).backward()
                 optimiser.step()

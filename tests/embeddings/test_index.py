@@ -23,14 +23,6 @@ from ssl_kit.verbs.index import index
 import faiss  # isort: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def own_key(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("data")))
-        patch.delenv("SSL_KIT_KEY", raising=False)
-        yield
-
-
 def mixture(count, dim=16, seed=0):
     rng = np.random.default_rng(seed)
     centres = np.random.default_rng(9).standard_normal((40, dim))

@@ -24,14 +24,6 @@ from ssl_kit.verbs.search import search
 ROWS, DIM = 200, 8
 
 
-@pytest.fixture(scope="module", autouse=True)
-def own_key(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("data")))
-        patch.delenv("SSL_KIT_KEY", raising=False)
-        yield
-
-
 @pytest.fixture
 def entered(monkeypatch):
     """What FAISS's reader is given; it reads as ever."""
