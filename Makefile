@@ -3,8 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := demo/run
 EMB := demo/embeddings
+SINCE ?= 1543e6d
 
-.PHONY: demo test test-failed check docs clean
+.PHONY: demo test test-failed check docs house clean
 
 .venv/demo: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -51,3 +52,7 @@ docs: .venv/docs
 
 clean:
 	rm -rf .venv demo build dist docs/_build
+
+# How many rooms, how large, how far from a recipe to the loss: it prints, it does not fail.
+house: .venv/dev
+	$(BIN)/python benchmarks/house.py --since $(SINCE)

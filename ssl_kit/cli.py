@@ -124,7 +124,8 @@ def _run(arguments: list[str]) -> int:
 
     prepare()
     if verb == "pretrain":
-        from ssl_kit.verbs.launching import launch, processes_asked
+        from ssl_kit.core.process import processes_asked
+        from ssl_kit.verbs.launching import launch
 
         processes = processes_asked(_devices(rest))
         if processes > 1:
@@ -296,8 +297,8 @@ def _flags(rest: list[str], function: Any) -> list[str]:
 def _devices(rest: list[str]) -> Any:
     """What is typed as `--trainer.devices`; of a run that is resumed as many processes as it had, 1 by default."""
     from ssl_kit.core.owned import RUN
+    from ssl_kit.core.process import most_processes
     from ssl_kit.core.sealed import read_json
-    from ssl_kit.verbs.launching import most_processes
 
     typed = _taken(rest, ("--trainer.devices",))[1]
     own = _own_recipe(rest) if any(argument in ("--resume", "--resume=true") for argument in rest) else None

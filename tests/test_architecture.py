@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import house
+
 PACKAGE = Path(__file__).parent.parent / "ssl_kit"
 ALLOWED = {  # design: who may import whom; core is open to all
     "core": set(),
@@ -87,3 +89,17 @@ def test_nothing_unpickles_or_evaluates(path):
             assert not called.endswith(("extractall", ".unpack_archive")) or keywords.get("filter") == "'data'"
             if called.endswith("import_module"):  # a path out of a file must never get here
                 assert str(path.relative_to(PACKAGE)) in IMPORTERS, path
+
+
+@pytest.mark.parametrize("kind", house.methods(), ids=lambda kind: kind.__name__)
+def test_the_way_to_a_loss_is_short(kind, tmp_path, monkeypatch):
+    """What is on the call stack when the loss is asked for, and when the method is built, in a real run of one step."""
+    monkeypatch.chdir(tmp_path)
+    files = house.way(kind)
+    assert any(path.parent.name == "methods" for path in files) and len(files) <= 7, files
+    assert sum(map(house.code_lines, files)) <= (1_000 if kind.__name__ in ("SimCLR", "BYOL") else 1_300)
+
+
+def test_no_two_files_have_one_name_but_a_verb_and_its_subject():
+    names = [path.stem for path in FILES if path.name[0] != "_" and path.parent.name != "verbs"]
+    assert not {name for name in names if names.count(name) > 1}

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ssl_kit.core.errors import UserError
-from ssl_kit.core.process import on_this_machine
+from ssl_kit.core.process import cores, on_this_machine
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -163,8 +163,7 @@ def compile_blocks(network: nn.Module) -> None:
 
 def available_cores() -> int:
     """Cores this process may use (a container or `taskset` may allow fewer than the machine has), or its share."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // on_this_machine())
+    return max(1, cores() // on_this_machine())
 
 
 def in_order(start: Callable[[T], Future[R]], items: Iterable[T], ahead: int) -> Iterator[R]:

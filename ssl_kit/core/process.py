@@ -23,6 +23,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+from ssl_kit.core.errors import UserError
+
 LAUNCHER = "SSL_KIT_LAUNCHER"  # the file where those of our own launcher meet; it says itself who has gone
 LOST = 75  # exit code of a process that ends because another has: "temporary failure" of sysexits.h
 TIMEOUT_SECONDS = 50  # that a process may keep the others waiting in a step; all have ended within a minute
@@ -41,6 +43,55 @@ def started() -> int:
 def on_this_machine() -> int:
     """How many of them share this machine's cores and memory."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def processes_asked(devices: Any) -> int:
+    """How many processes `--trainer.devices` asks this one to start: 1 in a process that was started as one of several.
+
+    Args:
+        devices: a number, or a list of the GPUs to use, also as text.
+
+    Raises:
+        UserError: anything else.
+    """
+    if "RANK" in os.environ or "LOCAL_RANK" in os.environ:
+        return 1
+    numbers = [int(part) for part in str(devices).strip("[] ").split(",") if part.strip().isdigit()]
+    if isinstance(devices, list) or str(devices).startswith("["):
+        if numbers:
+            return len(numbers)
+    elif len(numbers) == 1 and numbers[0] > 0:
+        return numbers[0]
+    raise UserError(f"--trainer.devices {devices}: wanted how many processes to start, such as 2, or GPUs as [0,1]")
+
+
+def most_processes() -> int:
+    """How many processes this machine has room for: one for each GPU that may be used, or else for each core."""
+    present = [path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*")]
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        present = present[: len([one for one in chosen.split(",") if one.strip() not in ("", "-1")])]
+    return len(present) or cores()
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def allow_files(needed: int) -> None:
+    """Lets this process and those it starts have so many files open: gloo hangs or aborts when it may not."""
+    import resource  # not on Windows
+
+    allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    if allowed == unlimited or allowed >= needed:
+        return
+    if most != unlimited and most < needed:
+        raise UserError(
+            f"{most} files may be open at once, several processes need {needed}: allow them, as by ulimit -n"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, most))
 
 
 _HEEDED = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")

@@ -13,10 +13,9 @@ from ssl_kit.core.console import say
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import read_json
 from ssl_kit.core.locking import lock
-from ssl_kit.core.process import on_this_machine, started
+from ssl_kit.core.process import on_this_machine, processes_asked, started
 from ssl_kit.data.sources import Source
 from ssl_kit.training.distributed import FIND_UNUSED, all_gather_object, broadcast, rank, world_size
-from ssl_kit.verbs.launching import processes_asked
 
 if TYPE_CHECKING:
     from ssl_kit.verbs.pretrain import Settings

@@ -10,9 +10,9 @@ import time
 import pytest
 
 from ssl_kit.core.errors import UserError
-from ssl_kit.core.process import LAUNCHER, LOST
+from ssl_kit.core.process import LAUNCHER, LOST, processes_asked
 from ssl_kit.verbs import launching
-from ssl_kit.verbs.launching import launch, processes_asked
+from ssl_kit.verbs.launching import launch
 
 HEAD = "import os, signal, sys, time\nrank = int(os.environ['RANK'])\n"
 
