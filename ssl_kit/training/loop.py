@@ -13,7 +13,11 @@ checkpoint. Each process also has its own generator: dropout draws from it.
 
 from __future__ import annotations
 
+import logging
 import signal
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,7 +27,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ssl_kit.core.console import say
-from ssl_kit.training.checkpoint import Checkpoints, generators, set_generators
+from ssl_kit.training.checkpoint import Checkpoints, SafeCheckpointIO, generators, set_generators
 from ssl_kit.training.curves import Bar, Curves
 from ssl_kit.training.distributed import all_gather_object, expect_promptness, rank, world_size
 from ssl_kit.training.guard import Diagnose, Guard
@@ -235,6 +239,55 @@ class Loop(pl.Callback):
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Keeps the generators' state until training starts (setting up draws from them)."""
         self._generators = checkpoint["generators"]
+
+
+def trainer_of(
+    loop: Loop,
+    method: pl.LightningModule,
+    *,
+    accelerator: str,
+    precision: str,
+    max_steps: int,
+    folder: Path,
+    first: Sequence[pl.Callback] = (),
+    **options: Any,
+) -> pl.Trainer:
+    """Lightning's trainer around a loop: one endless stream of steps (see `ImageData`), without what we do ourselves.
+
+    Args:
+        loop: what happens around a step.
+        method: what is trained; only checkpoints with its weights are resumed from.
+        accelerator: Lightning's name.
+        precision: likewise.
+        max_steps: -1 where the loop ends the run.
+        folder: of the run.
+        first: callbacks that come before the loop, which saves what they have done.
+        options: further ones of Lightning's; `callbacks` and `plugins` come after ours.
+    """
+    own: dict[str, Any] = {
+        "devices": 1,
+        "max_epochs": -1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+        "default_root_dir": str(folder),
+    }
+    callbacks, plugins = options.pop("callbacks", None) or [], options.pop("plugins", None) or []
+    own |= {"callbacks": [*first, loop, *callbacks], "plugins": [SafeCheckpointIO(method.state_dict), *plugins]}
+    quiet_lightning()
+    own |= {"accelerator": accelerator, "precision": precision, "max_steps": max_steps}
+    return pl.Trainer(**{**own, **options})
+
+
+def quiet_lightning() -> None:
+    """Its advice is about choices that are made, and said, here."""
+    for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    advice = (".*treespec, LeafSpec.*", ".*does not have many workers.*", ".*lr_scheduler.step.*", ".*weights_only.*")
+    for message in advice:
+        warnings.filterwarnings("ignore", message=message)
 
 
 def _move_on(method: Any, progress: float, held: Tensor) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import math
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -339,16 +337,3 @@ def _holds_objects(value: Any) -> bool:
     if isinstance(value, dict):
         return any(map(_holds_objects, value.values()))
     return any(map(_holds_objects, value)) if isinstance(value, list) else not isinstance(value, _WORDS)
-
-
-def quiet_lightning() -> None:
-    """Its advice is about choices that are made, and said, here."""
-    for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (
-        ".*treespec, LeafSpec.*",
-        ".*does not have many workers.*",
-        ".*lr_scheduler.step.*",
-        ".*weights_only.*",
-    ):
-        warnings.filterwarnings("ignore", message=message)

@@ -40,11 +40,10 @@ from ssl_kit.evaluation.finetune import BestEpoch, FineTune, check_lora, merge_l
 from ssl_kit.evaluation.metrics import probability_metrics
 from ssl_kit.evaluation.result import Result, classification_metrics, holdout, paired_difference, versions
 from ssl_kit.report.report import write_report
-from ssl_kit.training.checkpoint import Checkpoints, SafeCheckpointIO, newest
+from ssl_kit.training.checkpoint import Checkpoints, newest
 from ssl_kit.training.guard import Guard
-from ssl_kit.training.loop import Loop
+from ssl_kit.training.loop import Loop, trainer_of
 from ssl_kit.training.optim import Optim
-from ssl_kit.verbs.defaults import quiet_lightning
 from ssl_kit.verbs.evaluate import results_folder
 from ssl_kit.verbs.monitor import settle
 from ssl_kit.views.recipe import ViewRecipe
@@ -269,21 +268,14 @@ def _train(
     guard = Guard(optim.clip, folder)
     checkpoints = Checkpoints(folder, settings.checkpoint_minutes, signals)
     precision = lightning_precision(choose_precision(settings.precision, device.value).value)
-    quiet_lightning()
-    trainer = pl.Trainer(
+    trainer = trainer_of(
+        Loop(guard, checkpoints),
+        learner,
         accelerator=device.value,
-        devices=1,
-        precision=precision,  # type: ignore[arg-type]
-        max_epochs=-1,
+        precision=precision,
         max_steps=epochs * steps_per_epoch,
-        logger=False,
-        plugins=[SafeCheckpointIO(learner.state_dict)],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        callbacks=[best, Loop(guard, checkpoints)],
-        default_root_dir=str(folder),
+        folder=folder,
+        first=[best],
     )
     found = newest(folder) if settings.resume else None
     trainer.fit(learner, datamodule=data, ckpt_path=str(found) if found is not None else None)

@@ -26,12 +26,12 @@ from ssl_kit.encoders.encoder import Encoder, initialise
 from ssl_kit.methods.method import Method
 from ssl_kit.report.pictures import draw_views
 from ssl_kit.report.report import write_report
-from ssl_kit.training.checkpoint import Checkpoints, SafeCheckpointIO, newest
+from ssl_kit.training.checkpoint import Checkpoints, newest
 from ssl_kit.training.chunked import Chunkable, no_chunks
 from ssl_kit.training.curves import Bar, Curves
 from ssl_kit.training.distributed import Processes, broadcast, joined, rank, wait, world_size
 from ssl_kit.training.guard import Diagnose, Guard
-from ssl_kit.training.loop import Loop
+from ssl_kit.training.loop import Loop, trainer_of
 from ssl_kit.training.optim import EMA, Duration
 from ssl_kit.verbs.defaults import (
     Fitted,
@@ -40,7 +40,6 @@ from ssl_kit.verbs.defaults import (
     check_resumable,
     fit_to_data,
     fit_to_machine,
-    quiet_lightning,
     resolved_recipe,
     save_recipe,
     schedule_views,
@@ -282,26 +281,16 @@ def _trainer(learner: Method, duration: Duration, fitted: Fitted, loop: Loop, se
     options = dict(settings.trainer or {})
     several = Processes.arguments(options) if world_size() > 1 else {}
     loggers = _loggers(settings.wandb, settings.tensorboard, settings.folder) if rank() == 0 else []
-    arguments = {
-        "accelerator": fitted.device,
-        "devices": 1,
-        "precision": lightning_precision(fitted.precision),
-        "max_epochs": -1,  # one endless stream of steps: see ImageData
-        "max_steps": duration.max_steps,
-        "accumulate_grad_batches": learner.optim.accumulate,
-        "logger": loggers,
-        "plugins": [SafeCheckpointIO(learner.state_dict), *several.pop("plugins", ())],
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "use_distributed_sampler": False,
-        "callbacks": [loop, *(options.pop("callbacks", None) or [])],
-        "default_root_dir": str(settings.folder),
-        **options,
-        **several,
-    }
-    quiet_lightning()
-    return pl.Trainer(**arguments)
+    return trainer_of(
+        loop,
+        learner,
+        accelerator=fitted.device,
+        precision=lightning_precision(fitted.precision),
+        max_steps=duration.max_steps,
+        folder=settings.folder,
+        accumulate_grad_batches=learner.optim.accumulate,
+        **{"logger": loggers, **options, **several},
+    )
 
 
 _INSTEAD = {  # options of the trainer that would be ignored or break a promise

@@ -11,17 +11,13 @@ from torch import nn
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.random import Key
 from ssl_kit.encoders import Encoder
-from ssl_kit.methods.vae import (
-    VAE,
+from ssl_kit.methods.likelihoods import (
     bernoulli_log_likelihood,
     constant_code_loss,
-    explained_variance,
     gaussian_log_likelihood,
-    kl_to_prior,
     logistic_log_likelihood,
-    normal,
-    with_free_bits,
 )
+from ssl_kit.methods.vae import VAE, explained_variance, kl_to_prior, normal, with_free_bits
 from ssl_kit.training.distributed import leave, share_weight
 
 SIZE = (8, 8)
