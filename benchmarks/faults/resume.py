@@ -6,7 +6,7 @@
 What is run and compared is told in trainings.py.
 
     R1  SimCLR, killed by SIGKILL at a random moment of its whole life
-    R2  the same with accumulated gradients, gradient caching, MAE, VAE, averaged weights, and fine-tuning
+    R2  the same with accumulated gradients, gradient caching, BYOL, DINO, MAE, VAE, averages, and fine-tuning
     R3  SIGTERM, SIGINT and SIGUSR1 at moments spread over the whole life: exit code, status, and the same comparison
     R4  resumed with other numbers of threads: the same images in every step of two epochs
     R6  killed at exact places: last batch of an epoch, during a measurement, step 0, after the last step

@@ -51,6 +51,8 @@ SUBJECTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "accumulated": (simclr(accumulate=2), {"epochs": 8}),
     "cached": (simclr(), {"batch_size": 8, "contrastive_batch": 16}),
     "mae": (_method("MAE", encoder={**VIT, "args": {**VIT["args"], "drop_path_rate": 0.2}}), {}),
+    "byol": (_method("BYOL", encoder=SMALL, projection=[16, 8], prediction=[16, 8], optim=SGD), {}),
+    "dino": (_method("DINO", encoder=SMALL, small_crops=2, prototypes=16, hidden=[16, 8]), {}),
     "vae": (_method("VAE", encoder=SMALL, dim=8, decoder_width=8), {}),
     "ema": (simclr({**VIT, "args": {**VIT["args"], "proj_drop_rate": 0.1}}), {"ema": 0.9, "ema_cosine": True}),
 }
