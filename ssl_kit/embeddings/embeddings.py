@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from rich.progress import Progress
 from torch import Tensor, nn
 
 import ssl_kit
@@ -204,20 +205,12 @@ def embed(
     view = view or whole(encoder)
     plan = [rows for part in part_slices(len(source)) for rows in batches_of(part, batch_size)]
     precision = chosen_precision(precision, encoder)
-    vectors, present = np.empty((0, 0), dtype=np.float32), np.zeros(len(source), dtype=bool)
-    made = features(encoder, source, plan, layers=layers, view=view, precision=precision, threads=threads)
-    with closing(made), progress(len(source), label) as bar:
-        for planned, (rows, batch) in zip(plan, made, strict=True):
-            if not vectors.size and len(rows):
-                vectors = np.empty((len(source), batch.shape[1]), dtype=np.float32)
-            if len(rows):
-                vectors[rows], present[rows] = batch, True
-            bar.advance(bar.task_ids[0], len(planned))
-    if not present.any():
+    with progress(len(source), label) as bar:
+        vectors, kept = gathered(
+            encoder, source, plan, bar, layers=layers, view=view, precision=precision, threads=threads
+        )
+    if not len(kept):
         raise UserError(f"{source.name}: none of {len(source):,} images could be decoded; see --max-bad")
-    kept = np.flatnonzero(present)
-    if len(kept) < len(source):
-        vectors = vectors[kept]
     info = describe(encoder, source, view, layers, precision)
     bad = list(source.bad.rows)
     return Embeddings(vectors, source.labels(kept), source.classes, source.ids(kept), info, bad)
@@ -259,6 +252,32 @@ def features(
             made = _forward(encoder, batch["views"][0].to(device, non_blocking=True), layers, precision)
             _finite(made, rows, source)
             yield rows, made
+
+
+def gathered(
+    encoder: nn.Module,
+    source: Source,
+    plan: Sequence[np.ndarray],
+    bar: Progress,
+    *,
+    layers: int = 1,
+    view: View,
+    precision: Precision,
+    threads: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`features` of a plan in one array: (R, D) float32, and the R positions of the images that could be decoded."""
+    vectors, kept, count = np.empty((0, 0), dtype=np.float32), [np.empty(0, dtype=np.int64)], 0
+    made = features(encoder, source, plan, layers=layers, view=view, precision=precision, threads=threads)
+    with closing(made):
+        for planned, (rows, batch) in zip(plan, made, strict=True):
+            if not vectors.size and len(rows):
+                vectors = np.empty((sum(map(len, plan)), batch.shape[1]), dtype=np.float32)
+            if len(rows):
+                vectors[count : count + len(rows)] = batch
+                kept.append(rows)
+                count += len(rows)
+            bar.advance(bar.task_ids[0], len(planned))
+    return vectors[:count], np.concatenate(kept)
 
 
 def _forward(encoder: nn.Module, images: Tensor, layers: int, precision: Precision) -> np.ndarray:

@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import re
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,7 +51,7 @@ from ssl_kit.embeddings.embeddings import (
     batches_of,
     chosen_precision,
     describe,
-    features,
+    gathered,
     part_slices,
     whole,
 )
@@ -252,7 +251,16 @@ class _Making:
 
     def make(self, number: int, part: slice, bar: Progress) -> dict[str, Any]:
         """Embeds one part and writes it, then its record."""
-        vectors, rows = self._vectors(part, bar)
+        vectors, rows = gathered(
+            self.encoder,
+            self.source,
+            batches_of(part, self.batch_size),
+            bar,
+            layers=self.layers,
+            view=whole(self.encoder),
+            precision=self.precision,
+            threads=self.threads,
+        )
         record: dict[str, Any] = {"plan": self.plan, "rows": len(rows), "dims": 0, "sha256": None}
         if len(rows):  # a part without a single good image has no file
             made = Embeddings(vectors, self.source.labels(rows), self.source.classes, self.source.ids(rows))
@@ -266,30 +274,6 @@ class _Making:
         record["skipped"] = sorted([name, reason] for name, reason in list(self.source.bad.rows) if name in inside)
         write_sealed(self._record_path(number), record)
         return record
-
-    def _vectors(self, part: slice, bar: Progress) -> tuple[np.ndarray, np.ndarray]:
-        """(R, D) float32 and the R positions of the part's images that could be decoded."""
-        plan = batches_of(part, self.batch_size)
-        vectors, kept, count = np.empty((0, 0), dtype=np.float32), [], 0
-        made = features(
-            self.encoder,
-            self.source,
-            plan,
-            layers=self.layers,
-            view=whole(self.encoder),
-            precision=self.precision,
-            threads=self.threads,
-        )
-        with closing(made):
-            for planned, (rows, batch) in zip(plan, made, strict=True):
-                if not vectors.size and len(rows):
-                    vectors = np.empty((part.stop - part.start, batch.shape[1]), dtype=np.float32)
-                if len(rows):
-                    vectors[count : count + len(rows)] = batch
-                    kept.append(rows)
-                    count += len(rows)
-                bar.advance(bar.task_ids[0], len(planned))
-        return vectors[:count], np.concatenate(kept) if kept else np.empty(0, dtype=np.int64)
 
     def _record_path(self, number: int) -> Path:
         return self.folder / _record_name(number)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import shlex
-from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -44,22 +42,28 @@ _SAME = 1 - 1e-4  # cosine of equal pictures; bfloat16 and the order of a batch 
 _SHOWN = 200  # groups and leaks on the page of pictures
 _PIXELS = (160, 160)  # of a picture on the page
 _IN_REPORT, _OF_GROUP = 12, 6  # groups and outliers in the run's report, images of a group there
+_KINDS = ("file", "pixels", "near", "features")
 _STREAM_SAMPLE = 100_012  # of core/random.py
 
 
-@dataclass
-class Pairs:
-    """Pairs of images that show the same picture.
+class Pair(NamedTuple):
+    """Two images that show the same picture: a row of each embeddings folder, and the cosine of their features.
 
-    Attributes:
-        rows: (M, 2) int64, first in the embeddings `a`, second in `b`.
-        cosines: (M,) of their features.
-        kinds: "file" equal bytes, "pixels" equal pixels, "near" the same picture, "features" as far as features tell.
+    `kind`: "file" equal bytes, "pixels" equal pixels, "near" the same picture, "features" as far as features tell.
     """
 
-    rows: np.ndarray
-    cosines: np.ndarray
-    kinds: list[str]
+    one: int
+    two: int
+    cosine: float
+    kind: str
+
+
+class _Look(NamedTuple):
+    """What is kept of an image: hashes of its file and of its pixels, and a thumbnail (S, S) uint8."""
+
+    file: bytes
+    pixels: bytes
+    thumbnail: np.ndarray
 
 
 def duplicates(
@@ -98,14 +102,10 @@ def duplicates(
     cosines, rows = _neighbours(a, b)
     limit, planted = _limits(Path(emb), a, threshold, encoder)
     found = _same_pictures(a, b, cosines, rows, limit)
-    sets = groups(found.rows, len(a)) if other is None else []
-    far = _outliers(a, cosines, rows, outliers) if other is None else []
-    record = {
-        "emb": emb,
-        "other": other,
-        "limits": planted | {"cosine": limit.cosine, "correlation": limit.correlation},
-    }
-    record |= _grouped(a, found, sets, far) if other is None else _leaks(a, b, found)
+    limited = planted | {"cosine": limit.cosine, "correlation": limit.correlation}
+    record = {"emb": emb, "other": other, "limits": limited}
+    record |= _grouped(a, found, isolation(cosines, rows), outliers) if other is None else _leaks(a, b, found)
+    record["pairs"] = {kind: [pair.kind for pair in found].count(kind) for kind in _KINDS}
     _tell(record)
     if csv is not None:
         _write_csv(Path(csv), record)
@@ -176,19 +176,18 @@ def _channels(embeddings: Embeddings) -> int:
     return embeddings.info["preprocessing"]["channels"]
 
 
-def _same_pictures(a: Embeddings, b: Embeddings, cosines: np.ndarray, rows: np.ndarray, limit: Limits) -> Pairs:
+def _same_pictures(a: Embeddings, b: Embeddings, cosines: np.ndarray, rows: np.ndarray, limit: Limits) -> list[Pair]:
     """The pairs within the limits; where an image cannot be read, equal features decide."""
     pairs = pairs_above(cosines, rows, min(limit.cosine, _SAME), within=a is b)
     units = normalised(a.vectors), normalised(b.vectors)
     scores = np.einsum("md,md->m", units[0][pairs[:, 0]], units[1][pairs[:, 1]])
     seen = [_look(part, pairs[:, side]) for side, part in enumerate((a, b))]
     correlated = _correlated(pairs, seen[0], seen[1])
-    kinds = [
-        _kind(seen[0].get(one), seen[1].get(two), score, correlation, limit)
-        for (one, two), score, correlation in zip(pairs.tolist(), scores.tolist(), correlated.tolist(), strict=True)
-    ]
-    kept = np.array([kind is not None for kind in kinds], dtype=bool)
-    return Pairs(pairs[kept], scores[kept], [kind for kind in kinds if kind is not None])
+    found = []
+    for (one, two), score, correlation in zip(pairs.tolist(), scores.tolist(), correlated.tolist(), strict=True):
+        kind = _kind(seen[0].get(one), seen[1].get(two), score, correlation, limit)
+        found += [Pair(one, two, score, kind)] if kind is not None else []
+    return found
 
 
 def _correlated(pairs: np.ndarray, first: dict[int, _Look], second: dict[int, _Look]) -> np.ndarray:
@@ -218,15 +217,6 @@ def _kind(first: _Look | None, second: _Look | None, cosine: float, correlation:
     return "features" if cosine >= enough else None
 
 
-@dataclass(frozen=True)
-class _Look:
-    """What is kept of an image: hashes of its file and of its pixels, and a thumbnail (S, S) uint8."""
-
-    file: bytes
-    pixels: bytes
-    thumbnail: np.ndarray
-
-
 def _look(embeddings: Embeddings, rows: np.ndarray) -> dict[int, _Look]:
     """Row -> look of the images that can be read, each once."""
     wanted = np.unique(rows).tolist()
@@ -251,43 +241,34 @@ def _look_at(embeddings: Embeddings, row: int) -> _Look | None:
     return _Look(hashlib.sha256(data).digest(), pixels, thumbnail(image).astype(np.uint8))
 
 
-def _outliers(a: Embeddings, cosines: np.ndarray, rows: np.ndarray, count: int) -> list[dict[str, Any]]:
-    far = isolation(cosines, rows)
-    order = np.lexsort((np.arange(len(far)), -far))[: max(count, 0)]
-    return [{"id": a.ids[row], "distance": round(float(far[row]), 4)} for row in order]
-
-
-def _grouped(a: Embeddings, found: Pairs, sets: list[np.ndarray], far: list[dict[str, Any]]) -> dict[str, Any]:
-    """The groups as records; of each the first image is the one to keep."""
+def _grouped(a: Embeddings, found: list[Pair], far: np.ndarray, outliers: int) -> dict[str, Any]:
+    """The groups as records, of each the first image the one to keep; and the images with the largest `far` (N,)."""
+    sets = groups(np.array([pair[:2] for pair in found], np.int64).reshape(-1, 2), len(a))
     best: dict[int, tuple[float, str]] = {}
-    for (one, two), score, kind in zip(found.rows.tolist(), found.cosines.tolist(), found.kinds, strict=True):
-        for row in (one, two):
-            best[row] = max(best.get(row, (-2.0, "")), (score, kind))
+    for pair in found:
+        for row in pair[:2]:
+            best[row] = max(best.get(row, (-2.0, "")), pair[2:])
     listed = [
         [{"id": a.ids[row], "cosine": round(best[row][0], 4), "kind": best[row][1]} for row in members.tolist()]
         for members in sets
     ]
+    order = np.lexsort((np.arange(len(far)), -far))[:outliers]
     return {
         "images": len(a),
         "groups": listed,
         "superfluous": sum(len(members) - 1 for members in sets),
-        "pairs": _counted(found),
-        "outliers": far,
+        "outliers": [{"id": a.ids[row], "distance": round(float(far[row]), 4)} for row in order],
     }
 
 
-def _leaks(a: Embeddings, b: Embeddings, found: Pairs) -> dict[str, Any]:
+def _leaks(a: Embeddings, b: Embeddings, found: list[Pair]) -> dict[str, Any]:
     listed = [
         {"id": a.ids[one], "other": b.ids[two], "cosine": round(score, 4), "kind": kind}
-        for (one, two), score, kind in zip(found.rows.tolist(), found.cosines.tolist(), found.kinds, strict=True)
+        for one, two, score, kind in found
     ]
-    touched = [len(np.unique(found.rows[:, side])) for side in (0, 1)]
+    touched = [len({pair[side] for pair in found}) for side in (0, 1)]
     sizes = {"images": len(a), "other_images": len(b), "leaked": touched[0], "other_leaked": touched[1]}
-    return {**sizes, "leaks": listed, "pairs": _counted(found)}
-
-
-def _counted(found: Pairs) -> dict[str, int]:
-    return {kind: found.kinds.count(kind) for kind in ("file", "pixels", "near", "features")}
+    return {**sizes, "leaks": listed}
 
 
 def _tell(record: dict[str, Any]) -> None:
@@ -299,8 +280,7 @@ def _tell(record: dict[str, Any]) -> None:
         )
     else:
         say(f"the same: a cosine of at least {limit['cosine']:.4f}")
-    counts = record["pairs"]
-    kinds = [counts["file"], counts["pixels"], counts["near"], counts["features"]]
+    kinds = record["pairs"].values()
     head = ["", "same file", "same pixels", "near", "by features"]
     if record["other"] is None:
         title = f"{record['emb']}: {len(record['groups']):,} groups, {record['superfluous']:,} of {record['images']:,}"
@@ -333,25 +313,19 @@ def _draw(path: Path, a: Embeddings, b: Embeddings, record: dict[str, Any]) -> N
     from ssl_kit.report.pictures import strip_html
 
     show = lambda part, name: picture(part.info, name, _channels(part), _PIXELS)
-    asked, shown = [], []
-    for first, rest in _strips(record):
-        asked.append((first, show(a, first)))
-        shown.append([(name, score, show(b, name)) for name, score in rest])
+    if record["other"] is not None:
+        strips = [(one["id"], [(one["other"], one["cosine"])]) for one in record["leaks"][:_SHOWN]]
+    else:
+        alike = ([(one["id"], one["cosine"]) for one in members] for members in record["groups"][:_SHOWN])
+        strips = [(members[0][0], members[1:]) for members in alike]
+    asked = [(first, show(a, first)) for first, _ in strips]
+    shown = [[(name, score, show(b, name)) for name, score in rest] for _, rest in strips]
     far = record.get("outliers", [])
     if far:
         asked.append(("farthest from their neighbours", show(a, far[0]["id"])))
         shown.append([(one["id"], 1 - one["distance"], show(a, one["id"])) for one in far])
     what = "Leaks" if record["other"] is not None else "Duplicates"
     strip_html(path, f"{what} in {Path(record['emb']).name}", asked, shown, note="Scores are cosine similarities.")
-
-
-def _strips(record: dict[str, Any]) -> Iterator[tuple[str, Sequence[tuple[str, float]]]]:
-    if record["other"] is not None:
-        for one in record["leaks"][:_SHOWN]:
-            yield one["id"], [(one["other"], one["cosine"])]
-    else:
-        for members in record["groups"][:_SHOWN]:
-            yield members[0]["id"], [(one["id"], one["cosine"]) for one in members[1:]]
 
 
 def _run_of(a: Embeddings) -> Path | None:
