@@ -241,7 +241,6 @@ def features(
     Raises:
         UserError: too many images cannot be decoded, or the encoder gives NaN or infinite features.
     """
-    device = _device(encoder)
     loader = ViewLoader(source, lambda: (Planned(0, rows) for rows in plan), (view,), threads=threads)
     with _evaluating(encoder):
         for batch in loader:
@@ -249,7 +248,7 @@ def features(
             if not len(rows):
                 yield rows, np.empty((0, 0), dtype=np.float32)
                 continue
-            made = _forward(encoder, batch["views"][0].to(device, non_blocking=True), layers, precision)
+            made = forward(encoder, batch["views"][0], layers, precision)
             _finite(made, rows, source)
             yield rows, made
 
@@ -280,9 +279,11 @@ def gathered(
     return vectors[:count], np.concatenate(kept)
 
 
-def _forward(encoder: nn.Module, images: Tensor, layers: int, precision: Precision) -> np.ndarray:
-    """(B, C, h, w) in [0, 1] to (B, D) float32 on the host."""
-    images = images.contiguous(memory_format=torch.channels_last)  # convolutions follow their input: 2x on CPUs
+def forward(encoder: nn.Module, images: Tensor, layers: int, precision: Precision) -> np.ndarray:
+    """(B, C, h, w) in [0, 1] to (B, D) float32 on the host; the encoder is in evaluation mode."""
+    images = images.to(_device(encoder), non_blocking=True).contiguous(
+        memory_format=torch.channels_last
+    )  # convolutions follow their input: 2x on CPUs
     autocast = torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
     with torch.inference_mode(), autocast:
         if layers == 1:

@@ -117,6 +117,13 @@ def _lowest_ids(gallery: np.ndarray, queries: np.ndarray, k: int, metric: str) -
     return nearness, ids
 
 
+def without(ids: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """ids (Q, K) without each query's own row (Q,), (Q, K - 1), in their order."""
+    others = ids != own[:, None]
+    others[others.all(axis=1), -1] = False  # so many equal rows that its own is not among the nearest
+    return ids[others].reshape(len(ids), -1)
+
+
 def blocks(count: int, bytes_per_row: int, most: int = _BLOCK_BYTES) -> Iterator[tuple[int, int]]:
     """(start, rows) of blocks that keep `bytes_per_row` times the rows below `most` bytes."""
     block = max(1, most // bytes_per_row)

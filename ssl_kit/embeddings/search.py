@@ -39,9 +39,7 @@ from ssl_kit.embeddings.index import SEARCHED_ROWS, Gallery, search_index
 from ssl_kit.embeddings.parts import PART_ROWS, checked, find_ids, part_names, read_rows, read_vectors
 from ssl_kit.embeddings.signing import find_key, is_signed, read_index, signature
 from ssl_kit.encoders.encoder import Encoder, find_encoder
-from ssl_kit.views.host import apply_host
-from ssl_kit.views.recipe import plain
-from ssl_kit.views.sample import sample
+from ssl_kit.views.host import plain_views
 
 FILE = "index.faiss"
 BATCH = 64  # query images decoded and encoded together
@@ -196,27 +194,16 @@ class Index:
 
     def encode(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
         """(Q, D) float32 features of images (H, W, C) uint8, the way the embeddings were made."""
-        return Encoding(self.encoder, self.info).encode(pixels)
+        return encoded(self.encoder, self.info, pixels)
 
 
-@dataclass(frozen=True)
-class Encoding:
-    """How the images of an embeddings folder became vectors: its encoder and its manifest."""
-
-    encoder: Encoder
-    info: dict[str, Any]
-
-    def encode(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
-        """(Q, D) float32 features of images (H, W, C) uint8."""
-        view = plain(self.encoder.image_size)
-        heights, widths = np.array([image.shape[:2] for image in pixels]).T
-        params = sample(view, 0, 0, np.arange(len(pixels)), 0, heights, widths)
-        device = next(self.encoder.parameters()).device
-        seen = torch.from_numpy(apply_host(list(pixels), params, view.size)).to(device)
-        reduced = self.info.get("precision") == "bfloat16"
-        with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=reduced):
-            made = self.encoder.layers(seen.contiguous(memory_format=torch.channels_last), last=self.info["layers"])
-        return made.float().cpu().numpy()
+def encoded(encoder: Encoder, info: dict[str, Any], images: Sequence[np.ndarray]) -> np.ndarray:
+    """(Q, D) float32 features of images (H, W, C) uint8, as those of the folder with this manifest were made."""
+    seen = torch.from_numpy(plain_views(images, encoder.image_size)).to(next(encoder.parameters()).device)
+    reduced = info.get("precision") == "bfloat16"
+    with torch.inference_mode(), torch.autocast(seen.device.type, dtype=torch.bfloat16, enabled=reduced):
+        made = encoder.layers(seen.contiguous(memory_format=torch.channels_last), last=info["layers"])
+    return made.float().cpu().numpy()
 
 
 def has_index(folder: Path) -> bool:

@@ -12,7 +12,6 @@ import functools
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -232,17 +231,11 @@ class Encoder(nn.Module):
             return Encoder(self.name, self.args, self.image_size, self.channels, mean, std).eval()
 
 
-@dataclass(frozen=True)
-class Matched:
-    """What `initialise` found: how many of an encoder's weights, by number of values, it could set."""
-
-    fraction: float
-    missing: tuple[str, ...]
-    unused: tuple[str, ...]
-
-
-def initialise(encoder: Encoder, init: str) -> Matched:
+def initialise(encoder: Encoder, init: str) -> float:
     """Sets the encoder's weights from `timm:NAME` (weights that are on disk already) or from an encoder folder.
+
+    Returns:
+        The fraction of the encoder's weights, by number of values, that were found.
 
     Raises:
         UserError: fewer than 95 % of the encoder's weights were found with the right shape, some are NaN, or nothing is
@@ -252,8 +245,7 @@ def initialise(encoder: Encoder, init: str) -> Matched:
     own = encoder.model.state_dict()
     fits = {name: tensor for name, tensor in found.items() if name in own and _alike(own[name], tensor)}
     check_finite(fits, init)
-    missing = tuple(name for name in own if name not in fits)
-    unused = tuple(name for name in found if name not in fits)
+    missing = [name for name in own if name not in fits]
     fraction = sum(own[name].numel() for name in fits) / sum(tensor.numel() for tensor in own.values())
     if fraction < _LEAST_MATCHED:
         raise UserError(
@@ -261,7 +253,7 @@ def initialise(encoder: Encoder, init: str) -> Matched:
             f"wanted (missing: {', '.join(missing[:3])}...); choose the same model with --method.encoder.name"
         )
     encoder.model.load_state_dict(fits, strict=False)
-    return Matched(fraction, missing, unused)
+    return fraction
 
 
 def _alike(own: Tensor, found: Tensor) -> bool:

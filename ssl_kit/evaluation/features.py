@@ -24,11 +24,10 @@ from torch import Tensor, nn
 
 from ssl_kit.core.console import progress, say, warn
 from ssl_kit.core.files import DamagedError
-from ssl_kit.core.machine import choose_precision
 from ssl_kit.data.listing import unescape
 from ssl_kit.data.loader import ViewLoader
 from ssl_kit.data.sources import Source, pixels
-from ssl_kit.embeddings.embeddings import Embeddings, embed
+from ssl_kit.embeddings.embeddings import Embeddings, chosen_precision, embed, forward
 from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.views.recipe import View, plain
 
@@ -65,14 +64,7 @@ class Network:
 
     def __call__(self, images: Tensor) -> np.ndarray:
         """(B, D) float32 on the host, in the precision that `embed` chooses."""
-        device = next((parameter.device for parameter in self.module.parameters()), torch.device("cpu"))
-        images = images.to(device).contiguous(memory_format=torch.channels_last)
-        fast = choose_precision("auto", device.type).value == "bfloat16"
-        with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast):
-            if self.layers == 1:
-                return self.module(images).float().cpu().numpy()
-            assert isinstance(self.module, Encoder), "only an Encoder has layers"
-            return self.module.layers(images, last=self.layers).float().cpu().numpy()
+        return forward(self.module, images, self.layers, chosen_precision("auto", self.module))
 
 
 @dataclass

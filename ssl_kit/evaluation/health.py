@@ -16,7 +16,7 @@ import numpy as np
 
 from ssl_kit.core.random import permutation
 from ssl_kit.core.spectrum import alpha_exponent, effective_rank
-from ssl_kit.embeddings.exact import normalised, search
+from ssl_kit.embeddings.exact import normalised, search, without
 from ssl_kit.evaluation.result import Result, made_by
 
 if TYPE_CHECKING:
@@ -109,9 +109,7 @@ def hubness(features: np.ndarray, *, k: int = 10, seed: int = 0) -> float:
     units = normalised(sample_rows(features, HUB_ROWS, seed))
     k = min(k, len(units) - 1)
     ids = search(units, units, k + 1)[1]
-    others = ids != np.arange(len(units))[:, None]
-    others[others.all(axis=1), -1] = False  # so many equal rows that its own is not among the nearest
-    counts = np.bincount(ids[others], minlength=len(units)).astype(np.float64)
+    counts = np.bincount(without(ids, np.arange(len(units))).ravel(), minlength=len(units)).astype(np.float64)
     deviation = counts.std()
     return float(((counts - counts.mean()) ** 3).mean() / deviation**3) if deviation > 0 else 0.0
 

@@ -200,6 +200,15 @@ def _sum_by(counts_RK: np.ndarray, group_K: np.ndarray, num_groups: int) -> np.n
     return sums.T
 
 
+def intervals(scores: Mapping[str, np.ndarray], seed: int) -> dict[str, float]:
+    """The mean of each score (Q,), `NAME`, with its 95 % bootstrap interval, `NAME_low` and `NAME_high`."""
+    metrics: dict[str, float] = {}
+    for name, values in scores.items():
+        value, low, high = mean_interval(values, seed=seed)
+        metrics |= {name: value, f"{name}_low": low, f"{name}_high": high}
+    return metrics
+
+
 def mean_interval(
     values: Sequence[float] | np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES
 ) -> tuple[float, float, float]:

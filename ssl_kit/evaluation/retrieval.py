@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from ssl_kit.core.errors import UserError
-from ssl_kit.embeddings.exact import normalised, search
+from ssl_kit.embeddings.exact import normalised, search, without
 from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.evaluation.features import Network, Pixels, view_features
 from ssl_kit.evaluation.health import sample_rows
-from ssl_kit.evaluation.result import Result, labelled, made_by, mean_interval, versions
+from ssl_kit.evaluation.result import Result, intervals, labelled, made_by, versions
 from ssl_kit.views.recipe import View
 
 if TYPE_CHECKING:
@@ -74,10 +74,7 @@ def retrieval(
         chosen = sample_rows(np.arange(len(asked)), MAX_QUERIES, seed)
         asked, asked_labels = normalised(asked[chosen]), asked_labels[chosen]
     scores = _within_classes(units, labels, asked, asked_labels, rows, ks)
-    metrics: dict[str, float] = {}
-    for name, values in scores.items():
-        value, low, high = mean_interval(values, seed=seed)
-        metrics |= {name: value, f"{name}_low": low, f"{name}_high": high}
+    metrics = intervals(scores, seed)
     settings = {"ks": list(ks), "num_queries": len(asked), "num_gallery": len(units), "dim": units.shape[1]}
     settings |= {"within": queries is None, "seed": seed}
     made = made_by(gallery, gallery if queries is None else queries)
@@ -106,18 +103,11 @@ def _within_classes(
         these = findable[start : start + block]
         ids = search(units, asked[these], longest + own)[1]
         if rows is not None:
-            ids = _without(ids, rows[these])
+            ids = without(ids, rows[these])
         hits = labels[ids] == asked_labels[these, None]
         for name, values in _ranked(hits, right[these], ks).items():
             found.setdefault(name, []).append(values)
     return {name: np.concatenate(values) for name, values in found.items()}
-
-
-def _without(ids: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """ids (Q, K) without each query's own row, (Q, K - 1), in their order."""
-    others = ids != own[:, None]
-    others[others.all(axis=1), -1] = False  # so many equal images that its own row is not among the nearest
-    return ids[others].reshape(len(ids), -1)
 
 
 def _ranked(hits: np.ndarray, right: np.ndarray, ks: Sequence[int]) -> dict[str, np.ndarray]:
@@ -162,11 +152,8 @@ def instance_retrieval(
     rows = sample_rows(np.arange(len(source)), count, seed)
     first, second = (normalised(part) for part in view_features(network, source, (view, replace(view)), rows, seed))
     ranks = _ranks(first, second)
-    metrics: dict[str, float] = {}
     scores = {f"recall_at_{k}": (ranks <= k).astype(np.float64) for k in ks} | {"mean_reciprocal_rank": 1 / ranks}
-    for name, values in scores.items():
-        value, low, high = mean_interval(values, seed=seed)
-        metrics |= {name: value, f"{name}_low": low, f"{name}_high": high}
+    metrics = intervals(scores, seed)
     settings = {"ks": list(ks), "num_images": len(first), "area": list(area), "dim": first.shape[1], "seed": seed}
     made = {"encoder_sha256": network.sha256, "train": None, "test": source.name, "versions": versions()}
     return Result("instances", features, metrics, settings, made, time.perf_counter() - started)

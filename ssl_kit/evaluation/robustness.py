@@ -28,7 +28,7 @@ from ssl_kit.data.loader import ViewLoader
 from ssl_kit.evaluation.features import Network
 from ssl_kit.evaluation.health import sample_rows
 from ssl_kit.evaluation.neighbours import knn_predict
-from ssl_kit.evaluation.result import Result, labelled, mean_interval, versions
+from ssl_kit.evaluation.result import Result, intervals, labelled, versions
 from ssl_kit.views.recipe import plain
 
 if TYPE_CHECKING:
@@ -106,11 +106,7 @@ def _metrics(correct: dict[tuple[str, int], np.ndarray], names: list[str], seed:
     values = {"top1": every.mean(axis=0), "clean": correct["clean", 0]}
     values |= {name: np.mean([correct[name, strength] for strength in STRENGTHS], axis=0) for name in names}
     values |= {f"{name}_{strength}": correct[name, strength] for name in names for strength in STRENGTHS}
-    metrics: dict[str, float] = {}
-    for name, one in values.items():
-        value, low, high = mean_interval(one, seed=seed)
-        metrics |= {name: value, f"{name}_low": low, f"{name}_high": high}
-    return metrics
+    return intervals(values, seed)
 
 
 def corrupt(images: Tensor, name: str, strength: int, *, seed: int = 0, index: np.ndarray) -> Tensor:

@@ -22,7 +22,7 @@ from ssl_kit.data.decode import BadImageError, decode
 from ssl_kit.data.listing import unescape
 from ssl_kit.embeddings.embeddings import Embeddings
 from ssl_kit.embeddings.exact import normalised, search
-from ssl_kit.embeddings.search import Encoding, load_encoder, picture, read_file
+from ssl_kit.embeddings.search import encoded, load_encoder, picture, read_file
 from ssl_kit.evaluation.duplicates import (
     Limits,
     correlations,
@@ -163,9 +163,9 @@ def _limits(folder: Path, a: Embeddings, threshold: float | None, encoder: str |
     if threshold is not None:
         cosines = np.full(len(copies), threshold)
     else:
-        encoding = Encoding(load_encoder(folder, a.info, encoder), a.info)
+        loaded = load_encoder(folder, a.info, encoder)
         parts = [copies[start : start + _ENCODED] for start in range(0, len(copies), _ENCODED)]
-        made = np.concatenate([encoding.encode([image for _, image in part]) for part in parts])
+        made = np.concatenate([encoded(loaded, a.info, [image for _, image in part]) for part in parts])
         cosines = (normalised(made) * normalised(a.vectors[rows])).sum(axis=1)
     limit = limits(cosines, correlated)
     both = float(((cosines >= limit.cosine) & (correlated >= limit.correlation)).mean())

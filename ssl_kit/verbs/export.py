@@ -25,9 +25,7 @@ from ssl_kit.encoders.encoder import Encoder, find_encoder
 from ssl_kit.encoders.exporting import IMAGES, PIXELS, run_onnx, write_onnx
 from ssl_kit.report.reading import read_run
 from ssl_kit.report.verdict import verdict
-from ssl_kit.views.host import apply_host
-from ssl_kit.views.recipe import plain
-from ssl_kit.views.sample import sample
+from ssl_kit.views.host import plain_views
 
 FORMAT = "ssl_kit export 1"
 ONNX = "model.onnx"
@@ -127,11 +125,7 @@ def _decoded(source: Source, row: int) -> np.ndarray | None:
 
 def _views(encoder: Encoder, images: list[np.ndarray]) -> torch.Tensor:
     """(B, C, h, w) float in [0, 1], as `ssl-kit embed` prepares images."""
-    view = plain(encoder.image_size)
-    heights, widths = np.array([image.shape[:2] for image in images]).T
-    return torch.from_numpy(
-        apply_host(images, sample(view, 0, 0, np.arange(len(images)), 0, heights, widths), view.size)
-    )
+    return torch.from_numpy(plain_views(images, encoder.image_size))
 
 
 def _expected(encoder: Encoder, images: list[np.ndarray]) -> np.ndarray:

@@ -213,9 +213,9 @@ def _method(settings: Settings, source: Source) -> tuple[Settings, Method]:
     if learner.uses_labels:
         say(f"labels are used: {type(learner).__name__} learns from them, where images have one")
     if settings.init is not None:
-        matched = initialise(learner.encoder, settings.init)
+        found = initialise(learner.encoder, settings.init)
         learner.after_init()
-        say(f"initialised from {settings.init}: {matched.fraction:.1%} of the weights matched")
+        say(f"initialised from {settings.init}: {found:.1%} of the weights matched")
     views = settings.views.fitted(learner.preset, size, settings.channels)
     return replace(settings, image_size=size, views=views), learner
 

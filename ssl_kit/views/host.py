@@ -16,6 +16,7 @@ import numpy as np
 
 from ssl_kit.core.errors import UserError
 from ssl_kit.views import sample as columns
+from ssl_kit.views.recipe import plain
 from ssl_kit.views.sample import Params
 
 Images = np.ndarray | Sequence[np.ndarray] | tuple[np.ndarray, np.ndarray]
@@ -58,6 +59,13 @@ def apply_host(
         list(_pool(os.getpid(), threads).map(lambda job: _run(*job), jobs))
     del kept  # the addresses above point into it
     return out
+
+
+def plain_views(images: Sequence[np.ndarray], size: tuple[int, int]) -> np.ndarray:
+    """(N, C, h, w) float32 in [0, 1]: what evaluation sees of images (H_i, W_i, C) uint8."""
+    heights, widths = np.array([image.shape[:2] for image in images]).T
+    view = plain(size)
+    return apply_host(list(images), columns.sample(view, 0, 0, np.arange(len(images)), 0, heights, widths), view.size)
 
 
 _ROUNDED_AT_ONCE = 16  # images; uint8 output goes through a float buffer of this many

@@ -164,8 +164,8 @@ def test_a_killed_process_leaves_what_the_next_one_needs(run, tmp_path, undistur
     code = (
         "import ssl_kit.embeddings.embeddings as module; from ssl_kit.verbs.embed import embed; import time\n"
         f"module.PART_ROWS = {PART}\n"
-        "forward = module._forward\n"
-        "module._forward = lambda *arguments: (time.sleep(0.2), forward(*arguments))[1]\n"
+        "forward = module.forward\n"
+        "module.forward = lambda *arguments: (time.sleep(0.2), forward(*arguments))[1]\n"
         f"embed({str(encoder_folder)!r}, {str(photos)!r}, out={str(tmp_path / 'EMB')!r}, max_bad=0.5, batch_size=2,"
         " precision='float32')\n"
     )

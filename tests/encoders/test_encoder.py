@@ -143,8 +143,8 @@ def test_init_checks_how_much_matched(tmp_path):
     target = build(*CASES[0])
     with torch.no_grad():
         target.model.conv1.weight.zero_()
-    matched = initialise(target, str(tmp_path / "encoder"))
-    assert matched.fraction == 1 and torch.equal(target.model.conv1.weight, source.model.conv1.weight)
+    found = initialise(target, str(tmp_path / "encoder"))
+    assert found == 1 and torch.equal(target.model.conv1.weight, source.model.conv1.weight)
 
     weights = load_file(tmp_path / "encoder" / "model.safetensors")
     renamed = {(f"module.{name}" if name.startswith("layer4") else name): value for name, value in weights.items()}

@@ -105,7 +105,7 @@ def test_a_start_takes_no_whole_numbers_and_no_nan(folder):
     half = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
     save_file(half, folder / WEIGHTS)
     (folder / RECORD).unlink()  # a timm folder from elsewhere
-    assert initialise(encoder, str(folder)).fraction == 1
+    assert initialise(encoder, str(folder)) == 1
     save_file({name: value.to(torch.int64) for name, value in weights.items()}, folder / WEIGHTS)
     with pytest.raises(UserError, match=r"matches 0\.0%|matches \d"):
         initialise(encoder, str(folder))
