@@ -21,7 +21,7 @@ class ImageData(pl.LightningDataModule):
     """Endless training batches for Lightning; a run is one stream of steps, epochs are counted by `TrainingPlan`.
 
     Args:
-        source: unlabelled or labelled images; labels travel in the batch and no method reads them.
+        source: unlabelled or labelled images; labels travel in the batch; few methods read them.
         views: {first epoch: views} of each image, as many as the method takes.
         batch_size: images per process and step; with `contrastive_batch` per chunk.
         seed: of the run.

@@ -33,7 +33,8 @@ class Method(pl.LightningModule):
     """Base of all pretraining methods.
 
     A subclass sets `num_views`, takes typed keyword arguments (the recipe's `init_args`) and implements `loss`. It
-    receives tensors only: it never sees labels, files or evaluation.
+    receives tensors only: it never sees files or evaluation, nor labels unless it says so. What happens around a step,
+    and in which order, is told in `training/loop.py`.
 
     Args:
         encoder: what is trained and kept.
@@ -89,7 +90,10 @@ class Method(pl.LightningModule):
         return None
 
     def after_step(self, progress: float) -> None:
-        """Once after each optimiser step that was not held back: a teacher, a queue, a temperature moves on.
+        """Once after each optimiser step that was not held back: a teacher, a temperature moves on.
+
+        On accelerators it is asked after every step, and buffers and frozen parameters are put back where the step was
+        held: keep all state in those. What moves with the images of a batch moves in `loss`, while training.
 
         Args:
             progress: fraction of the run that is over, in [0, 1]; it never falls.

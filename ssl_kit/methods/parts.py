@@ -1,8 +1,10 @@
 """Parts that several methods are made of.
 
-The state of a method is a buffer or a frozen parameter: then a step that is held back leaves it as it was, and
-averages, processes and checkpoints treat it rightly. It moves in `Method.after_step`. A queue of negatives would be one
-of these parts: a buffer of rows that `after_step` fills.
+The state of a method is a buffer or a frozen parameter, written in place: then a step that is held back leaves it as it
+was, and averages, processes and checkpoints treat it rightly. What follows the weights (`Momentum`) moves in
+`Method.after_step`; what follows the images of a batch (`Center`) moves in the forward pass while training. A queue of
+negatives would be a part of the second kind: a buffer of rows, of which the loss takes a clone before it pushes the
+rows of all processes (`all_gather`), around the end: steps differ by one image.
 
 Letters: B images of this process, V views of each, K prototypes, D dimensions, W processes.
 """

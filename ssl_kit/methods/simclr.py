@@ -148,7 +148,7 @@ def _unit(z: Tensor) -> Tensor:
 
 # The similarities in blocks. Plainly, n is
 #
-#     candidates = all_gather(z)                                    (M, d), the views of all processes
+#     candidates = own rows, then those of the others           (M, d), the views of all processes
 #     s = z @ candidates.T / tau                                (2B, M)
 #     s[i, i] = s[i, p(i)] = -inf                               neither itself nor its other view
 #     n = s.logsumexp(dim=1)                                    (2B,)

@@ -49,8 +49,8 @@ class Chunkable(Protocol):
 def no_chunks(method: str) -> str:
     """What a user is told whose method has no contrastive batch."""
     return (
-        f"--contrastive_batch: the loss of {method} does not compare images, so that a batch in chunks is the same as "
-        "accumulated gradients; leave it out, or give --method.optim.accumulate"
+        f"--contrastive_batch: the loss of {method} is not one of projections that chunks could be made of; leave "
+        "it out, or give --method.optim.accumulate"
     )
 
 

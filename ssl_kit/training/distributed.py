@@ -123,7 +123,7 @@ def others(rows: Tensor) -> Tensor:
     return torch.cat([part for process, part in enumerate(parts) if process != rank()])
 
 
-def parts(rows: Tensor) -> list[Tensor]:
+def rows_of_each(rows: Tensor) -> list[Tensor]:
     """The rows of each process, in rank order, without gradient: (n, ...) on the host to W tensors; n may differ.
 
     It waits for processes that are busy with something else: see `patient_group`.
@@ -307,7 +307,7 @@ def all_gather_object(value: Any) -> list[Any]:
     if world_size() == 1:
         return [value]
     data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-    return [json.loads(part.numpy().tobytes()) for part in parts(data)]
+    return [json.loads(part.numpy().tobytes()) for part in rows_of_each(data)]
 
 
 def same_buffers(module: nn.Module) -> None:

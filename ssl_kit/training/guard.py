@@ -1,4 +1,4 @@
-"""A step with a non-finite loss, gradient or running statistic changes nothing, on any process.
+"""A step with a non-finite loss, gradient or running statistic changes no weight and no statistic, on any process.
 
 Everything is decided on the device, so nothing waits for it: the flag goes to the optimiser as `found_inf` (what fused
 optimisers take from a gradient scaler), running statistics go back to what they were, and the counts are read when the
@@ -6,7 +6,8 @@ next row of the curves is. After three such steps in a row all steps are held ba
 
     state of a step   where                     what happens to it
     weights, momenta  optimiser                 not touched: found_inf
-    buffers           batch norm, queues, ...   put back from a copy made before the forward pass
+    buffers           batch norm, centers, ...  put back from a copy made before the forward pass
+    teachers, ...     training/loop.py          not moved, or put back: see `Method.after_step`
     averaged weights  training/optim.py         not moved, nor where they are not finite: then `spoilt`
 
 The total norm of the gradients, which the check needs, also clips them.

@@ -1,11 +1,13 @@
 """What happens around a training step, and in which order: one callback, to be read from top to bottom.
 
-    a batch arrives    diagnose watches, the guard copies what it may have to put back, untrained features are measured
-    its loss           the guard looks at it
+    a batch arrives    its views are made, where the device makes them; diagnose watches, the guard copies what it may
+                       have to put back, untrained features are measured
+    its loss           Method.training_step; the guard looks at it
     its gradients      diagnose takes their norms, the guard decides whether the step counts, and clips
     the optimiser, then the schedule, move on: Lightning does that
-    after a batch      curves collect
-    after a step       method.after_step, averaged weights, length of the run, curves, bar, monitor, checkpoint
+    after a batch      diagnose writes, curves collect
+    after a step       method.after_step, averaged weights, length of the run, curves, bar, monitor (which may save the
+                       best state), checkpoint
 
 A step may be made of several batches (`accumulate`). Whatever has state says it in `Loop.state_dict`, for the
 checkpoint. Each process also has its own generator: dropout draws from it.

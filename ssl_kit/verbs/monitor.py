@@ -40,7 +40,15 @@ from ssl_kit.report.verdict import BASELINES, Compared, compared
 from ssl_kit.report.verdict import verdict as shown
 from ssl_kit.training.checkpoint import Checkpoints
 from ssl_kit.training.curves import Curves, Judge, feature_health
-from ssl_kit.training.distributed import all_gather_object, broadcast, parts, rank, same_buffers, wait, world_size
+from ssl_kit.training.distributed import (
+    all_gather_object,
+    broadcast,
+    rank,
+    rows_of_each,
+    same_buffers,
+    wait,
+    world_size,
+)
 from ssl_kit.training.verdict import BELOW, Verdict, too_short, verdict
 from ssl_kit.verbs.record import RunRecord
 from ssl_kit.views.recipe import View, plain
@@ -249,7 +257,7 @@ class Share:
 
 def _of_all(rows: np.ndarray) -> np.ndarray:
     """The rows of all processes, in rank order."""
-    return torch.cat(parts(torch.from_numpy(rows))).numpy()
+    return torch.cat(rows_of_each(torch.from_numpy(rows))).numpy()
 
 
 def _features(encoder: Encoder, images: Tensor) -> np.ndarray:

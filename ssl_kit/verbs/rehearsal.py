@@ -54,7 +54,9 @@ def _step(trial: Method, views: tuple[View, ...], seed: int, count: int) -> None
     # pixels as stored: some likelihoods take no others
     images = [torch.randint(0, 256, (count, channels, *view.size)) / 255 for view in views]
     try:
-        trial.loss(images, Key(seed, 0, torch.arange(count)))["loss"].backward()
+        labels = [torch.full((count,), -1)] if trial.uses_labels else []
+        trial.loss(images, Key(seed, 0, torch.arange(count)), *labels)["loss"].backward()
+        trial.after_step(0.0)
     except UserError:
         raise
     except SENSELESS as error:

@@ -179,7 +179,7 @@ def test_what_cannot_come_in_chunks_is_refused(labelled_folder, tmp_path, capsys
     command = ["pretrain", str(labelled_folder), "--run", str(tmp_path / "run"), "--epochs", "1", "--image-size", "16"]
     mae = ["--method", "ssl_kit.methods.mae.MAE", "--batch-size", "8", "--contrastive-batch", "32"]
     for options, message in [
-        (mae, "the loss of MAE does not compare images"),
+        (mae, "the loss of MAE is not one of projections"),
         (["--batch-size", "32", "--contrastive-batch", "32"], "wanted a smaller batch size"),
         (["--batch-size", "32", "--contrastive-batch", "4096"], "lower --contrastive_batch to at most 152"),
     ]:
