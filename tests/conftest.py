@@ -12,6 +12,12 @@ from ssl_kit.core.console import configure, live
 from ssl_kit.encoders.encoder import Encoder
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--write-golden", action="store_true", help="write tests/golden anew, from the methods as they are"
+    )
+
+
 @pytest.fixture(autouse=True)
 def usual_console():
     """What one test's `--quiet` or `--json` chose is not what the next one starts with."""
