@@ -13,10 +13,13 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import Tiny, train
 
 from ssl_kit.core import files
+from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import DamagedError, FullError, sha256, write_sealed
 from ssl_kit.core.sealed import read_sealed
 from ssl_kit.training import checkpoint
-from ssl_kit.training.checkpoint import Checkpoints, SafeCheckpointIO, generators, newest, set_generators
+from ssl_kit.training.checkpoint import Checkpoints, SafeCheckpointIO, generators, newest, resumable, set_generators
+from ssl_kit.training.guard import Guard
+from ssl_kit.training.loop import Loop
 from ssl_kit.training.optim import Optim
 
 STATE = {
@@ -200,6 +203,19 @@ def test_every_flipped_bit_and_every_truncation_is_found(tmp_path, file):
     assert newest(tmp_path) is not None
 
 
+def test_a_checkpoint_of_format_1_is_refused_in_words(tmp_path):
+    at(tmp_path, 10)
+    folder = at(tmp_path, 20)
+    write_sealed(folder / "manifest.json", read_sealed(folder / "manifest.json") | {"format": 1})
+    for read in (lambda: newest(tmp_path), lambda: SafeCheckpointIO().load_checkpoint(folder)):
+        with pytest.raises(
+            UserError, match=r"step-00000020 is a checkpoint of format 1, .* format 2: .* --init"
+        ) as found:
+            read()
+        assert not isinstance(found.value, DamagedError)  # which would go on from the checkpoint before it
+    assert not resumable(tmp_path)
+
+
 def test_a_checkpoint_under_another_name_is_refused(tmp_path):
     shutil.copytree(at(tmp_path, 10), tmp_path / "step-00000020")
     assert newest(tmp_path).name == "step-00000010"
@@ -208,11 +224,9 @@ def test_a_checkpoint_under_another_name_is_refused(tmp_path):
 SGD = Optim(name="sgd", lr=0.1, lr_per=None, warmup_epochs=0)
 
 
-def saving(folder, **options):
-    """Eight steps, each saved; the checkpoint callback."""
-    checkpoints = Checkpoints(folder, minutes=0, **options)
-    train(Tiny(SGD), [checkpoints], plugins=[SafeCheckpointIO()])
-    return checkpoints
+def saving(folder, minutes=0, **options):
+    """Eight steps, each saved."""
+    train(Tiny(SGD), Loop(checkpoints=Checkpoints(folder, minutes, **options)), plugins=[SafeCheckpointIO()])
 
 
 def kept(folder):
@@ -226,8 +240,9 @@ def test_the_newest_two_are_kept_and_none_of_a_future_that_did_not_come(tmp_path
     assert kept(tmp_path) == [7, 8]
 
 
-def test_an_unhealthy_step_is_not_saved_in_passing(tmp_path):
-    saving(tmp_path, healthy=lambda: False)
+def test_an_unhealthy_step_is_not_saved_in_passing(tmp_path, monkeypatch):
+    monkeypatch.setattr(Guard, "healthy", lambda self: False)
+    saving(tmp_path)
     assert kept(tmp_path) == [8]
 
 
@@ -251,7 +266,7 @@ def test_a_full_disk_is_said_and_the_run_goes_on_or_stops_as_told(tmp_path, monk
     assert kept(tmp_path / "stops") == [1, 2]
     saved[:] = [(), ()]
     with pytest.raises(FullError):  # the last state is needed
-        train(Tiny(SGD), [Checkpoints(tmp_path / "needed")], plugins=[SafeCheckpointIO()])
+        saving(tmp_path / "needed", minutes=10)
     assert not any(path.name.startswith(".") for path in (tmp_path / "needed").glob("*"))
 
 

@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from tiny_runs import pretrain_until
+from tiny_runs import stopped_after
 from torch import nn
 
 from ssl_kit import cli
@@ -162,12 +162,13 @@ def losses(run):
         return [(row["step"], row["images"], row["loss"], row["lr"]) for row in csv.DictReader(file) if row["loss"]]
 
 
-def test_the_command_line_trains_in_chunks_and_resumes_bit_for_bit(labelled_folder, tmp_path, monkeypatch):
+def test_the_command_line_trains_in_chunks_and_resumes_bit_for_bit(labelled_folder, tmp_path):
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert cli.main(["pretrain", str(labelled_folder), "--run", str(whole), *TINY]) == 0
     rows = losses(whole)
     assert rows[-1][0] == "10" and rows[-1][1] == str(5 * 152)  # two steps an epoch; 8 images are held out for kNN
-    pretrain_until(5, monkeypatch, str(labelled_folder), "--run", str(run), *TINY)
+    with stopped_after(5):
+        cli.main(["pretrain", str(labelled_folder), "--run", str(run), *TINY])
     assert cli.main(["pretrain", "--run", str(run), "--resume"]) == 0
     assert losses(run) == rows
     assert (run / "encoder" / "model.safetensors").read_bytes() == (

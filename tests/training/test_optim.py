@@ -1,14 +1,17 @@
-"""Units, groups and schedules of Optim; LARS against a step computed by hand."""
+"""Units, groups and schedules of Optim; LARS against a step computed by hand; the moving average (EMA)."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import timm.optim
 import torch
+from tiny_runs import Tiny, train
 from torch import nn
 
 from ssl_kit.core.errors import UserError
-from ssl_kit.training.optim import LARS, Optim, Schedule, parameter_groups
+from ssl_kit.training.loop import Loop
+from ssl_kit.training.optim import EMA, LARS, Optim, Schedule, cosine_decay, parameter_groups
 
 
 def test_the_rate_is_for_a_stated_number_of_images():
@@ -228,3 +231,70 @@ def test_lars_divides_by_a_scale_and_skips_a_step():
     optimiser.found_inf, optimiser.grad_scale = torch.tensor(0.0), torch.tensor(10.0)
     optimiser.step()
     assert parameter.tolist() == pytest.approx([2.4, 3.2], abs=1e-6)
+
+
+# EMA: the weighted mean of all weights so far, in closed form
+
+SGD = Optim(name="sgd", lr=0.1, lr_per=None, warmup_epochs=0)
+
+
+def averaged(optim=SGD, decay=0.8, **options):
+    """The averaged encoder after eight batches, and the trained one before them and after each step."""
+
+    class Encoders(EMA):
+        def move(self, trained, step, total, held):
+            encoders.append({name: value.clone() for name, value in trained.state_dict().items()})
+            return super().move(trained, step, total, held)
+
+    module, ema = Tiny(optim), Encoders(decay, **options)
+    encoders = [{name: value.clone() for name, value in module.encoder.state_dict().items()}]
+    train(module, Loop(ema=ema), accumulate=optim.accumulate)
+    return ema.encoder(module).state_dict(), encoders
+
+
+def test_cosine_reaches_its_five_points():
+    wanted = [0.996, 0.9965858, 0.998, 0.9994142, 1.0]
+    assert [cosine_decay(0.996, done) for done in (0, 0.25, 0.5, 0.75, 1)] == pytest.approx(wanted, abs=1e-7)
+
+
+@pytest.mark.parametrize(("cosine", "accumulate"), [(False, 1), (True, 1), (False, 4)])
+def test_it_is_the_weighted_mean_of_all_steps_and_copies_running_statistics(cosine, accumulate):
+    found, (first, *trained) = averaged(replace(SGD, accumulate=accumulate), cosine=cosine)
+    wanted = first["0.weight"].double()
+    assert len(trained) == 8 // accumulate
+    for step, weights in enumerate(trained):
+        decay = cosine_decay(0.8, step / 7) if cosine else 0.8
+        wanted = decay * wanted + (1 - decay) * weights["0.weight"].double()
+    torch.testing.assert_close(found["0.weight"].double(), wanted, atol=1e-6, rtol=0)
+    assert not torch.allclose(found["0.weight"], trained[-1]["0.weight"], atol=1e-4)
+    for name in ("1.running_mean", "1.running_var", "1.num_batches_tracked"):
+        assert torch.equal(found[name], trained[-1][name])
+
+
+def test_constant_weights_stay_and_one_jump_decays():
+    module, ema = Tiny(SGD), EMA(0.9)
+    module.requires_grad_(False)
+    module.head.bias.requires_grad_(True)
+    with torch.no_grad():
+        ema.encoder(module.encoder)[0].weight.add_(1)  # theta_0 = w + 1
+    train(module, Loop(ema=ema))
+    moved = ema.encoder(module.encoder)
+    torch.testing.assert_close(moved[0].weight - module.encoder[0].weight, torch.full((4, 3, 3, 3), 0.9**8))
+    assert torch.equal(moved[0].bias, module.encoder[0].bias)
+
+
+def test_the_average_survives_a_restart():
+    module, ema, resumed = Tiny(SGD), EMA(0.9), EMA(0.9)
+    train(module, Loop(ema=ema))
+    found = ema.encoder(module.encoder).state_dict()
+    resumed.load_state_dict(ema.state_dict())
+    assert resumed.state_dict()["encoder"].keys() == found.keys()  # also before it is used
+    for name, value in resumed.encoder(Tiny(SGD).encoder).state_dict().items():
+        assert torch.equal(value, found[name]), name
+    assert not resumed.encoder(module.encoder).training
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.0, -0.1])
+def test_a_decay_that_is_none_is_refused(decay):
+    with pytest.raises(UserError, match="between 0 and 1"):
+        EMA(decay)

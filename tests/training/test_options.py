@@ -6,7 +6,7 @@ import json
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny_runs import pretrain_until
+from tiny_runs import stopped_after
 
 from ssl_kit import cli
 
@@ -41,10 +41,11 @@ def test_the_average_is_exported_and_survives_a_restart(labelled_folder, tmp_pat
     assert not torch.equal(weights(longer)["conv1.weight"], weights(plain)["conv1.weight"])
 
 
-def test_a_stopped_average_goes_on_where_its_cosine_was(labelled_folder, tmp_path, monkeypatch):
+def test_a_stopped_average_goes_on_where_its_cosine_was(labelled_folder, tmp_path):
     options = ["--epochs", "2", "--ema", "0.5", "--ema-cosine", "true"]
     whole = pretrain(labelled_folder, tmp_path / "whole", *options)
-    pretrain_until(13, monkeypatch, str(labelled_folder), "--run", str(tmp_path / "run"), *TINY, *options)
+    with stopped_after(13):
+        cli.main(["pretrain", str(labelled_folder), "--run", str(tmp_path / "run"), *TINY, *options])
     run = tmp_path / "run"
     assert cli.main(["pretrain", "--run", str(run), "--resume"]) == 0
     assert all(torch.equal(value, weights(run)[name]) for name, value in weights(whole).items())
@@ -60,7 +61,7 @@ def test_verdict_and_what_it_rests_on_are_in_the_run(labelled_folder, tmp_path):
     assert [row["step"] for row in measured] == ["0", "40"] and measured[0]["turned"] == "0.0"
     for name in ("alignment", "uniformity", "images_std", "turned", "grown", "knn_top1"):
         assert all(row[name] for row in measured), name
-    assert all(row["gradient_norm"] and row["held_steps"] == "0" for row in rows if row["loss"])
+    assert all(row["gradient_norm"] and row["skipped_steps"] == "0" for row in rows if row["loss"])
 
 
 def test_what_has_a_place_of_its_own_is_refused_elsewhere(labelled_folder, tmp_path, capsys):

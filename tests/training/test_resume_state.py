@@ -3,20 +3,19 @@
 import itertools
 import random
 import shutil
-import signal
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from tiny_runs import stopped_after
 
 from ssl_kit.core.files import read_json
 from ssl_kit.methods.simclr import SimCLR
-from ssl_kit.training import curves as monitor
-from ssl_kit.training import optim as horizon
-from ssl_kit.training.checkpoint import Checkpoints, SafeCheckpointIO, newest
+from ssl_kit.training import curves, optim
+from ssl_kit.training.checkpoint import SafeCheckpointIO, newest
 from ssl_kit.training.curves import Curves, read_curves
-from ssl_kit.verbs import monitor as following
+from ssl_kit.verbs import monitor
 from ssl_kit.verbs import pretrain as verb
 
 TIMES = ("seconds", "images_per_second", "waiting_share")
@@ -44,9 +43,9 @@ def drawing():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SimCLR, "loss", noisy)
-        patch.setattr(monitor, "_MEASURE_STEPS", 8)
+        patch.setattr(curves, "_MEASURE_STEPS", 8)
         patch.setitem(Curves.__init__.__kwdefaults__, "interval", 5)
-        for module in (verb, following):
+        for module in (verb, monitor):
             patch.setattr(module, "write_report", lambda runs, path: None)
         yield
 
@@ -57,15 +56,7 @@ def pretrain(folder, run, resume=False, **settings):
 
 
 def pretrain_until(step, folder, run, **settings):
-    """A run that is told to stop after `step` steps, as by SIGTERM."""
-    end = Checkpoints.on_train_batch_end
-
-    def stop(self, trainer, *rest):
-        self.signals.received = signal.SIGTERM if trainer.global_step == step else None
-        end(self, trainer, *rest)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(Checkpoints, "on_train_batch_end", stop)
+    with stopped_after(step):
         pretrain(folder, run, **settings)
     return run
 
@@ -111,8 +102,8 @@ def _dense(state):
         entry["momentum_buffer"] = entry["momentum_buffer"].contiguous()
 
 
-def _callback(state, name):
-    return next(value for key, value in state["callbacks"].items() if key.startswith(name))
+def _part(state, name):
+    return next(parts for key, parts in state["callbacks"].items() if key.startswith("Loop"))[name]
 
 
 def _fresh_generator(state):
@@ -127,12 +118,12 @@ ITEMS = {
     "the schedule": lambda state: state["lr_schedulers"][0].update(last_epoch=0),
     "the place in the data": lambda state: _counters(state, "batch_progress"),
     "the steps": _steps,
-    "the average": lambda state: _zero(_callback(state, "Average")["encoder"], "weight"),
-    "the watchdog's counts": lambda state: _callback(state, "Watchdog")["counts"].zero_(),
-    "the losses of the row": lambda state: _callback(state, "Curves").update(collected={}),
-    "the images of the row": lambda state: _callback(state, "Curves").update(images=0),
-    "the last measurement": lambda state: _callback(state, "Curves").update(measured=(0.0, 0.0)),
-    "where the weights began": lambda state: _callback(state, "Curves").update(start=None),
+    "the average": lambda state: _zero(_part(state, "ema")["encoder"], "weight"),
+    "the guard's counts": lambda state: _part(state, "guard")["counts"].zero_(),
+    "the losses of the row": lambda state: _part(state, "curves").update(collected={}),
+    "the images of the row": lambda state: _part(state, "curves").update(images=0),
+    "the last measurement": lambda state: _part(state, "curves").update(measured=(0.0, 0.0)),
+    "where the weights began": lambda state: _part(state, "curves").update(start=None),
     "torch's generator": _fresh_generator,
     "numpy's generator": lambda state: state["generators"].update(
         numpy=np.random.RandomState(0).get_state(legacy=False)
@@ -171,7 +162,7 @@ def test_a_run_that_was_stopped_where_a_row_is_written_keeps_it(labelled_folder,
 def test_a_run_by_minutes_goes_on_at_the_rate_it_had(labelled_folder, tmp_path, monkeypatch):
     """From the very next step: the horizon is measured anew only some steps later."""
     clock = (0.05 * look for look in itertools.count())  # it goes on when it is looked at, once a step
-    monkeypatch.setattr(horizon, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(optim, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     monkeypatch.setitem(Curves.__init__.__kwdefaults__, "interval", 1)
     timed = {"epochs": None, "minutes": 0.05}
     run = pretrain_until(30, labelled_folder, tmp_path / "run", **timed)
@@ -189,12 +180,12 @@ def test_without_one_item_it_is_another_run(labelled_folder, stopped, undisturbe
 
 @pytest.mark.parametrize("forgotten", [False, True])
 def test_without_the_best_score_an_equal_one_replaces_it(labelled_folder, stopped, tmp_path, monkeypatch, forgotten):
-    best = _callback(SafeCheckpointIO().load_checkpoint(newest(stopped / "checkpoints")), "Refresh")["best"]
-    monkeypatch.setattr(following, "knn_accuracy", lambda *args: best)
+    best = _part(SafeCheckpointIO().load_checkpoint(newest(stopped / "checkpoints")), "monitor")["best"]
+    monkeypatch.setattr(monitor, "knn_accuracy", lambda *args: best)
 
     def forget(state):
         if forgotten:
-            _callback(state, "Refresh")["best"] = -1.0
+            _part(state, "monitor")["best"] = -1.0
 
     resumed(labelled_folder, stopped, tmp_path / "run", monkeypatch, forget)
     before, after = (read_json(run / "checkpoints" / "best" / "manifest.json") for run in (stopped, tmp_path / "run"))

@@ -1,9 +1,10 @@
-"""A real Lightning run on random images that takes milliseconds a step, for the tests of callbacks."""
+"""A real Lightning run on random images that takes milliseconds a step, for the tests of its parts."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -12,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ssl_kit import cli
 from ssl_kit.core.random import Key
 from ssl_kit.training.checkpoint import Checkpoints
+from ssl_kit.training.loop import Loop
 from ssl_kit.training.optim import Optim
 
 BATCH, SIDE = 8, 6
@@ -81,15 +82,17 @@ class Random(pl.LightningDataModule):
         return {"views": [views], "target": target, "key": Key(0, 0, torch.arange(BATCH))}
 
 
-def train(module: pl.LightningModule, callbacks: Sequence[pl.Callback], batches: int = 8, **options: Any) -> pl.Trainer:
-    """Runs `batches` batches, of `data` or random ones, on the CPU."""
-    accumulate, data = options.pop("accumulate", 1), options.pop("data", None)
+def train(
+    module: pl.LightningModule, loop: Loop | None = None, batches: int = 8, *, accumulate: int = 1, **options: Any
+) -> pl.Trainer:
+    """Runs `batches` batches, of `data` or random ones, on the CPU, with the loop's parts after other `callbacks`."""
+    data, callbacks = options.pop("data", None), options.pop("callbacks", [])
     trainer = pl.Trainer(
         accelerator="cpu",
         max_epochs=1,
         max_steps=batches // accumulate,
         accumulate_grad_batches=accumulate,
-        callbacks=list(callbacks),
+        callbacks=[*callbacks, *([loop] if loop is not None else [])],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -110,14 +113,15 @@ def everything(module: pl.LightningModule) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in state.items()}
 
 
-def pretrain_until(step: int, monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
-    """`ssl-kit pretrain` that is told to stop after `step` steps, as by SIGTERM."""
-    end = Checkpoints.on_train_batch_end
+@contextmanager
+def stopped_after(step: int) -> Iterator[None]:
+    """Inside, a run is told to stop after `step` steps, as by SIGTERM."""
+    end = Checkpoints.after_step
 
-    def stop(self: Checkpoints, trainer: pl.Trainer, *rest: Any) -> None:
+    def stop(self: Checkpoints, trainer: pl.Trainer, healthy: Callable[[], bool]) -> None:
         self.signals.received = signal.SIGTERM if trainer.global_step == step else None
-        end(self, trainer, *rest)
+        end(self, trainer, healthy)
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(Checkpoints, "on_train_batch_end", stop)
-        cli.main(["pretrain", *options])
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Checkpoints, "after_step", stop)
+        yield

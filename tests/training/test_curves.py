@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from tiny_runs import Random, Tiny, pretrain_until, train
+from tiny_runs import Random, Tiny, stopped_after, train
 
 from ssl_kit import cli
-from ssl_kit.training import curves as monitor
+from ssl_kit.training import curves as curves_file
 from ssl_kit.training.curves import Curves, feature_health, read_curves
+from ssl_kit.training.loop import Loop
 from ssl_kit.training.optim import Optim
 from ssl_kit.training.verdict import BELOW, Verdict
 
@@ -56,7 +57,7 @@ def followed(tmp_path, optim=SGD, batches=8, **options):
     tmp_path.mkdir(exist_ok=True)
     curves = Curves(tmp_path / "metrics.csv", interval=4, **options)
     module = Talkative(optim)
-    train(module, [curves], batches, accumulate=optim.accumulate)
+    train(module, Loop(curves=curves), batches, accumulate=optim.accumulate)
     curves.module = module
     return curves, read_curves(tmp_path / "metrics.csv")
 
@@ -129,7 +130,7 @@ class Full(pl.Callback):
 def test_rows_that_found_no_room_come_with_the_next_one_that_does(tmp_path, capsys):
     path = tmp_path / "metrics.csv"
     curves = Curves(path, interval=4)
-    train(Talkative(SGD), [Full(path, 8, 12), curves], 16)
+    train(Talkative(SGD), Loop(curves=curves), 16, callbacks=[Full(path, 8, 12)])
     assert [row["step"] for row in read_curves(path)] == [4, 8, 12, 16]
     assert capsys.readouterr().err.count("No space left on device") == 1
 
@@ -143,12 +144,13 @@ def rows_of(run):
 
 
 def test_a_resumed_run_has_the_rows_of_a_whole_one_with_the_pixels_in_the_first(labelled_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(monitor, "_MEASURE_STEPS", 10)
+    monkeypatch.setattr(curves_file, "_MEASURE_STEPS", 10)
     tiny = ["--batch-size", "16", "--epochs", "3", "--method.encoder.args", "{channels: [8, 8, 8, 8]}"]
     tiny += ["--method.projection", "[16]", "--evaluate-every", "1", "--threads", "1"]
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert cli.main(["pretrain", str(labelled_folder), "--run", str(whole), *tiny]) == 0
-    pretrain_until(13, monkeypatch, str(labelled_folder), "--run", str(run), *tiny)
+    with stopped_after(13):
+        cli.main(["pretrain", str(labelled_folder), "--run", str(run), *tiny])
     assert cli.main(["pretrain", "--run", str(run), "--resume"]) == 0
     assert rows_of(run) == rows_of(whole)
     first, *later = [row for row in rows_of(run) if "effective_rank" in row]
