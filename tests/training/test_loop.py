@@ -1,12 +1,12 @@
 """The order of a step, with real parts; what a method is told after it; the state of the whole."""
 
-from types import SimpleNamespace
-
+import numpy as np
 import pytest
 import torch
 from tiny_runs import Tiny, train
 from torch import nn
 
+from ssl_kit.data.sources import open_source
 from ssl_kit.training.checkpoint import Checkpoints, SafeCheckpointIO, newest
 from ssl_kit.training.curves import Bar, Curves
 from ssl_kit.training.guard import Diagnose, Guard
@@ -16,6 +16,7 @@ from ssl_kit.verbs.monitor import Monitor
 
 SGD = Optim(name="sgd", lr=0.1, lr_per=None, warmup_epochs=0)
 NAN = float("nan")
+SOURCE = open_source(np.zeros((2, 8, 8, 3), np.uint8))
 
 START = "diagnose.start guard.start duration.start curves.start bar.start monitor.start checkpoints.start"
 PART_OF_A_STEP = "diagnose.watch {first} method.forward guard.see method.backward diagnose.write curves.collect"
@@ -59,7 +60,7 @@ def recorded(monkeypatch, calls, part, name, names):
 def test_a_step_of_two_batches_calls_the_parts_in_the_order_that_is_documented(tmp_path, monkeypatch):
     calls, curves = [], Curves(tmp_path / "metrics.csv", interval=1)
     checkpoints = Checkpoints(tmp_path / "checkpoints")
-    monitor = Monitor(None, curves, checkpoints, None, SimpleNamespace(images=[], skipped=[]))
+    monitor = Monitor(None, curves, checkpoints, None, SOURCE)
     parts = {
         "guard": Guard(),
         "checkpoints": checkpoints,
@@ -143,7 +144,7 @@ def test_progress_never_falls_though_a_run_by_minutes_learns_that_it_is_longer()
 def test_all_parts_with_state_are_in_the_checkpoint_and_go_on_from_it(tmp_path):
     def loop():
         curves = Curves(tmp_path / "metrics.csv")
-        monitor = Monitor(None, curves, None, None, SimpleNamespace(images=[], skipped=[]))
+        monitor = Monitor(None, curves, None, None, SOURCE)
         return Loop(Guard(), ema=EMA(0.9), duration=Duration(None, 1, 10), curves=curves, monitor=monitor)
 
     one, other = loop(), loop()
