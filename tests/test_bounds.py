@@ -22,7 +22,8 @@ from ssl_kit.embeddings.parts import find_ids, read_rows, read_vectors
 from ssl_kit.encoders.encoder import CONFIG, RECORD, Encoder
 from ssl_kit.encoders.pretrained import load_pretrained
 from ssl_kit.methods.simclr import SimCLR
-from ssl_kit.verbs.defaults import fit_to_machine, view_schedule, view_size
+from ssl_kit.verbs.defaults import fit_to_machine, schedule_views, view_size
+from ssl_kit.verbs.pretrain import Settings
 from ssl_kit.views.recipe import ViewRecipe
 
 pytestmark = needs_proc
@@ -343,10 +344,9 @@ def trained(options):
     source = open_source(np.zeros((300, 8, 8, 3), np.uint8))
     size = view_size(size, source)
     learner = SimCLR(Encoder("resnet18_small", {"channels": [64, 4, 8, 8]}, size), projection=(16, 8))
-    kinds = view_schedule(ViewRecipe().fitted(learner.preset, size, 3), size, grow, learner)
-    settings = {"epochs": 1, "minutes": None, "contrastive_batch": None, "batch_size": batch, "seed": 0, "threads": 1}
-    settings |= {"precision": "float32", "views_on": "host", "tf32": "auto", "compile": "off", "diagnose": False}
-    fit_to_machine(learner, source, kinds, settings, batch)
+    views = schedule_views(ViewRecipe().fitted(learner.preset, size, 3), size, grow, learner)
+    settings = Settings("images", epochs=1, batch_size=batch, threads=1, precision="float32", compile="off")
+    fit_to_machine(learner, source, views, settings, batch)
 
 
 @pytest.mark.parametrize(

@@ -203,17 +203,17 @@ class Killed(Exception):
 
 def stopped(monkeypatch, name, step, *arguments, killed=False, **options):
     """`finetune`, told to stop after `step` steps of the network `name`, as by SIGTERM; or killed there."""
-    end = Checkpoints.on_train_batch_end
+    end = Checkpoints.after_step
 
-    def stop(self, trainer, *rest):
+    def stop(self, trainer, healthy):
         if self.folder.name == name and trainer.global_step == step:
             if killed:
                 raise Killed
             self.signals.received = signal.SIGTERM
-        end(self, trainer, *rest)
+        end(self, trainer, healthy)
 
     with monkeypatch.context() as patch, pytest.raises(Killed if killed else SystemExit):
-        patch.setattr(Checkpoints, "on_train_batch_end", stop)
+        patch.setattr(Checkpoints, "after_step", stop)
         finetune(*arguments, **options)
 
 

@@ -24,11 +24,10 @@ from ssl_kit.core.machine import Choice
 from ssl_kit.data.sources import open_source
 from ssl_kit.encoders import Encoder, encoder
 from ssl_kit.encoders.encoder import choose_architecture
-from ssl_kit.training import curves as monitor
-from ssl_kit.training import optim as horizon
-from ssl_kit.verbs import defaults as fitting
-from ssl_kit.verbs import monitor as following
+from ssl_kit.training import curves, optim
+from ssl_kit.verbs import defaults, monitor
 from ssl_kit.verbs.defaults import fit_to_data, view_size
+from ssl_kit.verbs.pretrain import Settings
 
 TINY = [
     *("--batch-size", "16", "--epochs", "6", "--method.encoder.args", "{channels: [8, 8, 16, 16]}"),
@@ -54,8 +53,8 @@ def test_memory_of_a_report_is_free_before_the_next_one(labelled_folder, tmp_pat
         left.append(sum(page() is not None for page in written))
         written.append(weakref.ref(Page()))
 
-    monkeypatch.setattr(monitor, "_MEASURE_STEPS", 10)
-    monkeypatch.setattr(following, "write_report", write_report)
+    monkeypatch.setattr(curves, "_MEASURE_STEPS", 10)
+    monkeypatch.setattr(monitor, "write_report", write_report)
     gc.collect()
     gc.disable()
     try:
@@ -168,7 +167,7 @@ def test_an_existing_run_is_refused_with_the_two_ways_on(finished, labelled_fold
 
 def test_minutes_end_the_run_with_the_schedule_at_its_end(labelled_folder, tmp_path, monkeypatch):
     clock = (0.05 * look for look in itertools.count())  # it goes on when it is looked at, on any machine
-    monkeypatch.setattr(horizon, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(optim, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     run = tmp_path / "timed"
     tiny = [option for option in TINY if option not in ("--epochs", "6")]
     assert cli.main(["pretrain", str(labelled_folder), "--run", str(run), *tiny, "--minutes", "0.1"]) == 0
@@ -275,16 +274,15 @@ def test_growing_views_train_and_are_refused_where_they_cannot(labelled_folder, 
     ("count", "batch_size", "epochs"), [(1_000_000, 256, 100), (5_000, 256, 100), (160, 16, 200), (3, 2, 1000)]
 )
 def test_batch_and_length_follow_from_the_number_of_images(count, batch_size, epochs):
-    settings = {"batch_size": None, "epochs": None, "minutes": None, "contrastive_batch": None}
-    fit_to_data(settings, count)
-    assert (settings["batch_size"], settings["epochs"]) == (batch_size, epochs)
+    settings = fit_to_data(Settings("images"), count)
+    assert (settings.batch_size, settings.epochs) == (batch_size, epochs)
 
 
 @pytest.mark.parametrize(("side", "wanted"), [(28, 32), (100, 96), (140, 128), (200, 192), (900, 224), (5, 8)])
 def test_the_view_is_what_patches_and_strides_divide(side, wanted, monkeypatch):
     images = np.zeros((3, side, side + 7, 3), np.uint8)
     for device, most in (("cuda", 224), ("cpu", 128)):
-        monkeypatch.setattr(fitting, "choose_device", lambda device=device: Choice(device, ""))
+        monkeypatch.setattr(defaults, "choose_device", lambda device=device: Choice(device, ""))
         assert view_size(None, open_source(images)) == (min(wanted, most),) * 2
 
 

@@ -30,11 +30,10 @@ from ssl_kit.encoders import Encoder
 from ssl_kit.evaluation.neighbours import knn_accuracy
 from ssl_kit.methods.mae import MAE as Method
 from ssl_kit.training import distributed as together
-from ssl_kit.training.checkpoint import Checkpoints
 from ssl_kit.training.distributed import all_gather_object, joined, rank
-from ssl_kit.training.loop import Member
-from ssl_kit.verbs import monitor as following
-from ssl_kit.verbs.monitor import Share, Skips
+from ssl_kit.training.loop import Loop
+from ssl_kit.verbs import monitor
+from ssl_kit.verbs.monitor import Monitor, Share
 from ssl_kit.views.recipe import plain
 
 VIT = "{patch_size: 4, embed_dim: 16, depth: 1, num_heads: 1, class_token: false, global_pool: avg, fc_norm: false%s}"
@@ -79,19 +78,27 @@ def said(logs, rank=0):
     return (logs / f"{rank}.log").read_text()
 
 
-def stopping(victim, step, number, seen, *arguments):
-    """One command line; process `victim` sends itself a signal after a step. What each step sees goes to `seen`."""
-    rank = os.environ.get("RANK", "0")
-    end = Checkpoints.on_train_batch_end
+def at_each_step(act):
+    """Calls `act(trainer, batch)` when the optimiser has moved, before anything else is done."""
+    end = Loop.on_train_batch_end
 
     def watched(self, trainer, module, outputs, batch, batch_idx):
-        with open(seen, "a", encoding="utf-8") as file:
-            file.write(json.dumps([trainer.global_step, batch["key"].index.tolist()]) + "\n")
-        if rank == str(victim) and trainer.global_step == step:
-            os.kill(os.getpid(), number)
+        act(trainer, batch)
         end(self, trainer, module, outputs, batch, batch_idx)
 
-    Checkpoints.on_train_batch_end = watched
+    Loop.on_train_batch_end = watched
+
+
+def stopping(victim, step, number, seen, *arguments):
+    """One command line; process `victim` sends itself a signal after a step. What each step sees goes to `seen`."""
+
+    def act(trainer, batch):
+        with open(seen, "a", encoding="utf-8") as file:
+            file.write(json.dumps([trainer.global_step, batch["key"].index.tolist()]) + "\n")
+        if os.environ.get("RANK", "0") == str(victim) and trainer.global_step == step:
+            os.kill(os.getpid(), number)
+
+    at_each_step(act)
     ranks.command(*arguments)
 
 
@@ -173,15 +180,8 @@ def test_a_run_goes_on_with_any_number_of_processes_and_the_same_steps(labelled_
 
 
 def test_a_run_of_two_that_was_killed_goes_on_bit_by_bit(labelled_folder, tmp_path):
-    options = [
-        *MAE,
-        "--method.encoder.args",
-        VIT % ", proj_drop_rate: 0.2",
-        "--batch-size",
-        "12",
-        "--checkpoint-minutes",
-        "0.0001",
-    ]
+    options = [*MAE, "--method.encoder.args", VIT % ", proj_drop_rate: 0.2", "--batch-size", "12"]
+    options += ["--checkpoint-minutes", "0.0001"]
     whole, broken, seen = tmp_path / "whole" / "run", tmp_path / "broken" / "run", str(tmp_path / "seen")
     assert ranks.pretrain(2, whole.parent, labelled_folder, "--run", whole, *options) == [0, 0]
     begin = ["pretrain", str(labelled_folder), "--run", str(broken), *options]
@@ -197,13 +197,14 @@ def drawn(answers):
     """What each process draws when training starts, and when it goes on with what it had kept."""
     with joined():
         loops = SimpleNamespace(epoch_loop=SimpleNamespace())
-        trainer = SimpleNamespace(global_step=3, fit_loop=loops)
+        trainer = SimpleNamespace(global_step=3, fit_loop=loops, precision_plugin=None)
+        module = SimpleNamespace(device="cpu", buffers=list)
         torch.manual_seed(0)
-        first, again = Member(0), Member(0)
-        first.on_train_start(trainer, None)
+        first, again = Loop(seed=0), Loop(seed=0)
+        first.on_train_start(trainer, module)
         again.load_state_dict(first.state_dict())
         numbers = [torch.rand(1).item()]
-        again.on_train_start(trainer, None)
+        again.on_train_start(trainer, module)
         numbers.append(torch.rand(1).item())
         (answers / f"{rank()}.json").write_text(json.dumps(numbers))
 
@@ -238,6 +239,7 @@ def connecting(late):
             late.touch()
         return group
 
+    slowly.cache_clear = make.cache_clear
     together.patient_group = slowly
     with joined():
         assert late.exists()
@@ -282,15 +284,13 @@ def test_a_mistake_that_all_make_is_told_by_one(tmp_path):
 def damaging(step, names, *arguments):
     """One command line that decodes files while it trains; process 1 cuts some of them short after a step."""
     sources.fits_in_memory = lambda needed: (False, "as the test has it")
-    end = Checkpoints.on_train_batch_end
 
-    def watched(self, trainer, *rest):
+    def act(trainer, batch):
         if rank() == 1 and trainer.global_step == step:
             for name in names:
                 Path(name).write_bytes(Path(name).read_bytes()[:90])
-        end(self, trainer, *rest)
 
-    Checkpoints.on_train_batch_end = watched
+    at_each_step(act)
     ranks.command(*arguments)
 
 
@@ -326,11 +326,11 @@ def counted(answers):
     with joined():
         source = open_source(np.zeros((10, 8, 8, 3), np.uint8))
         source.bad = Skipped(10, 0.3)
-        skips = Skips(source)
+        all_files = Monitor(None, SimpleNamespace(history=[]), None, None, source)
         for number in range(2):
             source.bad.add(f"{rank()}-{number}", "cut off")
         try:
-            skips.on_train_end(None, None)
+            all_files.at_end(None, None)
         except UserError as error:
             (answers / str(rank())).write_text(str(error))
 
@@ -382,25 +382,23 @@ def impatient(act, *arguments):
 
 def dawdle():
     """The first process takes longer than that for a report."""
-    write = following.write_report
+    write = monitor.write_report
 
     def slowly(*arguments):
         time.sleep(4)
         write(*arguments)
 
-    following.write_report = slowly
+    monitor.write_report = slowly
 
 
 def hang():
     """Process 1 stops moving at some step, and stays."""
-    end = Checkpoints.on_train_batch_end
 
-    def watched(self, trainer, *rest):
+    def act(trainer, batch):
         if rank() == 1 and trainer.global_step == 12:
             os.kill(os.getpid(), signal.SIGSTOP)
-        end(self, trainer, *rest)
 
-    Checkpoints.on_train_batch_end = watched
+    at_each_step(act)
 
 
 def test_the_others_wait_for_what_the_first_does_alone_but_not_for_one_that_hangs(labelled_folder, tmp_path):

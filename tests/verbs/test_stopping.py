@@ -17,7 +17,7 @@ from ssl_kit.data.module import ImageData
 from ssl_kit.encoders import Encoder
 from ssl_kit.methods.simclr import SimCLR
 from ssl_kit.training.checkpoint import Checkpoints
-from ssl_kit.verbs import monitor as following
+from ssl_kit.verbs import monitor
 from ssl_kit.verbs import pretrain as verb
 from ssl_kit.verbs.monitor import Measure
 
@@ -51,7 +51,7 @@ def status(run):
 def no_pages():
     """Half of the time of so short a run."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (verb, following):
+        for module in (verb, monitor):
             patch.setattr(module, "write_report", lambda runs, path: None)
         yield
 
@@ -114,12 +114,12 @@ DURING = {
     "the untrained encoder is measured": (Measure, "__call__", 1, 1),
     "the first step": (SimCLR, "loss", 1, 1),
     "a later step": (SimCLR, "loss", 7, 7),
-    "a step is over": (Checkpoints, "on_train_batch_end", 9, 9),
+    "a step is over": (Checkpoints, "after_step", 9, 9),
 }
 AFTER = {
-    "the last step is over": (Checkpoints, "on_train_batch_end", STEPS),
+    "the last step is over": (Checkpoints, "after_step", STEPS),
     "the last measurement": (Measure, "__call__", 2),
-    "the last state is saved": (Checkpoints, "on_train_end", 1),
+    "the last state is saved": (Checkpoints, "at_end", 1),
     "the encoder is written": (Encoder, "save", 1),
     "the last report is written": (verb, "write_report", 2),
 }
