@@ -71,9 +71,11 @@ def by_itself() -> Iterator[None]:
 def expect_promptness() -> None:
     """From now on a step's collectives fail after `TIMEOUT`: the first step is over."""
     if world_size() > 1:
+        # the public name came after torch 2.11, and the former one warns since
+        limit: Any = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
         for group in (dist.group.WORLD, _host_group(dist.group.WORLD)):
             if group is not None:
-                dist.distributed_c10d._set_pg_timeout(TIMEOUT, group)
+                limit(TIMEOUT, group)
 
 
 def leave() -> None:
