@@ -1,6 +1,6 @@
 """What users type and import is frozen: a change to it is a reviewed line of tests/golden/surface.txt.
 
-    PYTHONPATH=. python tests/test_surface.py     # writes that file anew
+PYTHONPATH=. python tests/test_surface.py     # writes that file anew
 """
 
 import ast

@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -30,19 +31,14 @@ from ssl_kit.core.console import progress
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.random import random_bits
 from ssl_kit.embeddings.exact import normalised
-from ssl_kit.evaluation.linear import LogisticFit, Scaling, curvature, fit_logistic, spanned
-from ssl_kit.evaluation.result import Result, draw_metrics, holdout, labelled, made_by
+from ssl_kit.evaluation.features import FeatureSet, Pca, random_projection
+from ssl_kit.evaluation.linear import LogisticFit, Scaling, curvature, fit_logistic, linear_probe, spanned
+from ssl_kit.evaluation.neighbours import knn
+from ssl_kit.evaluation.result import Result, draw_metrics, holdout, labelled_parts, made_by
 
 if TYPE_CHECKING:
     from ssl_kit.embeddings.embeddings import Embeddings
 
-
-from dataclasses import replace
-from typing import Literal
-
-from ssl_kit.evaluation.features import FeatureSet, Pca, random_projection
-from ssl_kit.evaluation.linear import linear_probe
-from ssl_kit.evaluation.neighbours import knn
 
 SHOTS = (1, 2, 5, 10, 50)
 FRACTIONS = (0.01, 0.1)
@@ -89,9 +85,7 @@ def few_shot(
     """
     if draws < 1 or min(shots, default=1) < 1 or not all(0 < fraction <= 1 for fraction in fractions):
         raise UserError(f"few-shot: {draws} draws of shots {shots} and fractions {fractions}; wanted 1 or more, (0, 1]")
-    vectors, labels = labelled(train, "train")
-    test_vectors, test_labels = labelled(test, "test")
-    num_classes = int(max(len(train.classes), labels.max() + 1, test_labels.max() + 1))
+    vectors, labels, test_vectors, test_labels, num_classes = labelled_parts(train, test)
     candidates = sorted(map(float, l2), reverse=True)
     predictors = {
         PROTOCOLS[0]: _probe(vectors, labels, test_vectors, num_classes, candidates, seed, device),

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ssl_kit.core.random import permutation
 from ssl_kit.evaluation.metrics import probability_metrics
-from ssl_kit.evaluation.result import Result, classification_metrics, holdout, labelled, made_by
+from ssl_kit.evaluation.result import Result, classification_metrics, holdout, labelled_parts, made_by
 
 if TYPE_CHECKING:
     from ssl_kit.embeddings.embeddings import Embeddings
@@ -137,9 +137,7 @@ def linear_probe(
         device: that solves; it must have float64.
     """
     started = time.perf_counter()
-    vectors, labels = labelled(train, "train")
-    test_vectors, test_labels = labelled(test, "test")
-    num_classes = int(max(len(train.classes), labels.max() + 1, test_labels.max() + 1))
+    vectors, labels, test_vectors, test_labels, num_classes = labelled_parts(train, test)
     scaling = Scaling.of(vectors)
     scaled, test_scaled = spanned(*(scaling.apply(part).to(device) for part in (vectors, test_vectors)))
     candidates = [float(l2)] if isinstance(l2, int | float) else sorted(map(float, l2), reverse=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ssl_kit.embeddings.exact import blocks, normalised, search
-from ssl_kit.evaluation.result import Result, classification_metrics, holdout, labelled, made_by
+from ssl_kit.evaluation.result import Result, classification_metrics, holdout, labelled_parts, made_by
 
 if TYPE_CHECKING:
     from ssl_kit.embeddings.embeddings import Embeddings
@@ -127,10 +127,8 @@ def knn_rows(
 ) -> list[Result]:
     """Several kNN scores from one search of the test set; `rows` are (k, temperature) as in `knn`."""
     started = time.perf_counter()
-    gallery, gallery_labels = labelled(train, "train")
-    queries, query_labels = labelled(test, "test")
-    gallery = normalised(gallery)
-    num_classes = int(max(len(train.classes), gallery_labels.max() + 1, query_labels.max() + 1))
+    vectors, gallery_labels, queries, query_labels, num_classes = labelled_parts(train, test)
+    gallery = normalised(vectors)
     settings = [_settled(gallery, gallery_labels, num_classes, k, temperature, seed=seed) for k, temperature in rows]
     cosines, ids = search(gallery, normalised(queries), max(entry["k"] for entry in settings))
     seconds = (time.perf_counter() - started) / len(rows)

@@ -110,6 +110,14 @@ def labelled(embeddings: Embeddings, name: str) -> tuple[np.ndarray, np.ndarray]
     return vectors, embeddings.labels[known]
 
 
+def labelled_parts(train: Embeddings, test: Embeddings) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
+    """Vectors and labels of train, then of test, as `labelled` gives them, and how many classes they have."""
+    vectors, labels = labelled(train, "train")
+    test_vectors, test_labels = labelled(test, "test")
+    num_classes = int(max(len(train.classes), labels.max() + 1, test_labels.max() + 1))
+    return vectors, labels, test_vectors, test_labels, num_classes
+
+
 def holdout(labels: np.ndarray, fraction: float = 0.2, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Splits a training set by class: what candidates are fitted on, and what they are chosen on.
 

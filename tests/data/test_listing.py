@@ -1,36 +1,14 @@
 """Listing and ids on folders made for each test: awkward names, links, loops, pipes."""
 
-import io
 import os
 import socket
 import time
 
 import numpy as np
-from PIL import Image
+from stripes import make, pixels, png
 
 from ssl_kit.data.listing import escape, list_images, unescape
 from ssl_kit.data.sources import open_source
-
-
-def pixels(seed, height=8, width=8):
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def png(seed, height=8, width=8):
-    data = io.BytesIO()
-    Image.fromarray(pixels(seed, height, width)).save(data, "PNG")
-    return data.getvalue()
-
-
-def make(root, names, start=0):
-    """One PNG per name; image i has the pixels of seed start + i."""
-    for seed, name in enumerate(names, start):
-        path = os.path.join(os.fsencode(root), os.fsencode(name))
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, "wb") as file:
-            file.write(png(seed))
-    return root
-
 
 NAMES = [
     "b.png",

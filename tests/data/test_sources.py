@@ -8,6 +8,7 @@ import tracemalloc
 import numpy as np
 import pytest
 from PIL import Image
+from stripes import make, pixels, png
 
 from ssl_kit.core import machine
 from ssl_kit.core.errors import UserError
@@ -19,28 +20,8 @@ from ssl_kit.data.tables import encode, stratified
 from ssl_kit.verbs.monitor import hold_out
 
 
-def pixels(seed, height=8, width=8):
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def png(seed, height=8, width=8):
-    data = io.BytesIO()
-    Image.fromarray(pixels(seed, height, width)).save(data, "PNG")
-    return data.getvalue()
-
-
 def stored(source):
     return np.stack(source.read(slice(None)))
-
-
-def make(root, names, start=0):
-    """One PNG per name; image i has the pixels of seed start + i."""
-    for seed, name in enumerate(names, start):
-        path = os.path.join(os.fsencode(root), os.fsencode(name))
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, "wb") as file:
-            file.write(png(seed))
-    return root
 
 
 # --- labels
