@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities.apply_func import move_data_to_device
 
 from ssl_kit.core.errors import UserError
-from ssl_kit.core.random import Key
-from ssl_kit.data.loader import Batch, ViewLoader, views_at
+from ssl_kit.data.loader import ViewLoader, views_at
 from ssl_kit.data.plan import TrainingPlan
 from ssl_kit.data.sources import Source
 from ssl_kit.views.device import apply_device
@@ -95,7 +95,7 @@ class ImageData(pl.LightningDataModule):
         """Makes the views on the device when they are made there, and sets their memory format; of chunks, later."""
         if "chunks" in batch:
             device = batch["key"].index.device
-            batch["chunks"].finish = lambda chunk: self._finished(_moved(chunk, device))
+            batch["chunks"].finish = lambda chunk: self._finished(move_data_to_device(chunk, device))
             return batch
         return self._finished(batch)
 
@@ -107,13 +107,6 @@ class ImageData(pl.LightningDataModule):
         if self.channels_last:
             batch["views"] = [view.contiguous(memory_format=torch.channels_last) for view in batch["views"]]
         return batch
-
-
-def _moved(batch: Batch, device: torch.device) -> Batch:
-    """The batch on the device, what Lightning does to batches that are no chunks; the original stays as it is."""
-    seed, epoch, index = batch["key"]
-    views = [view.to(device, non_blocking=True) for view in batch["views"]]
-    return {"views": views, "key": Key(seed, epoch, index.to(device)), "label": batch["label"]}
 
 
 class ResumableLoader(ViewLoader):
