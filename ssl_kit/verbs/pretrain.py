@@ -286,7 +286,7 @@ def _trainer(learner: Method, duration: Duration, fitted: Fitted, loop: Loop, se
         learner,
         accelerator=fitted.device,
         precision=lightning_precision(fitted.precision),
-        max_steps=duration.max_steps,
+        max_steps=options.pop("max_steps", duration.max_steps),
         folder=settings.folder,
         accumulate_grad_batches=learner.optim.accumulate,
         **{"logger": loggers, **options, **several},
