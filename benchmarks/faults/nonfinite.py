@@ -8,7 +8,7 @@
     N1/three  three such steps in a row end the run with an error; the newest checkpoint is of a good step
     N2  NT-Xent at temperatures from 1e-3 to 10, of float32, bfloat16 and float16 projections, zero vectors among them,
         against float64 on the same numbers
-    N4  the share of a step that the watchdog and the curves take (ResNet-18 of width 16 at 32 px, batch 256)
+    N4  the share of a step that the guard and the curves take (ResNet-18 of width 16 at 32 px, batch 256)
 
 N3, false and missed alarms, is benchmarks/verdict.py.
 """
@@ -41,8 +41,9 @@ from ssl_kit.methods import simclr
 from ssl_kit.methods.simclr import nt_xent
 from ssl_kit.training.checkpoint import SafeCheckpointIO, newest
 from ssl_kit.training.curves import Curves
-from ssl_kit.training.guard import Watchdog
-from ssl_kit.training.optim import Average
+from ssl_kit.training.guard import Guard
+from ssl_kit.training.loop import Loop
+from ssl_kit.training.optim import EMA
 from ssl_kit.verbs.pretrain import pretrain
 
 STEPS = 12
@@ -66,19 +67,20 @@ class Spoil(pl.Callback):
         self.held = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self.watchdog = next(one for one in trainer.callbacks if isinstance(one, Watchdog))
-        self.average = next(one for one in trainer.callbacks if isinstance(one, Average))
+        loop = next(one for one in trainer.callbacks if isinstance(one, Loop))
+        assert loop.ema is not None
+        self.guard, self.ema = loop.guard, loop.ema
         layer = next(one for one in pl_module.encoder.modules() if isinstance(one, nn.Conv2d | nn.Linear))
         layer.register_forward_hook(self._activation)
-        loss, average = pl_module.loss, self.average.on_train_batch_end
+        loss, move = pl_module.loss, self.ema.move
         pl_module.loss = lambda views, key: self._loss(loss(views, key))
 
-        def before_average(trainer: pl.Trainer, module: Any, *rest: Any) -> None:
+        def spoilt_before(encoder: nn.Module, *rest: Any) -> Tensor:
             if self.spoiling and self.place == "weight":
-                _set(next(module.encoder.parameters()), self.value)
-            average(trainer, module, *rest)
+                _set(next(encoder.parameters()), self.value)
+            return move(encoder, *rest)
 
-        self.average.on_train_batch_end = before_average  # type: ignore[method-assign]
+        self.ema.move = spoilt_before  # type: ignore[method-assign]
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.spoiling = trainer.global_step in self.steps
@@ -91,7 +93,7 @@ class Spoil(pl.Callback):
         if self.place == "statistic":
             next(one for name, one in pl_module.named_buffers() if "running_var" in name)[0] = self.value
         if self.place == "average":  # found in the step that follows the one that moved it
-            _set(next(self.average.encoder(pl_module).parameters()), self.value)
+            _set(next(self.ema.encoder(pl_module.encoder).parameters()), self.value)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self.spoiling and self.place == "gradient":
@@ -112,10 +114,10 @@ class Spoil(pl.Callback):
             return
         after = self._state(trainer, pl_module)
         changed = [name for name, value in self.before.items() if not torch.equal(value, after[name])]
-        found = bool(self.watchdog.held)
+        found = bool(self.guard.held)
         if self.place in ("average", "weight"):  # the step was good until then: the next one is held back
-            found = bool(self.watchdog.spoilt)
-            weights = [f"average/{name}" for name, _ in self.average.encoder(pl_module).named_parameters()]
+            found = bool(self.guard.spoilt)
+            weights = [f"average/{name}" for name, _ in self.ema.encoder(pl_module.encoder).named_parameters()]
             changed = [name for name in changed if name in weights] if self.place == "weight" else []
         self.held += found
         if changed:
@@ -129,7 +131,7 @@ class Spoil(pl.Callback):
         for number, weight in enumerate(module.parameters()):
             for name, value in trainer.optimizers[0].state.get(weight, {}).items():  # `[]` would add a frozen weight
                 state[f"optimiser/{number}/{name}"] = value
-        averaged = self.average.encoder(module).state_dict()
+        averaged = self.ema.encoder(module.encoder).state_dict()
         state |= {f"average/{name}": value for name, value in averaged.items()}
         return {name: value.detach().clone() for name, value in state.items()}
 
@@ -249,7 +251,7 @@ def _errors(z: Tensor, temperature: float, decoupled: bool) -> tuple[float, floa
 
 
 def cost(place: Path, steps: int) -> dict[str, Any]:
-    """N4: seconds spent in each callback a step, over the seconds of a step."""
+    """N4: seconds spent in each part of a step, over the seconds of a step."""
     told, log = place / "cost.json", place / "log.txt"
     method = {**SUBJECTS["simclr"][0]}
     encoder = {"name": "resnet18_small", "args": {"channels": [16, 32, 64, 128]}}
@@ -259,16 +261,15 @@ def cost(place: Path, steps: int) -> dict[str, Any]:
     def child() -> None:
         spent: Counter[str] = Counter()
         ends: list[float] = []
-        for kind in (Watchdog, Average, Curves):
-            for name in (
-                "on_train_batch_start",
-                "on_before_backward",
-                "on_before_optimizer_step",
-                "on_train_batch_end",
-            ):
-                if name in vars(kind):
-                    note = lambda seconds, kind=kind: spent.update({kind.__name__: seconds})
-                    setattr(kind, name, timed(getattr(kind, name), note))
+        parts: tuple[tuple[type, tuple[str, ...]], ...] = (
+            (Guard, ("before_step", "see", "decide")),
+            (EMA, ("move",)),
+            (Curves, ("measure_untrained", "collect", "after_step")),
+        )
+        for kind, names in parts:
+            for name in names:
+                note = lambda seconds, kind=kind: spent.update({kind.__name__: seconds})
+                setattr(kind, name, timed(getattr(kind, name), note))
         (place / "larger").mkdir()
         for number, pixels in enumerate(images):
             Image.fromarray(pixels).save(place / "larger" / f"{number}.png")
@@ -286,10 +287,10 @@ def cost(place: Path, steps: int) -> dict[str, Any]:
 
     run_warmed(child, log)
     seconds = json.loads(told.read_text())
-    share = (seconds["Watchdog"] + seconds["Curves"]) / seconds["step"]
+    share = (seconds["Guard"] + seconds["Curves"]) / seconds["step"]
     return {
         "id": "N4",
-        "what": "share of a step spent by watchdog and curves",
+        "what": "share of a step spent by guard and curves",
         "tried": 1,
         "survived": int(share <= 0.01),
         "share": round(share, 5),

@@ -42,7 +42,8 @@ from ssl_kit.core.process import Signals
 from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.training.checkpoint import Checkpoints, SafeCheckpointIO
 from ssl_kit.training.curves import Curves
-from ssl_kit.verbs import monitor as following
+from ssl_kit.training.loop import Loop
+from ssl_kit.verbs import monitor
 from ssl_kit.verbs import pretrain as pretraining
 
 
@@ -172,7 +173,7 @@ def _writing_ids(path: Path) -> Callable[[], None]:
             with open(path, "a") as file:
                 file.write(json.dumps([trainer.global_step, batch["key"].epoch, batch["key"].index.tolist()]) + "\n")
 
-        wrap(Checkpoints, "on_train_batch_end", lambda _, trainer, module, out, batch, number: write(trainer, batch))
+        wrap(Loop, "on_train_batch_end", lambda _, trainer, module, out, batch, number: write(trainer, batch))
 
     return before
 
@@ -196,7 +197,7 @@ def _nothing(*_: Any) -> None:
 
 
 def _in(owner: Any, name: str, after: bool = False, step: int | None = None, call: int = 1) -> Callable[[], None]:
-    """Kills the process before or after the given call of a function, for callbacks only at that optimiser step."""
+    """Kills the process before or after a call of a function, of parts of the loop only at that optimiser step."""
     calls = [0]
 
     def maybe(*arguments: Any) -> None:
@@ -210,18 +211,18 @@ def _in(owner: Any, name: str, after: bool = False, step: int | None = None, cal
 
 
 PLACES: dict[str, Callable[[], None]] = {
-    "before the first step": _in(Curves, "on_train_batch_start", step=0),
-    "during the first measurement": _in(following, "knn_accuracy"),
-    "during the second measurement": _in(following, "knn_accuracy", call=2),
-    "during the last measurement": _in(following, "knn_accuracy", call=5),
-    "after the first step": _in(Checkpoints, "on_train_batch_end", step=1),
-    "last batch of epoch 1, before it may be saved": _in(Checkpoints, "on_train_batch_end", step=10),
-    "last batch of epoch 1, after that": _in(Checkpoints, "on_train_batch_end", after=True, step=10),
-    "last batch of epoch 3": _in(Checkpoints, "on_train_batch_end", step=30),
-    "first batch of epoch 2": _in(Checkpoints, "on_train_batch_end", step=11),
-    "the last step": _in(Checkpoints, "on_train_batch_end", step=STEPS),
-    "after the last step, before its state is saved": _in(Checkpoints, "on_train_end"),
-    "after the last state was saved": _in(Checkpoints, "on_train_end", after=True),
+    "before the first step": _in(Curves, "measure_untrained", step=0),
+    "during the first measurement": _in(monitor, "knn_accuracy"),
+    "during the second measurement": _in(monitor, "knn_accuracy", call=2),
+    "during the last measurement": _in(monitor, "knn_accuracy", call=5),
+    "after the first step": _in(Checkpoints, "after_step", step=1),
+    "last batch of epoch 1, before it may be saved": _in(Checkpoints, "after_step", step=10),
+    "last batch of epoch 1, after that": _in(Checkpoints, "after_step", after=True, step=10),
+    "last batch of epoch 3": _in(Checkpoints, "after_step", step=30),
+    "first batch of epoch 2": _in(Checkpoints, "after_step", step=11),
+    "the last step": _in(Checkpoints, "after_step", step=STEPS),
+    "after the last step, before its state is saved": _in(Checkpoints, "at_end"),
+    "after the last state was saved": _in(Checkpoints, "at_end", after=True),
     "before the encoder is written": _in(Encoder, "save"),
     "after the encoder was written": _in(Encoder, "save", after=True),
     "while the last report is written": _in(pretraining, "write_report", call=2),
@@ -234,9 +235,9 @@ def cost(work: Work, steps: int) -> dict[str, Any]:
     times: dict[str, list[float]] = {"hook": [], "save": [], "step": []}
 
     def before() -> None:
-        Checkpoints.on_train_batch_end = timed(Checkpoints.on_train_batch_end, times["hook"].append)  # type: ignore[method-assign]
+        Checkpoints.after_step = timed(Checkpoints.after_step, times["hook"].append)  # type: ignore[method-assign]
         SafeCheckpointIO.save_checkpoint = timed(SafeCheckpointIO.save_checkpoint, times["save"].append)  # type: ignore[method-assign]
-        wrap(Curves, "on_train_batch_start", lambda *_: times["step"].append(time.perf_counter()))
+        wrap(Loop, "on_train_batch_start", lambda *_: times["step"].append(time.perf_counter()))
 
     method = simclr({"name": "resnet18_small", "args": {"channels": [16, 32, 64, 128]}})
     images = np.random.default_rng(0).integers(0, 256, (512, 32, 32, 3), np.uint8)

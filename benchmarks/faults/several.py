@@ -21,8 +21,8 @@ from safetensors.numpy import load_file
 
 from ssl_kit import cli
 from ssl_kit.data import sources
-from ssl_kit.training.checkpoint import Checkpoints
 from ssl_kit.training.distributed import rank
+from ssl_kit.training.loop import Loop
 
 VIT = {"patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 1, "class_token": False, "global_pool": "avg"}
 VIT["fc_norm"] = False
@@ -82,9 +82,9 @@ def training(
     """
     if files:
         sources.fits_in_memory = lambda needed: (False, "as the benchmark has it")
-    end = Checkpoints.on_train_batch_end
+    end = Loop.on_train_batch_end
 
-    def watched(self: Checkpoints, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def watched(self: Loop, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if seen is not None:
             with open(seen, "a", encoding="utf-8") as file:
                 file.write(json.dumps([trainer.global_step, batch["key"].index.tolist()]) + "\n")
@@ -92,7 +92,7 @@ def training(
             act()
         end(self, trainer, module, outputs, batch, batch_idx)
 
-    Checkpoints.on_train_batch_end = watched  # type: ignore[method-assign]
+    Loop.on_train_batch_end = watched  # type: ignore[method-assign]
     raise SystemExit(cli.main(command))
 
 

@@ -21,10 +21,10 @@ from ssl_kit.core.files import MANIFEST, read_json
 from ssl_kit.data.loader import ViewLoader
 from ssl_kit.data.sources import open_source
 from ssl_kit.encoders.encoder import Encoder
-from ssl_kit.training import curves as monitor
+from ssl_kit.training import curves
 from ssl_kit.training.curves import Curves
 from ssl_kit.verbs import finetune as finetuning
-from ssl_kit.verbs import monitor as following
+from ssl_kit.verbs import monitor
 from ssl_kit.verbs import pretrain as pretraining
 from ssl_kit.views.recipe import ViewRecipe, plain
 
@@ -146,9 +146,9 @@ def load_kernels(data: Path) -> None:
 
 def look_often(pages: bool = False) -> None:
     """Rows every 5 steps and measurements every 10, so that kills fall into and between them; reports or none."""
-    monitor._MEASURE_STEPS = 10  # type: ignore[misc]
+    curves._MEASURE_STEPS = 10  # type: ignore[misc]
     Curves.__init__.__kwdefaults__["interval"] = 5
-    for module in () if pages else (pretraining, following, finetuning):
+    for module in () if pages else (pretraining, monitor, finetuning):
         module.write_report = lambda runs, path: None  # type: ignore[attr-defined]
 
 
@@ -163,7 +163,7 @@ def outcome(run: Path) -> dict[str, Any]:
         encoder = read_json(run / "finetuned" / "encoder.json")["sha256"]
         return {**found, "scores": json.loads(line)["metrics"], "encoder": encoder}
     record = read_json(run / "run.json")
-    rows = [_timeless(row) for row in monitor.read_curves(run / "metrics.csv")]
+    rows = [_timeless(row) for row in curves.read_curves(run / "metrics.csv")]
     return {**found, "rows": rows, "encoder": record["encoder_sha256"], "status": record["status"]}
 
 
