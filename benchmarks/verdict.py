@@ -5,7 +5,7 @@
     python benchmarks/verdict.py data/cifar10/train --quick                        # one seed of five runs, 2 minutes
 
 Each run has 200 steps of 128 views of 16 pixels: 4,000 images, a ResNet-18 of a quarter of the usual width (MAE: a ViT
-of 4 blocks), 15 to 30 s on two cores. A broken run is found when the verdict is `stuck` or `collapsed`, or the watchdog
+of 4 blocks), 15 to 30 s on two cores. A broken run is found when the verdict is `stuck` or `collapsed`, or the guard
 ends it. A healthy run that is called so is accused; 200 steps and 200 held-out images need not be enough for
 `learning`, so that `unknown` is no mistake. The last two rows are the counts.
 """

@@ -1,6 +1,6 @@
 """The optimiser and its schedule as one record, every unit spelt out; how long a run is; averaged weights (EMA).
 
-Average: an exponential moving average of the encoder's weights, kept beside the training.
+EMA: an exponential moving average of the encoder's weights, kept beside the training.
 
 theta <- tau * theta + (1 - tau) * w after every optimiser step: an average over about the last 1 / (1 - tau) steps.
 With `cosine`, tau grows from its first value to 1 over the run as in BYOL (Grill et al. 2020, arXiv:2006.07733,
