@@ -91,7 +91,7 @@ INTERRUPTED = {
     "index": ("ssl_kit.verbs.index.build_index", " are kept; the same command makes their index"),
     "search": ("ssl_kit.verbs.search._answers", "nothing was written"),
     "duplicates": ("ssl_kit.verbs.duplicates._neighbours", "nothing was written"),
-    "report": ("ssl_kit.report.report.write_report", "nothing was written"),
+    "report": ("ssl_kit.report.page.write_report", "nothing was written"),
     "export": ("ssl_kit.verbs.export._compared", "nothing was written"),
     "views": ("ssl_kit.verbs.views._grid", "nothing was written"),
     "doctor": ("ssl_kit.verbs.doctor._chosen", "nothing was written"),

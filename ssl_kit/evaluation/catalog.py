@@ -6,8 +6,8 @@ evaluation is a function as those of `verbs/scoring.py`, and an entry of `EVALUA
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Literal
 
@@ -18,6 +18,8 @@ PRETRAINED = "pretrained:"  # how those of other models begin
 ABOVE = "above_"  # metric: top-1 minus that of the features named after it, on the same images, with a paired interval
 GAIN = f"{ABOVE}best_baseline"
 JUDGED_BY = ("knn", "linear", "finetune", "attentive")  # a method that says nothing else; the first measured leads
+
+_TOP1 = {"top1": ""}
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Evaluation:
         function: "module:function" of (Task, FeatureSet) to results; "" where a verb of its own measures it.
         default: whether `evaluate` measures it unasked: always, never, or for transformers only.
         row: what its rows on a terminal begin with.
-        metrics: (metric, words) of these rows, with "" for the one that needs no words.
+        metrics: of these rows, metric -> words, "" for the one that needs none.
         absent: what a page of a run without it says is lacking; "" to say nothing.
     """
 
@@ -41,140 +43,112 @@ class Evaluation:
     function: str = ""
     default: Literal["always", "transformers", "never"] = "never"
     row: str = ""
-    metrics: tuple[tuple[str, str], ...] = (("top1", ""),)
+    metrics: Mapping[str, str] = field(default_factory=lambda: _TOP1)
     absent: str = ""
 
 
+_SCORING = "ssl_kit.verbs.scoring:score_"
+_CORRUPTIONS = ("noise", "blur", "brightness", "contrast", "jpeg", "pixelate", "rotation", "crop")
 _ENTRIES = (
     Evaluation(
         "knn",
         "kNN",
         "Nearest neighbours by cosine vote on the label; nothing is trained.",
-        "ssl_kit.verbs.scoring:score_knn",
-        "always",
-        "kNN",
+        f"{_SCORING}knn",
+        default="always",
+        row="kNN",
     ),
     Evaluation(
         "linear",
         "Linear probe",
         "A linear classifier on frozen features; l2 is chosen on a held-out part of train.",
-        "ssl_kit.verbs.scoring:score_linear",
-        "always",
-        "linear probe",
-        (
-            ("top1", ""),
-            ("balanced_accuracy", "balanced"),
-            ("macro_f1", "macro-F1"),
-            ("auroc", "AUROC"),
-            ("average_precision", "average precision"),
-            ("ece", "calibration error"),
-        ),
+        f"{_SCORING}linear",
+        default="always",
+        row="linear probe",
+        metrics=_TOP1
+        | {"balanced_accuracy": "balanced", "macro_f1": "macro-F1", "auroc": "AUROC"}
+        | {"average_precision": "average precision", "ece": "calibration error"},
     ),
     Evaluation("finetune", "Fine-tuning", "The whole network trained on the labels."),
     Evaluation(
         "attentive",
         "Attentive probe",
         "Attention pooling and a linear classifier on frozen features.",
-        "ssl_kit.verbs.scoring:score_attentive",
-        "transformers",
-        "attentive probe",
+        f"{_SCORING}attentive",
+        default="transformers",
+        row="attentive probe",
     ),
     Evaluation(
         "few_shot",
         "Few-shot",
         "A classifier from a few labelled images per class.",
-        "ssl_kit.verbs.scoring:score_few_shot",
+        f"{_SCORING}few_shot",
         absent="few-shot curve",
     ),
     Evaluation(
         "curve",
         "Curve",
         "kNN and linear probe at fewer dimensions.",
-        "ssl_kit.verbs.scoring:score_curve",
+        f"{_SCORING}curve",
         absent="score by dimensions",
     ),
     Evaluation(
         "retrieval",
         "Retrieval",
         "Are the nearest images of the same class?",
-        "ssl_kit.verbs.scoring:score_retrieval",
+        f"{_SCORING}retrieval",
         row="retrieval",
-        metrics=(
-            ("recall_at_1", "recall@1"),
-            ("recall_at_10", "recall@10"),
-            ("precision_at_10", "precision@10"),
-            ("r_precision", "R-precision"),
-            ("map_at_r", "mAP@R"),
-        ),
+        metrics={"recall_at_1": "recall@1", "recall_at_10": "recall@10", "precision_at_10": "precision@10"}
+        | {"r_precision": "R-precision", "map_at_r": "mAP@R"},
     ),
     Evaluation(
         "instances",
         "Instance retrieval",
         "Is one crop of an image found by another?",
-        "ssl_kit.verbs.scoring:score_instances",
+        f"{_SCORING}instances",
         row="crop to crop",
-        metrics=(
-            ("recall_at_1", "recall@1"),
-            ("recall_at_10", "recall@10"),
-            ("mean_reciprocal_rank", "reciprocal rank"),
-        ),
+        metrics={"recall_at_1": "recall@1", "recall_at_10": "recall@10", "mean_reciprocal_rank": "reciprocal rank"},
     ),
     Evaluation(
         "robustness",
         "Robustness",
         "The score on corrupted images.",
-        "ssl_kit.verbs.scoring:score_robustness",
+        f"{_SCORING}robustness",
         row="kNN, k = 20",
-        metrics=(
-            ("clean", "clean"),
-            ("top1", "all corruptions"),
-            *(
-                (name, name)
-                for name in ["noise", "blur", "brightness", "contrast", "jpeg", "pixelate", "rotation", "crop"]
-            ),
-        ),
+        metrics={"clean": "clean", "top1": "all corruptions"} | {name: name for name in _CORRUPTIONS},
         absent="robustness",
     ),
     Evaluation(
         "sgd",
         "Linear probe by SGD",
         "The literature's protocol; the learning rate is chosen on a held-out part of train.",
-        "ssl_kit.verbs.scoring:score_sgd",
+        f"{_SCORING}sgd",
         row="linear probe by SGD",
     ),
     Evaluation(
         "details",
         "Details",
         "Scores per class; tables are in details/.",
-        "ssl_kit.verbs.scoring:score_details",
-        metrics=(
-            ("lowest_recall", "lowest recall of a class"),
-            ("suspected_train", "suspected label errors, train"),
-            ("suspected_test", "suspected label errors, test"),
-        ),
+        f"{_SCORING}details",
+        metrics={"lowest_recall": "lowest recall of a class"}
+        | {f"suspected_{part}": f"suspected label errors, {part}" for part in ("train", "test")},
         absent="confusions, recalls, ROC and the worst mistakes",
     ),
     Evaluation(
         "looks",
         "Looks",
         "What the encoder looks at, as pictures; nothing is scored.",
-        "ssl_kit.verbs.scoring:score_looks",
+        f"{_SCORING}looks",
         absent="what the encoder looks at",
     ),
     Evaluation(
         "health",
         "Health, without labels",
         "Effective rank: how many directions the features really use.",
-        "ssl_kit.verbs.scoring:score_health",
-        "always",
-        metrics=(
-            ("effective_rank", "effective rank"),
-            ("lidar", "LiDAR"),
-            ("alpha", "alpha of the spectrum"),
-            ("uniformity", "uniformity"),
-            ("alignment", "alignment"),
-            ("hubness", "hubness"),
-        ),
+        f"{_SCORING}health",
+        default="always",
+        metrics={"effective_rank": "effective rank", "lidar": "LiDAR", "alpha": "alpha of the spectrum"}
+        | {name: name for name in ("uniformity", "alignment", "hubness")},
     ),
 )
 EVALUATIONS = {entry.name: entry for entry in _ENTRIES}

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ssl_kit.embeddings.exact import normalised, search
+from ssl_kit.evaluation.result import ClassScore
 
 RESAMPLES = 200  # of the bootstrap: each costs N x C, where that of top-1 costs next to nothing
 _LEAST_RESAMPLES = 50
@@ -93,29 +94,6 @@ def _calibration_error(labels: np.ndarray, probabilities: np.ndarray, counts_RN:
     gaps_NB = np.zeros((len(labels), _BINS))
     gaps_NB[np.arange(len(labels)), bins] = gap
     return np.abs(counts_RN @ gaps_NB).sum(axis=1) / counts_RN.sum(axis=1)
-
-
-@dataclass
-class ClassScore:
-    """One class among the test images.
-
-    Attributes:
-        name: of the class.
-        num_images: with this label.
-        recall: fraction of them that was recognised; nan without images.
-        low: lower end of the recall's 95 % Wilson interval.
-        high: upper end.
-        precision: fraction of the predictions of this class that was right; nan without predictions.
-        mistaken_for: the class most often predicted instead, "" if none.
-    """
-
-    name: str
-    num_images: int
-    recall: float
-    low: float
-    high: float
-    precision: float
-    mistaken_for: str
 
 
 def class_scores(confusion: np.ndarray, classes: tuple[str, ...]) -> list[ClassScore]:

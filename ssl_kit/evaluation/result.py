@@ -74,6 +74,29 @@ class Result:
         return cls(**record)
 
 
+@dataclass(frozen=True)
+class ClassScore:
+    """One class among the test images.
+
+    Attributes:
+        name: of the class.
+        num_images: with this label.
+        recall: fraction of them that was recognised; nan without images.
+        low: lower end of the recall's 95 % Wilson interval.
+        high: upper end.
+        precision: fraction of the predictions of this class that was right; nan without predictions.
+        mistaken_for: the class most often predicted instead, "" if none.
+    """
+
+    name: str
+    num_images: int
+    recall: float
+    low: float
+    high: float
+    precision: float
+    mistaken_for: str
+
+
 def made_by(train: Embeddings, test: Embeddings) -> dict[str, Any]:
     """The provenance of a score: the encoder's sha256, what `train` and `test` were, and the versions at work."""
     return {

@@ -1,4 +1,4 @@
-"""The bokeh charts: curves over training, the map, and what score_charts.py draws with. Colours are names.
+"""The bokeh charts: curves over training, scores by labels and by dimensions, ROC, the map. Colours are names.
 
 A model that has a colour carries it as a tag `property=--variable`; `page.js` sets it from the page's CSS variables
 at load and whenever the theme changes, so that charts and text share one palette. The fallbacks set here are those of
@@ -7,7 +7,7 @@ the light theme. No toolbar on the curves and no scroll or pan tools: a finger m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from markupsafe import Markup
 
-from ssl_kit.report.reading import Run
-from ssl_kit.report.untrusted import number
+from ssl_kit.evaluation.catalog import EVALUATIONS
+from ssl_kit.report.read import Roc, Run, number
+from ssl_kit.report.tables import Line, dimension_lines, few_shot_lines, storage
 
 if TYPE_CHECKING:
     from bokeh.plotting import figure as Figure
@@ -27,24 +28,25 @@ _DOTS_TO = 40  # rows up to which each is marked with a dot
 NUM_COLOURS = 8  # --c0 ... --c7 of style.css: Okabe & Ito, darkened or lightened for contrast with the page
 MARKERS = ("circle", "triangle", "square", "diamond", "inverted_triangle")  # colour is never the only sign
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
-_CURVES = (
-    ("loss", "Loss"),
-    ("knn_top1", "kNN top-1 while training"),
-    ("crops_top1", "Crop to crop, top-1"),
-    ("effective_rank", "Effective rank"),
-    ("lr", "Learning rate"),
-    ("alignment", "Alignment"),
-    ("uniformity", "Uniformity"),
-)
-_CURVE_NOTES = {
-    "loss": "Lower is better. A collapsed model stays at the dashed line.",
-    "knn_top1": "On held-out labelled images the encoder never trained on.",
-    "crops_top1": "How often a crop of an image finds another one of it first, among those of 512.",
-    "effective_rank": "How many directions the features use; 1 means collapsed.",
-    "lr": "As scheduled, after scaling with the batch.",
-    "alignment": "Distance between two views of one image; lower is closer.",
-    "uniformity": "How evenly the features fill the sphere; lower is more even.",
+_CURVES = {  # column -> title, note
+    "loss": ("Loss", "Lower is better. A collapsed model stays at the dashed line."),
+    "knn_top1": ("kNN top-1 while training", "On held-out labelled images the encoder never trained on."),
+    "crops_top1": (
+        "Crop to crop, top-1",
+        "How often a crop of an image finds another one of it first, among those of 512.",
+    ),
+    "effective_rank": ("Effective rank", "How many directions the features use; 1 means collapsed."),
+    "lr": ("Learning rate", "As scheduled, after scaling with the batch."),
+    "alignment": ("Alignment", "Distance between two views of one image; lower is closer."),
+    "uniformity": ("Uniformity", "How evenly the features fill the sphere; lower is more even."),
 }
+# The same features have the same colour in every chart: their place in the palette; pretrained models get the rest
+_PLACES = {"encoder": 0, "pixels": 1, "random_init": 6, "pca": 3}
+_OTHERS = (2, 5, 7, 4)
+_HEIGHT = 300  # of charts of scores
+_DASHES = ("solid", "dashed", "dotted")
+_LOWEST = 4  # classes whose ROC curve has a colour of its own
+_FAINT = 40  # other classes that are drawn at all
 
 
 @dataclass(frozen=True)
@@ -83,41 +85,130 @@ def curve_charts(runs: Sequence[Run]) -> list[Chart]:
     """A chart per measured column of metrics.csv, the runs overlaid."""
     axis = _time_axis(runs)
     charts = []
-    for column, title in _CURVES:
+    for column, (title, note) in _CURVES.items():
         lines = [(run, *_line(run, axis, column)) for run in runs]
         if not any(len(x) for _, x, _ in lines):
             continue
-        fig = new_figure(axis)
+        fig = _figure(axis)
         smoothed = [_draw_curve(fig, x, y, position) for position, (_, x, y) in enumerate(lines)]
         chances = [number(run.info.get("chance_loss")) for run in runs] if column == "loss" else []
         for chance in sorted({round(chance, 4) for chance in chances if chance is not None}):
             _draw_chance(fig, chance, [y for _, _, y in lines if len(y)])
         ends = "; ".join(_ends(run.name if len(runs) > 1 else "", y) for run, _, y in lines if len(y))
         legend = [(run.name, position, shape_of(position)) for position, run in enumerate(runs)]
-        caption = f"{ends}. {_CURVE_NOTES[column]}"
-        charts.append(Chart(f"curve-{column}", title, caption, legend if len(runs) > 1 else [], fig, any(smoothed)))
+        legend = legend if len(runs) > 1 else []
+        charts.append(Chart(f"curve-{column}", title, f"{ends}. {note}", legend, fig, any(smoothed)))
     return charts
+
+
+def few_shot_charts(run: Run) -> list[Chart]:
+    """A chart per protocol: top-1 against labelled images per class."""
+    caption = "Top-1 on the test images, the mean over several draws of labels; bars are 95 % intervals."
+    return [
+        _score_chart(
+            f"few-shot-{place}",
+            f"Few-shot: {protocol}" if protocol else "Few-shot",
+            caption,
+            lines,
+            _figure("labelled images per class", x_scale="log", height=_HEIGHT),
+            "{:,}".format,
+        )
+        for place, (protocol, lines) in enumerate(few_shot_lines(run).items())
+    ]
+
+
+def dimension_charts(run: Run) -> list[Chart]:
+    """A chart per evaluation: top-1 against the dimensions kept, with what a million vectors take to store."""
+    caption = "Bars are 95 % intervals. Fewer dimensions cost less to store and search."
+    return [
+        _score_chart(
+            f"dimensions-{evaluation}",
+            f"{EVALUATIONS[evaluation].title} top-1 by number of dimensions",
+            caption,
+            lines,
+            _figure("dimensions; storage of a million float32 vectors", x_scale="log", height=_HEIGHT + 30),
+            lambda dim: f"{dim:,}\n{storage(dim)}",
+        )
+        for evaluation, lines in dimension_lines(run).items()
+    ]
+
+
+def roc_chart(roc: Roc) -> Chart:
+    """Recall against false-positive rate: the mean over classes, the classes of lowest area, the others faintly."""
+    fig = _figure("false-positive rate", height=_HEIGHT)
+    fig.yaxis.axis_label = "recall"
+    fig.yaxis[0].tags = [*fig.yaxis[0].tags, "axis_label_text_color=--muted"]
+    chance = fig.line([0, 1], [0, 1], line_dash="dashed", line_width=1)
+    chance.glyph.tags = ["line_color=--muted"]
+    ranked = sorted(roc.classes, key=lambda line: line.auroc)
+    for line in ranked[_LOWEST : _LOWEST + _FAINT]:
+        faint = fig.line(roc.rates, line.recalls, line_width=1, line_alpha=0.3)
+        faint.glyph.tags = ["line_color=--muted"]
+    legend: list[tuple[str, int, int]] = []
+    for position, line in reversed(list(enumerate([roc.macro, *ranked[:_LOWEST]]))):  # the macro average on top
+        data = {"x": roc.rates, "y": line.recalls}
+        tooltips = [("false-positive rate", "@x{0.000}"), ("recall", "@y{0.000}")]
+        _draw_line(fig, data, position, 0, tooltips, dots=False, width=1.5 if position else 3)
+        legend.insert(0, (f"{line.name}, area {line.auroc:.3f}", position, 0))
+    others = len(ranked) - _LOWEST
+    told = "Each class against the rest, by the linear probe. Dashed: chance, area 0.5."
+    if others > 0:
+        told += f" Coloured: the {_LOWEST} classes of the lowest area; thin and grey: {min(others, _FAINT)} others."
+    return Chart("roc", "ROC", told, legend, fig)
+
+
+def _score_chart(
+    name: str, title: str, caption: str, lines: Sequence[Line], fig: Figure, tick: Callable[[int], str]
+) -> Chart:
+    """Lines with their intervals; ticks where something was measured. Variants of features differ by shape and dash."""
+    from bokeh.models import NoOverlap
+
+    legend, ends = [], []
+    for line in lines:
+        place = _place_of(line.features, lines)
+        shape = shape_of(line.variant if any(one.variant for one in lines) else place % NUM_COLOURS)
+        bounded = [(x, *one.bounds) for x, one in line.points.items() if one.bounds]
+        if bounded:
+            x, low, high = (list(column) for column in zip(*bounded, strict=True))
+            bars = fig.segment(x, low, x, high, line_width=5, line_alpha=0.3)
+            _colour(bars.glyph, place, "line_color")
+        scores = list(line.points.values())
+        told = [f"{one.text} {one.interval}".strip() for one in scores]
+        data = {"x": list(line.points), "y": [one.value for one in scores], "told": told}
+        tooltips = [(line.name, "@told"), ("at", "@x{0,0}")]
+        _draw_line(fig, data, place, shape, tooltips, dash=_DASHES[line.variant % len(_DASHES)])
+        legend.append((line.name, place, shape))
+        first, last = min(line.points), max(line.points)
+        ends.append(f"{line.name}: {scores[0].value:.3f} at {first:,}, {scores[-1].value:.3f} at {last:,}")
+    ticks: Any = {x: tick(x) for line in lines for x in line.points}
+    fig.xaxis.ticker, fig.xaxis.major_label_overrides = sorted(ticks), ticks
+    fig.xaxis.major_label_policy = NoOverlap(min_distance=6)  # on a phone
+    return Chart(name, title, caption, legend, fig, spoken=f"{'; '.join(ends)}.")
+
+
+def _place_of(features: str, lines: Iterable[Line]) -> int:
+    others = sorted({line.features for line in lines} - _PLACES.keys())
+    return _PLACES[features] if features in _PLACES else _OTHERS[others.index(features) % len(_OTHERS)]
 
 
 def map_model(value: dict[str, Any]) -> Any:
     """The map: a scatter with the thumbnail in the tooltip; `page.js` pins what is clicked and dims classes."""
     from bokeh.models import ColumnDataSource, HoverTool, PanTool, ResetTool, TapTool, WheelZoomTool
 
-    labels = np.array(value["labels"], dtype=np.int64)
-    names = [value["classes"][label] if label >= 0 else "" for label in labels]
+    labels = value["labels"]
     data = {
         "x": value["x"],
         "y": value["y"],
         "thumb": value["images"],
-        "label": labels.tolist(),
-        "name": names,
+        "label": labels,
+        "name": [value["classes"][label] if label >= 0 else "" for label in labels],
         "index": value["indices"],
-        "marker": [MARKERS[shape_of(int(label))] if label >= 0 else "circle" for label in labels],
+        "marker": [MARKERS[shape_of(label)] if label >= 0 else "circle" for label in labels],
         "color": ["#0072B2"] * len(labels),
         "alpha": [0.8] * len(labels),
     }
     source = ColumnDataSource(data, name="map")
-    fig = new_figure("")
+    fig = _figure("")
     fig.sizing_mode = "stretch_both"  # style.css gives the height: less on a phone
     fig.axis.visible = False
     fig.grid.visible = False
@@ -149,8 +240,8 @@ def decimate(x: np.ndarray, y: np.ndarray, limit: int = MAX_POINTS) -> tuple[np.
     if len(x) <= limit:
         return x, y
     edges = np.linspace(0, len(y), limit // 2 + 1).astype(np.int64)
-    kept = [start + extreme for start, end in pairwise(edges) for extreme in _extremes(y[start:end])]
-    order = np.unique(kept)
+    stretches = [(start, y[start:end]) for start, end in pairwise(edges)]
+    order = np.unique([start + place for start, part in stretches for place in (part.argmin(), part.argmax())])
     return x[order], y[order]
 
 
@@ -163,16 +254,11 @@ def moving_average(y: np.ndarray, window: int) -> np.ndarray:
     return (sums[end] - sums[start]) / (end - start)
 
 
-def _extremes(y: np.ndarray) -> list[int]:
-    return sorted({int(y.argmin()), int(y.argmax())})
-
-
 def _line(run: Run, axis: str, column: str) -> tuple[np.ndarray, np.ndarray]:
     """The (N,) positions in time and values of a column, without the rows where either is missing."""
-    none = np.zeros(0)
     x, y = _positions(run, axis), run.metrics.get(column)
     if x is None or y is None:
-        return none, none
+        return np.zeros(0), np.zeros(0)
     known = np.isfinite(x) & np.isfinite(y)
     return x[known], y[known]
 
@@ -186,10 +272,9 @@ def _positions(run: Run, axis: str) -> np.ndarray | None:
     """(rows,) epochs or steps; whole epochs, the same for many rows, are made finer from the images seen."""
     if axis == "step":
         return run.metrics.get("step")
-    epochs, seen, data = run.metrics.get("epoch"), run.metrics.get("images"), run.info.get("data")
+    epochs, seen, per_epoch = run.metrics.get("epoch"), run.metrics.get("images"), number(run.data.get("images"))
     if epochs is not None and 2 * len(np.unique(epochs)) > len(epochs):
         return epochs
-    per_epoch = number(data.get("images")) if isinstance(data, dict) else None
     return seen / per_epoch if seen is not None and per_epoch else None
 
 
@@ -198,7 +283,7 @@ def _ends(name: str, y: np.ndarray) -> str:
     return f"{told}{y[-1]:.4g}" if len(y) == 1 else f"{told}{y[0]:.4g} at first, {y[-1]:.4g} at last"
 
 
-def new_figure(x_label: str, *, x_scale: Literal["linear", "log"] = "linear", height: int = 240) -> Figure:
+def _figure(x_label: str, *, x_scale: Literal["linear", "log"] = "linear", height: int = 240) -> Figure:
     """An empty figure in the look of the page."""
     from bokeh.plotting import figure
 
@@ -230,14 +315,14 @@ def _draw_curve(fig: Figure, x: np.ndarray, y: np.ndarray, position: int) -> boo
     noisy = bool(len(x) >= _SMOOTH_FROM and turns > len(x) / 10)
     if noisy:
         faint = fig.line(thin_x, thin_y, line_width=1, line_alpha=0.3)
-        colour(faint.glyph, position, "line_color")
+        _colour(faint.glyph, position, "line_color")
         thin_x, thin_y = decimate(x, moving_average(y, max(3, len(y) // 40)))
     tooltips = [(str(fig.xaxis[0].axis_label), "@x{0,0.[00]}"), ("value", "@y{0.[0000]}")]
-    draw_line(fig, {"x": thin_x, "y": thin_y}, position, shape_of(position), tooltips, dots=len(x) <= _DOTS_TO)
+    _draw_line(fig, {"x": thin_x, "y": thin_y}, position, shape_of(position), tooltips, dots=len(x) <= _DOTS_TO)
     return noisy
 
 
-def draw_line(
+def _draw_line(
     fig: Figure,
     data: dict[str, Any],
     position: int,
@@ -253,10 +338,10 @@ def draw_line(
 
     source = ColumnDataSource(data)
     line = fig.line("x", "y", source=source, line_width=width, line_dash=dash, line_join="round", line_cap="round")
-    colour(line.glyph, position, "line_color")
+    _colour(line.glyph, position, "line_color")
     if dots:
         marks = fig.scatter("x", "y", source=source, size=7, marker=MARKERS[shape])
-        colour(marks.glyph, position, "line_color", "fill_color")
+        _colour(marks.glyph, position, "line_color", "fill_color")
     fig.add_tools(HoverTool(renderers=[line], mode="vline", line_policy="nearest", tooltips=tooltips, visible=False))
 
 
@@ -276,6 +361,6 @@ def _draw_chance(fig: Figure, chance: float, lines: Sequence[np.ndarray]) -> Non
     fig.y_range = Range1d(low - room / 2, high + room)
 
 
-def colour(glyph: Any, position: int, *properties: str) -> None:
+def _colour(glyph: Any, position: int, *properties: str) -> None:
     """Has page.js set these properties to the palette's colour at `position`."""
     glyph.tags = [f"{name}=--c{position % NUM_COLOURS}" for name in properties]

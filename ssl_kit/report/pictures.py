@@ -1,9 +1,12 @@
-"""Pictures and picture data that the verbs leave in RUN/pictures, and the page of `ssl-kit search --html`.
+"""Pictures and picture data that the verbs leave in RUN/pictures, and maps drawn over images.
 
 Functions of arrays: nothing here knows torch, sources or encoders. An image is uint8 (H, W, C) with C = 1 or 3; a
-view is float (C, h, w) in [0, 1]. Every file appears whole or not at all (`core.files.atomic_file`).
+view is float (C, h, w) in [0, 1]. Every file appears whole or not at all (`core.files.atomic_file`). Maps are dark to
+bright for amounts, blue to orange for signed ones: the scales of style.css (.heat, .signed).
 
-Letters: N images, Q queries, k neighbours, C channels, (H, W) stored size, (h, w) size of a view, all in pixels.
+`folder` is RUN/pictures, `classes[i]` the name of label i, -1 an unknown label. Images become thumbnails of 64 pixels.
+
+Letters: N images, Q queries, k neighbours, C channels, (H, W) stored size, (h, w) size of a view or map, in pixels.
 """
 
 from __future__ import annotations
@@ -14,26 +17,28 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from ssl_kit.core.files import atomic_file
-from ssl_kit.report.page import render, write_page
 
 NEIGHBOURS = "neighbours.json"
 MAP = "map.json"
 WRONG = "wrong.json"
 LOOKS = "looks.json"
 DUPLICATES = "duplicates.json"
+KINDS = ("image", "neighbour", "attention", "patch", "colours", "similarity", "gradients")  # of looks; see looks.html
 MAP_SIZES = ((44, 62), (36, 45), (32, 25))  # (longer side in pixels, WebP quality), tried until the map fits
 MAP_BYTES = 2_200_000  # of base64 thumbnails: bokeh and the rest of the page need under 3.5 MB of the 6
 _NEIGHBOUR_SIZE = 64
-_SEARCH_SIZE = 160
-_LOOK_SIZE = 112
+_LOOK_SIZE = 112  # also what smaller images are enlarged to, by an integer, below a map
 _CELL = 132  # a view is enlarged by the largest integer that keeps it below this many pixels
 _GAP = 6
+# matplotlib's inferno at 0, 1/4, ... 1: it grows brighter evenly, also in grey and for the colour-blind
+_HEAT = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)], dtype=np.float64)
+_LOWER, _RAISE = np.array([86, 180, 233.0]), np.array([230, 120, 20.0])  # of Okabe & Ito: told apart by everyone
+_KEPT = 0.4  # of the grey image below a map
 _CAPTION = (122, 122, 122, 255)  # readable on white and on near-black: the background stays transparent
 
 Thumbnail = Callable[[int], np.ndarray]
@@ -52,9 +57,10 @@ def draw_views(path: Path | str, originals: Sequence[np.ndarray], views: Sequenc
     height, width = views[0].shape[-2:] if views else (_CELL, _CELL)
     captions = ["original", *(f"view {number}" for number in range(1, len(views) + 1))]
     images = [[to_image(original) for original in originals]]
-    images += [[to_image(_to_uint8(one)) for one in view] for view in views]
+    images += [[to_image(_to_uint8(255.0 * one.transpose(1, 2, 0))) for one in view] for view in views]
     sheet = _sheet(images, height, width, captions, on_the_left=True)
-    _save(sheet, path, f"{len(originals)} images, one per column: the original on top, then {_counted(views)} of it.")
+    counted = "one view" if len(views) == 1 else f"{len(views)} views"
+    _save(sheet, path, f"{len(originals)} images, one per column: the original on top, then {counted} of it.")
 
 
 def draw_grid(path: Path | str, grid: np.ndarray, columns: Sequence[str], caption: str) -> None:
@@ -68,7 +74,7 @@ def draw_grid(path: Path | str, grid: np.ndarray, columns: Sequence[str], captio
         columns: K captions, or none.
         caption: what is seen, in a sentence or two.
     """
-    images = [[to_image(_to_uint8(one)) for one in row] for row in grid]
+    images = [[to_image(_to_uint8(255.0 * one.transpose(1, 2, 0))) for one in row] for row in grid]
     turned = len(images) > len(images[0])
     if turned:
         images = [list(column) for column in zip(*images, strict=True)]
@@ -103,10 +109,6 @@ def _sheet(
     return sheet
 
 
-def _counted(views: Sequence[np.ndarray]) -> str:
-    return "one view" if len(views) == 1 else f"{len(views)} views"
-
-
 def made_here() -> PngImagePlugin.PngInfo:
     """What tells a picture of ours from others: `owned.check_output` looks for it."""
     told = PngImagePlugin.PngInfo()
@@ -132,25 +134,21 @@ def draw_neighbours(
     """Writes `neighbours.json`: query strips, each image stored once and referred to by its place in `images`.
 
     Args:
-        folder: RUN/pictures.
         queries: (Q,) int, indices of the query images.
         found: features ("encoder", "pixels", ...) -> (Q, k) int, indices of the neighbours, nearest first.
-        thumbnail: index -> (H, W, C) uint8; shrunk to at most 64 pixels here.
-        labels: int64 by index, -1 unknown.
-        classes: the name of label i is classes[i].
+        thumbnail: index -> (H, W, C) uint8.
+        labels: int64 by index.
     """
     used = np.unique(np.concatenate([np.ravel(queries), *(np.ravel(rows) for rows in found.values())]))
-    place = {int(index): position for position, index in enumerate(used)}
+    places = lambda indices: np.searchsorted(used, indices).tolist()
     _write(
         Path(folder) / NEIGHBOURS,
-        {
-            "classes": list(classes),
-            "images": [encode(thumbnail(index), _NEIGHBOUR_SIZE, 75) for index in place],
-            "indices": list(place),
-            "labels": [int(labels[index]) for index in place],
-            "queries": [place[int(index)] for index in np.ravel(queries)],
-            "found": {name: [[place[int(index)] for index in row] for row in rows] for name, rows in found.items()},
-        },
+        classes=list(classes),
+        images=[encode(thumbnail(index), _NEIGHBOUR_SIZE, 75) for index in used.tolist()],
+        indices=used.tolist(),
+        labels=labels[used].tolist(),
+        queries=places(np.ravel(queries)),
+        found={name: places(rows) for name, rows in found.items()},
     )
 
 
@@ -166,10 +164,8 @@ def draw_map(
     """Writes `map.json`: a thumbnail, a label and a place in the plane for each of N images.
 
     Args:
-        folder: RUN/pictures.
         positions: (N, 2) float, e.g. from PCA or t-SNE; no unit.
-        labels: (N,) int64, -1 unknown.
-        classes: the name of label i is classes[i].
+        labels: (N,) int64.
         thumbnail: index -> (H, W, C) uint8; stored 32 to 44 pixels large, whatever keeps the page small.
         indices: (N,) int, what `thumbnail` is called with.
         projection: how the positions were made, in words ("t-SNE of 2,000 test images"); shown under the map.
@@ -180,18 +176,9 @@ def draw_map(
         images = [encode(thumbnail(int(index)), size, quality) for index in indices]
         if sum(map(len, images)) <= MAP_BYTES:
             break
-    _write(
-        Path(folder) / MAP,
-        {
-            "classes": list(classes),
-            "images": images,
-            "indices": [int(index) for index in indices],
-            "labels": [int(label) for label in labels],
-            "x": [round(float(x), 4) for x in positions[:, 0]],
-            "y": [round(float(y), 4) for y in positions[:, 1]],
-            "projection": projection,
-        },
-    )
+    x, y = np.round(np.asarray(positions, dtype=np.float64), 4).T.tolist()
+    named = {"classes": list(classes), "images": images, "indices": indices.tolist(), "labels": labels.tolist()}
+    _write(Path(folder) / MAP, **named, x=x, y=y, projection=projection)
 
 
 def draw_wrong(
@@ -206,25 +193,21 @@ def draw_wrong(
     """Writes `wrong.json`: images and what they were taken for.
 
     Args:
-        folder: RUN/pictures.
-        images: M of (H, W, C) uint8, shrunk to at most 64 pixels here.
+        images: M of (H, W, C) uint8.
         indices: (M,) int, which images of the test set they are.
         labels: (M,) int64, the right classes.
         predicted: (M,) int64.
         confidences: (M,) probabilities of the predicted classes.
-        classes: the name of label i is classes[i].
     """
     assert len(images) == len(indices) == len(labels) == len(predicted) == len(confidences), "one of each per image"
     _write(
         Path(folder) / WRONG,
-        {
-            "classes": list(classes),
-            "images": [encode(image, _NEIGHBOUR_SIZE, 75) for image in images],
-            "indices": [int(index) for index in indices],
-            "labels": [int(label) for label in labels],
-            "predicted": [int(label) for label in predicted],
-            "confidences": [round(float(one), 4) for one in confidences],
-        },
+        classes=list(classes),
+        images=[encode(image, _NEIGHBOUR_SIZE, 75) for image in images],
+        indices=indices.tolist(),
+        labels=labels.tolist(),
+        predicted=predicted.tolist(),
+        confidences=np.round(np.asarray(confidences, dtype=np.float64), 4).tolist(),
     )
 
 
@@ -233,7 +216,7 @@ class Look:
     """A row of "what the encoder looks at": one picture per image.
 
     Attributes:
-        kind: a key of `looks.KINDS`, which holds the words for it.
+        kind: of `KINDS`; looks.html has the words for it.
         images: (H, W, C) uint8 each.
         notes: what to write under each, or "".
         numbers: what the row's caption is filled with: low, high, rows, columns, ...
@@ -277,7 +260,7 @@ def draw_looks(folder: Path | str, looks: Sequence[Look], prototypes: Sequence[P
         }
         for one in prototypes
     ]
-    _write(Path(folder) / LOOKS, {"rows": rows, "prototypes": examples})
+    _write(Path(folder) / LOOKS, rows=rows, prototypes=examples)
 
 
 def draw_duplicates(
@@ -293,7 +276,6 @@ def draw_duplicates(
     """Writes `duplicates.json`: some groups of images that show the same picture, and some outliers.
 
     Args:
-        folder: RUN/pictures.
         groups: ids of the images of each group that is shown, the one to keep first.
         outliers: (id, 1 - mean cosine to the neighbours), farthest first.
         thumbnail: id -> (H, W, C) uint8, None if it cannot be read; such images are left out.
@@ -307,50 +289,14 @@ def draw_duplicates(
     shown = [[place[name] for name in group if name in place] for group in groups]
     _write(
         Path(folder) / DUPLICATES,
-        {
-            "images": [encode(image, _NEIGHBOUR_SIZE, 75) for image in images.values()],
-            "ids": list(images),
-            "groups": [group for group in shown if len(group) > 1],
-            "outliers": [[place[name], round(float(distance), 4)] for name, distance in outliers if name in place],
-            "num_images": num_images,
-            "num_groups": num_groups,
-            "superfluous": superfluous,
-        },
+        images=[encode(image, _NEIGHBOUR_SIZE, 75) for image in images.values()],
+        ids=list(images),
+        groups=[group for group in shown if len(group) > 1],
+        outliers=[[place[name], round(float(distance), 4)] for name, distance in outliers if name in place],
+        num_images=num_images,
+        num_groups=num_groups,
+        superfluous=superfluous,
     )
-
-
-def strip_html(
-    path: Path | str,
-    title: str,
-    queries: Sequence[tuple[str, np.ndarray | None]],
-    results: Sequence[Sequence[tuple[str, float, np.ndarray | None]]],
-    note: str = "The most similar image comes first, with its cosine similarity.",
-) -> None:
-    """Writes the page of `ssl-kit search --html` and of `duplicates`: each query, then what was found, with scores.
-
-    Args:
-        path: the HTML file; self-contained, no request leaves it.
-        title: the heading.
-        queries: (name, (H, W, C) uint8 or None if it cannot be read) per query.
-        results: per query its neighbours, nearest first: (id, similarity, image or None if it cannot be read).
-        note: what the scores are, under the heading.
-    """
-    assert len(queries) == len(results), "one list of neighbours per query"
-    rows = [
-        {
-            "name": name,
-            "image": _thumbnail(image),
-            "found": [
-                {"id": found, "score": score, "image": _thumbnail(picture)} for found, score, picture in neighbours
-            ],
-        }
-        for (name, image), neighbours in zip(queries, results, strict=True)
-    ]
-    write_page(path, render("search.html", title=title, rows=rows, note=note))
-
-
-def _thumbnail(image: np.ndarray | None) -> str | None:
-    return None if image is None else encode(image, _SEARCH_SIZE, 80)
 
 
 def encode(image: np.ndarray, longest: int, quality: int) -> str:
@@ -369,9 +315,8 @@ def to_image(image: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(image)).convert("RGB")
 
 
-def _to_uint8(view: np.ndarray) -> np.ndarray:
-    # (C, h, w) in [0, 1] -> (h, w, C)
-    return np.rint(np.clip(view, 0.0, 1.0) * 255.0).astype(np.uint8).transpose(1, 2, 0)
+def _to_uint8(pixels: np.ndarray) -> np.ndarray:
+    return np.rint(np.clip(pixels, 0, 255)).astype(np.uint8)
 
 
 def _fit(image: Image.Image, height: int, width: int) -> Image.Image:
@@ -382,8 +327,74 @@ def _fit(image: Image.Image, height: int, width: int) -> Image.Image:
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
-def _write(path: Path, value: dict[str, Any]) -> None:
+def _write(path: Path, **value: object) -> None:
     # not core.files.write_json: its indentation puts each of thousands of numbers on a line of its own
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     with atomic_file(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def enlarged(image: np.ndarray) -> np.ndarray:
+    """(H, W, C) uint8 as RGB, enlarged by an integer to about 112 pixels where smaller: pixels stay pixels."""
+    picture = to_image(image)
+    factor = max(1, _LOOK_SIZE // min(picture.size))
+    return np.asarray(picture.resize((factor * picture.width, factor * picture.height), Image.Resampling.NEAREST))
+
+
+def overlay(image: np.ndarray, heat: np.ndarray, low: float, high: float, *, smooth: bool = False) -> np.ndarray:
+    """An amount drawn over an image: dark at `low`, bright at `high`; values beyond are clipped.
+
+    Args:
+        image: (H, W, C) uint8; the result is (H', W', 3), as large as `enlarged` makes it.
+        heat: (h, w) float.
+        low: drawn darkest.
+        high: drawn brightest, above `low`.
+        smooth: interpolate between positions instead of drawing squares.
+    """
+    below = _grey(image)
+    level = np.clip((_resized(heat, below.shape[:2], smooth) - low) / max(high - low, 1e-12), 0, 1)
+    stops = np.linspace(0, 1, len(_HEAT))
+    colours = np.stack([np.interp(level, stops, _HEAT[:, channel]) for channel in range(3)], axis=2)
+    return _to_uint8(_KEPT * below + (1 - _KEPT) * colours)
+
+
+def signed_overlay(image: np.ndarray, values: np.ndarray, limit: float) -> np.ndarray:
+    """A signed amount: orange where positive, blue where negative, fully so from `limit` on; the image in grey at 0.
+
+    Args:
+        image: as `overlay` takes it.
+        values: (h, w) float.
+        limit: above 0.
+    """
+    below = _grey(image)
+    level = np.clip(_resized(values, below.shape[:2], False) / max(limit, 1e-12), -1, 1)[..., None]
+    strength = np.abs(level)
+    return _to_uint8((1 - strength) * _KEPT * below + strength * np.where(level > 0, _RAISE, _LOWER))
+
+
+def colours_of(colours: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """(h, w, 3) float in [0, 1] as squares of an image of (H, W) pixels, uint8."""
+    return _to_uint8(
+        255 * np.stack([_resized(channel, shape, False) for channel in np.moveaxis(colours, 2, 0)], axis=2)
+    )
+
+
+def framed(image: np.ndarray, place: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
+    """A white frame around the position (row, column) of a (rows, columns) grid over an image (H, W, 3) uint8."""
+    drawn = image.copy()
+    height, width = image.shape[0] / grid[0], image.shape[1] / grid[1]
+    top, left = round(place[0] * height), round(place[1] * width)
+    bottom, right = round((place[0] + 1) * height), round((place[1] + 1) * width)
+    for side in (0, 1):  # white inside, black around it: seen on every background
+        drawn[[top + side, bottom - 1 - side], left + side : right - side] = 255 * side
+        drawn[top + side : bottom - side, [left + side, right - 1 - side]] = 255 * side
+    return drawn
+
+
+def _grey(image: np.ndarray) -> np.ndarray:
+    return np.asarray(Image.fromarray(enlarged(image)).convert("L").convert("RGB"), dtype=np.float64)
+
+
+def _resized(heat: np.ndarray, shape: tuple[int, int], smooth: bool) -> np.ndarray:
+    how = Image.Resampling.BILINEAR if smooth else Image.Resampling.NEAREST
+    return np.asarray(Image.fromarray(heat.astype(np.float32)).resize(shape[::-1], how), dtype=np.float64)

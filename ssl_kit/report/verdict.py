@@ -1,4 +1,4 @@
-"""The head of the page: the verdict of run.json word for word, and beside it how the scores compare, as facts.
+"""The head of the page: the verdict of run.json word for word, how the scores compare, facts, and the next command.
 
 Whether scores change the verdict is decided where they are made (`verbs/monitor.py`), and stands in run.json from then
 on: a page judges nothing.
@@ -6,20 +6,14 @@ on: a page judges nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shlex
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import NamedTuple
 
 from ssl_kit.evaluation.catalog import ABOVE, ENCODER, EVALUATIONS, PRETRAINED
-from ssl_kit.report.reading import Run
-from ssl_kit.report.scores import (
-    Row,
-    Score,
-    axis_of,
-    feature_name,
-    full_size,
-    score,
-)
+from ssl_kit.report.read import Run, number
+from ssl_kit.report.tables import Record, Row, Score, axis_of, best_first, feature_name, full_size, score
 
 BASELINES = {"pixels": "raw pixels", "random_init": "the same network untrained", "pca": "PCA of the pixels"}
 LAMPS = {  # of the states that a training can have; any other is unknown
@@ -44,7 +38,7 @@ class Compared:
     """
 
     title: str
-    record: dict[str, Any]
+    record: Record
     ours: Score
     others: dict[str, Score]
     signs: dict[str, int]
@@ -102,8 +96,8 @@ def verdict(run: Run) -> Verdict:
         reason = "no score yet: evaluate the encoder on labelled images" if found is None else "nothing was measured"
     if found is None:
         return Verdict(state, reason, word, lamp)
-    rows = [_row(name, one) for name, one in found.others.items()]
-    rows = [_row(ENCODER, found.ours), *sorted(rows, key=lambda row: -(row.scores[0].value if row.scores[0] else 0.0))]
+    scores = {ENCODER: found.ours, **found.others}
+    rows = best_first(Row(feature_name(name), "", name == ENCODER, [one]) for name, one in scores.items())
     return Verdict(state, reason, word, lamp, _sentence(found, run), rows, axis_of(rows), f"{found.title}, top-1")
 
 
@@ -111,7 +105,7 @@ def compared(run: Run) -> Compared | None:
     """The evaluation that comes first for the run's method, of those that the encoder has a score in."""
     order = run.judged_by
     for evaluation in order:
-        latest: dict[str, dict[str, Any]] = {}
+        latest: dict[str, Record] = {}
         for record in full_size([one for one in run.results if one["evaluation"] == evaluation]):
             features = record["features"]
             # the row whose k was chosen on train is the figure to quote; a customary one only without it
@@ -129,32 +123,21 @@ def compared(run: Run) -> Compared | None:
 
 
 def _sign(ours: Score, other: Score, gap: Score | None) -> int:
-    if gap is None or gap.low is None or gap.high is None:
-        gap = Score(ours.value - other.value, _low(ours) - _high(other), _high(ours) - _low(other))
-    return 1 if _low(gap) > 0 else -1 if _high(gap) < 0 else 0
-
-
-def _low(one: Score) -> float:
-    return one.value if one.low is None else one.low
-
-
-def _high(one: Score) -> float:
-    return one.value if one.high is None else one.high
-
-
-def _row(features: str, one: Score) -> Row:
-    return Row(feature_name(features), "", features == ENCODER, [one])
+    (low, high), (other_low, other_high) = (one.bounds or (one.value, one.value) for one in (ours, other))
+    least, most = (gap and gap.bounds) or (low - other_high, high - other_low)
+    return 1 if least > 0 else -1 if most < 0 else 0
 
 
 def _sentence(found: Compared, run: Run) -> str:
-    interval = (
-        "" if found.ours.low is None or found.ours.high is None else f" [{found.ours.low:.2f}, {found.ours.high:.2f}]"
-    )
+    ours = found.ours
+    told = f"{found.title} {ours.value:.2f}"
+    if ours.bounds:
+        told += f" [{ours.low:.2f}, {ours.high:.2f}]"
     gaps = [
-        _gap(found.ours.value - other.value, found.signs[name], BASELINES.get(name, feature_name(name)))
+        _gap(ours.value - other.value, found.signs[name], BASELINES.get(name, feature_name(name)))
         for name, other in found.others.items()
     ]
-    told = f"{found.title} {found.ours.value:.2f}{interval}{', ' if gaps else ''}{_listed(gaps)}."
+    told = f"{', '.join([told, *gaps[:-2], ' and '.join(gaps[-2:])] if gaps else [told])}."
     if not found.judges:
         told += f" {found.title} does not judge {run.method}: {EVALUATIONS[run.judged_by[0]].title.lower()} does."
     return told
@@ -166,5 +149,75 @@ def _gap(difference: float, sign: int, name: str) -> str:
     return f"{abs(difference):.2f} {'above' if sign > 0 else 'below'} {name}"
 
 
-def _listed(parts: Sequence[str]) -> str:
-    return " and ".join(parts) if len(parts) < 3 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+class Fact(NamedTuple):
+    """An entry of the facts strip; `note` stands below the value in small, `title` shows on hover."""
+
+    label: str
+    value: str
+    note: str = ""
+    title: str = ""
+
+
+class Step(NamedTuple):
+    """The next command to type, and why."""
+
+    command: str
+    why: str
+
+
+def facts(run: Run) -> list[Fact]:
+    """The facts strip; what run.json does not say is left out."""
+    info, data, found = run.info, run.data, []
+    if data.get("root"):
+        root = Path(str(data["root"]))
+        found.append(Fact("data", root.name or str(root), f"in {root.parent.name}" * bool(root.parent.name), str(root)))
+    images, skipped = number(data.get("images")), number(data.get("skipped")) or run.num_skipped
+    if images is not None:
+        found.append(Fact("images", f"{images:,.0f}", f"{skipped:,.0f} skipped" if skipped else "none skipped"))
+    numbers = (
+        ("epochs", "epochs", lambda value: f"{value:,.4g}", ""),
+        ("seconds", "time", duration, ""),
+        ("images_per_second", "images per second", lambda value: f"{value:,.0f}", ""),
+        ("waiting_share", "waiting for data", lambda value: f"{100 * value:.0f} %", "of the time"),
+    )
+    for name, label, shown, note in numbers:
+        if (value := number(info.get(name))) is not None:
+            found.append(Fact(label, shown(value), note))
+    if info.get("device"):
+        found.append(Fact("device", str(info["device"])))
+    if info.get("seed") is not None:
+        found.append(Fact("seed", str(info["seed"])))
+    return found
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `14 min 30 s` or `3 h 05 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def next_step(run: Run, judged: Verdict) -> Step:
+    """What to type next, from how far the run is and what was found."""
+    folder, status, data = shlex.quote(str(run.folder)), run.info.get("status"), data_root(run)
+    if status == "interrupted":
+        return Step(f"ssl-kit pretrain {data} --run {folder} --resume", "continues where the run was cut off")
+    if judged.state in ("stuck", "collapsed"):
+        if not run.recipe:
+            return Step(f"ssl-kit pretrain {data}", "train longer, or on images closer to these")
+        return Step(
+            f"ssl-kit views {data} -c {folder}/recipe.yaml --out views.png",
+            "are the views still recognisable? Then try another learning rate or temperature",
+        )
+    if not any(record.get("features") == ENCODER for record in run.results):
+        why = "once training has ended" if status in ("starting", "running") else "is it better than raw pixels?"
+        return Step(f"ssl-kit evaluate {folder} LABELLED", why)
+    return Step(f"ssl-kit embed {folder} {data} --out EMB", "then index and search it")
+
+
+def data_root(run: Run) -> str:
+    """The images of the run as they are typed in a command."""
+    return shlex.quote(str(run.data["root"])) if run.data.get("root") else "DATA"

@@ -310,7 +310,7 @@ def _write_csv(path: Path, record: dict[str, Any]) -> None:
 
 def _draw(path: Path, a: Embeddings, b: Embeddings, record: dict[str, Any]) -> None:
     """A strip per group or leak, then one of the outliers."""
-    from ssl_kit.report.pictures import strip_html
+    from ssl_kit.report.page import strip_html
 
     show = lambda part, name: picture(part.info, name, _channels(part), _PIXELS)
     if record["other"] is not None:

@@ -24,7 +24,7 @@ from ssl_kit.evaluation.catalog import EVALUATIONS, ONLY, resolve
 from ssl_kit.evaluation.duplicates import Leaks, find_leaks
 from ssl_kit.evaluation.features import BASELINES, feature_sets, pretrained_names
 from ssl_kit.evaluation.result import Result
-from ssl_kit.report.report import write_report
+from ssl_kit.report.page import write_report
 from ssl_kit.verbs.monitor import settle
 from ssl_kit.verbs.pictures import Pictures
 from ssl_kit.verbs.scoring import (

@@ -39,7 +39,7 @@ from ssl_kit.encoders.encoder import Encoder, find_encoder
 from ssl_kit.evaluation.finetune import BestEpoch, FineTune, check_lora, merge_lora, probabilities
 from ssl_kit.evaluation.metrics import probability_metrics
 from ssl_kit.evaluation.result import Result, classification_metrics, holdout, paired_difference, versions
-from ssl_kit.report.report import write_report
+from ssl_kit.report.page import write_report
 from ssl_kit.training.checkpoint import Checkpoints, newest
 from ssl_kit.training.guard import Guard
 from ssl_kit.training.loop import Loop, trainer_of

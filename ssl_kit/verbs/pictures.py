@@ -35,8 +35,19 @@ from ssl_kit.evaluation.features import FeatureSet, Pca
 from ssl_kit.evaluation.health import sample_rows
 from ssl_kit.evaluation.metrics import ClassScore, class_scores, confidently_wrong, roc_curves, suspected_errors
 from ssl_kit.evaluation.result import Result, confusion_matrix
-from ssl_kit.report.heat import colours_of, enlarged, framed, overlay, signed_overlay
-from ssl_kit.report.pictures import Look, Prototype, draw_looks, draw_map, draw_neighbours, draw_wrong
+from ssl_kit.report.pictures import (
+    Look,
+    Prototype,
+    colours_of,
+    draw_looks,
+    draw_map,
+    draw_neighbours,
+    draw_wrong,
+    enlarged,
+    framed,
+    overlay,
+    signed_overlay,
+)
 from ssl_kit.views.recipe import plain
 
 _IMAGES = 8

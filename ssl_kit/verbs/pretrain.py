@@ -24,8 +24,8 @@ from ssl_kit.data.module import ImageData
 from ssl_kit.data.sources import Source, open_source
 from ssl_kit.encoders.encoder import Encoder, initialise
 from ssl_kit.methods.method import Method
+from ssl_kit.report.page import write_report
 from ssl_kit.report.pictures import draw_views
-from ssl_kit.report.report import write_report
 from ssl_kit.training.checkpoint import Checkpoints, newest
 from ssl_kit.training.chunked import Chunkable, no_chunks
 from ssl_kit.training.curves import Bar, Curves

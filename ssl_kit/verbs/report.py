@@ -25,7 +25,7 @@ def report(runs: list[str], *, out: str | None = None) -> dict[str, Any]:
     Raises:
         UserError: no run, a folder that is no run, or several runs without `out`.
     """
-    from ssl_kit.report.report import write_report
+    from ssl_kit.report.page import write_report
 
     folders = [runs] if isinstance(runs, str | Path) else list(runs)
     if not folders:

@@ -204,7 +204,7 @@ def print_scores(results: Sequence[Result]) -> None:
     results = [result for result in results if _BYTES not in result.settings]
     rows: dict[str, dict[str, str]] = {}
     for result in results:
-        for metric, words in EVALUATIONS[result.evaluation].metrics:
+        for metric, words in EVALUATIONS[result.evaluation].metrics.items():
             if metric in result.metrics:
                 cells = rows.setdefault(", ".join(filter(None, (row_name(result), words))), {})
                 cells[result.features] = _cell(result.metrics, metric)

@@ -157,7 +157,7 @@ def _tell(queries: Sequence[dict[str, Any]], skipped: Sequence[str]) -> None:
 
 def _strip(path: Path, index: Index, answers: Sequence[Answer]) -> None:
     """The page of queries and what was found."""
-    from ssl_kit.report.pictures import strip_html
+    from ssl_kit.report.page import strip_html
 
     drawn = answers[:_DRAWN]
     channels = index.info["preprocessing"]["channels"]

@@ -10,8 +10,8 @@ import pytest
 from ssl_kit.embeddings.embeddings import Embeddings
 from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.evaluation.linear import linear_probe
-from ssl_kit.report.looks import look_rows
-from ssl_kit.report.reading import read_run
+from ssl_kit.report.page import render
+from ssl_kit.report.read import read_run
 from ssl_kit.verbs.evaluate import evaluate
 from ssl_kit.verbs.pictures import write_classes, write_suspects
 
@@ -58,11 +58,10 @@ def test_the_mistakes_have_their_pictures_in_the_order_of_the_table(evaluated):
 def test_a_convolutional_network_gets_maps_of_similarity(evaluated):
     _, run = evaluated
     assert [row["kind"] for row in run.looks["rows"]] == ["image", "neighbour", "similarity", "colours", "gradients"]
-    rows = {row["name"]: row for row in look_rows(run.looks)}
-    assert all(len(row["pictures"]) == 8 for row in rows.values())
-    assert {one["note"] for one in rows["image"]["pictures"]} == {"blue", "green", "red"}
-    assert "at 2 x 2 positions" in rows["similarity"]["caption"] and "?" not in rows["gradients"]["caption"]
-    assert "? " not in " ".join(row["caption"] for row in rows.values())
+    assert all(len(row["images"]) == 8 for row in run.looks["rows"])
+    assert set(run.looks["rows"][0]["notes"]) == {"blue", "green", "red"}
+    page = render("looks.html", looks=run.looks)
+    assert "at 2 x 2 positions" in page and "?" not in page
     assert [one["name"] for one in run.looks["prototypes"]] == ["blue", "green", "red"]
     assert all(one["counter_name"] != one["name"] for one in run.looks["prototypes"])
 
@@ -75,8 +74,7 @@ def test_a_transformer_gets_its_attention(images, tmp_path):
     assert [row["kind"] for row in looks["rows"]] == [
         "image", "neighbour", "attention", "patch", "colours", "gradients",
     ]  # fmt: skip
-    attention = next(row for row in look_rows(looks) if row["name"] == "attention")
-    assert "would give each 0.2500" in attention["caption"]  # 4 patches
+    assert "would give each 0.2500" in render("looks.html", looks=looks)  # 4 patches
 
 
 def test_without_captum_the_extra_is_named_and_the_rest_is_drawn(images, encoder, tmp_path, capsys, monkeypatch):

@@ -11,8 +11,8 @@ import numpy as np
 
 from ssl_kit.core.files import write_csv, write_json
 from ssl_kit.evaluation.metrics import ClassScore, class_scores, roc_curves
-from ssl_kit.report.looks import KINDS
 from ssl_kit.report.pictures import (
+    KINDS,
     Look,
     Prototype,
     draw_duplicates,

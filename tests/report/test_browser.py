@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 from fabricated import Page
 
-from ssl_kit.report.pictures import strip_html
-from ssl_kit.report.report import write_report
+from ssl_kit.report.page import strip_html, write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian: apt install chromium)")

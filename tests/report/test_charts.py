@@ -5,10 +5,19 @@ import pytest
 from bokeh.models.annotations import Span
 from fabricated import record
 
-from ssl_kit.report.charts import MARKERS, NUM_COLOURS, curve_charts, decimate, map_model, moving_average, shape_of
-from ssl_kit.report.reading import Run
-from ssl_kit.report.reading_details import Roc, RocLine
-from ssl_kit.report.score_charts import dimension_charts, few_shot_charts, roc_chart, storage
+from ssl_kit.report.charts import (
+    MARKERS,
+    NUM_COLOURS,
+    curve_charts,
+    decimate,
+    dimension_charts,
+    few_shot_charts,
+    map_model,
+    moving_average,
+    roc_chart,
+    shape_of,
+)
+from ssl_kit.report.read import Roc, RocLine, Run
 
 
 @pytest.mark.parametrize("count", [10, 2000, 2001, 12345])
@@ -134,8 +143,3 @@ def test_the_mean_curve_leads_and_the_lowest_classes_have_colours():
     assert [place for _, place, _ in chart.legend] == [0, 1, 2, 3, 4] and "5 others" in chart.caption
     last = chart.model.renderers[-1].glyph
     assert (last.line_width, last.tags) == (3, ["line_color=--c0"])
-
-
-@pytest.mark.parametrize(("dim", "text"), [(8, "32 MB"), (249, "996 MB"), (250, "1 GB"), (2048, "8.19 GB")])
-def test_storage_of_a_million_vectors(dim, text):
-    assert storage(dim) == text

@@ -15,8 +15,8 @@ from ssl_kit.core.files import write_sealed
 from ssl_kit.core.sealed import read_sealed
 from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.evaluation.duplicates import edits
-from ssl_kit.report.reading import read_run
-from ssl_kit.report.report import write_report
+from ssl_kit.report.page import write_report
+from ssl_kit.report.read import read_run
 from ssl_kit.verbs.duplicates import duplicates
 from ssl_kit.verbs.embed import embed
 

@@ -10,7 +10,7 @@ from stripes import pattern
 from ssl_kit import cli
 from ssl_kit.core.files import read_json
 from ssl_kit.core.owned import Record
-from ssl_kit.report.reading import Run, read_run
+from ssl_kit.report.read import Run, read_run
 from ssl_kit.training.verdict import BELOW, Verdict
 from ssl_kit.verbs.monitor import final_verdict, settle
 

@@ -1,17 +1,25 @@
 from __future__ import annotations
 
-import numpy as np
+import pytest
 from fabricated import more_scores, record, scores
 
-from ssl_kit.report.details import confusion_grid, recalls
-from ssl_kit.report.reading import Run
-from ssl_kit.report.reading_details import ClassRow, Confusion
-from ssl_kit.report.scores import feature_order
-from ssl_kit.report.series import dimension_lines, few_shot_grid, few_shot_lines, robustness_of
+from ssl_kit.report.read import Run
+from ssl_kit.report.tables import (
+    Score,
+    axis_of,
+    dimension_lines,
+    feature_order,
+    few_shot_grid,
+    few_shot_lines,
+    full_size,
+    robustness_of,
+    score_tables,
+    storage,
+)
 
 
-def run_of(tmp_path, results=(), **info) -> Run:
-    return Run(tmp_path / "run", info={"name": "run", **info}, results=list(results))
+def run_of(tmp_path, results=(), name="run") -> Run:
+    return Run(tmp_path / name, info={"name": name}, results=list(results))
 
 
 def test_few_shot_lines_go_by_shots_with_the_encoder_first(tmp_path):
@@ -83,13 +91,14 @@ def test_odd_numbers_of_a_stranger_draw_nothing(tmp_path):
 def test_robustness_stands_beside_the_untrained_network(tmp_path):
     found = robustness_of(run_of(tmp_path, more_scores()))
     assert found.baseline == "same network, untrained"
-    assert [name for name, _ in found.rows] == ["Noise", "JPEG"]
-    assert (found.clean.ours.value, found.clean.other.value, found.every.ours.value) == (0.6, 0.3, 0.6)
-    assert [(hit.ours.value, hit.other.value) for hit in found.rows[0][1]] == [(0.6, 0.3)] * 3
+    assert [(name, len(hits)) for name, hits in found.rows] == [
+        ("None", 1), ("Noise", 3), ("JPEG", 3), ("Mean of all", 1),
+    ]  # fmt: skip
+    assert {(hit.ours.value, hit.other.value) for _, hits in found.rows for hit in hits} == {(0.6, 0.3)}
     pixels = record("robustness", "pixels", 0.5, k=20)
     assert robustness_of(run_of(tmp_path, [pixels, *more_scores()])).baseline == "same network, untrained"
     alone = robustness_of(run_of(tmp_path, [one for one in more_scores() if one["features"] != "random_init"]))
-    assert alone.baseline == "" and alone.clean.other is None
+    assert alone.baseline == "" and alone.rows[0][1][0].other is None
     assert robustness_of(run_of(tmp_path, scores())) is None
 
 
@@ -100,34 +109,55 @@ def test_pretrained_models_follow_the_encoder():
     ]  # fmt: skip
 
 
-def test_confusions_are_shares_of_their_row_and_named_by_count():
-    grid = confusion_grid(Confusion(["a", "b", "c"], np.array([[8, 2, 0], [0, 300, 1], [0, 0, 0]])))
-    assert [[cell["text"] for cell in row["cells"]] for row in grid["rows"]] == [
-        ["80", "20", ""], ["", "100", "<1"], ["", "", ""],
+def test_full_size_takes_pca_at_the_encoders_dimension():
+    results = [record("knn", features, 0.1, dim=dim) for features, dims in
+               {"encoder": (8, 64), "random_init": (64,), "pca": (8, 64, 128), "pixels": (3072,)}.items()
+               for dim in dims]  # fmt: skip
+    kept = {(one["features"], one["settings"]["dim"]) for one in full_size(results)}
+    assert kept == {("encoder", 64), ("random_init", 64), ("pca", 64), ("pixels", 3072)}
+
+
+def test_a_table_puts_the_encoder_first_then_the_best_and_folds_other_settings(tmp_path):
+    results = [*reversed(scores()), record("knn", "encoder", 0.6, k=200, temperature=0.07, chosen=False, dim=64)]
+    (table,) = score_tables([run_of(tmp_path, results)])
+    assert [row.name for row in table.rows] == ["this encoder", "raw pixels", "same network, untrained"]
+    assert table.setting.startswith("k and temperature chosen") and table.axis == (0.3, 0.8)
+    (folded,) = table.others
+    assert folded.summary == "k = 200, temperature = 0.07: encoder 0.600 [0.590, 0.610]"
+
+
+def test_a_later_record_replaces_an_earlier_one(tmp_path):
+    (table,) = score_tables([run_of(tmp_path, scores(0.5) + scores(0.7))])
+    assert len(table.rows) == 3 and table.rows[0].scores[0].value == 0.7
+
+
+def test_a_metric_missing_somewhere_is_none_and_bounds_are_no_metrics(tmp_path):
+    health = record("health", "encoder", 0.5)
+    health["metrics"] = {"effective_rank": 57.7, "alignment": float("nan"), "top1": True}
+    other = record("health", "pixels", 0.5)
+    (table,) = score_tables([run_of(tmp_path, [health, other])])
+    assert table.metrics == ["Top-1", "Effective rank", "Alignment"]
+    assert [one and one.text for one in table.rows[0].scores] == [None, "57.7", None]
+
+
+def test_baselines_that_differ_between_runs_stay_apart(tmp_path):
+    first = run_of(tmp_path, scores(), "a")
+    second = run_of(tmp_path, [*scores()[:2], record("knn", "random_init", 0.2, chosen=True, dim=64)], "b")
+    (table,) = score_tables([first, second])
+    assert [row.name for row in table.rows] == [
+        "a: encoder", "b: encoder", "raw pixels", "a: same network, untrained", "b: same network, untrained",
     ]  # fmt: skip
-    assert grid["rows"][0]["cells"][1]["told"] == "2 of 10" and grid["rows"][1]["cells"][1]["right"]
-    assert (grid["right"], grid["total"], grid["others"]) == (308, 311, 0)
-    assert [(pair["label"], pair["predicted"], pair["count"]) for pair in grid["pairs"]] == [
-        ("a", "b", 2),
-        ("b", "c", 1),
-    ]
 
 
-def test_of_many_classes_the_worst_are_shown_and_the_rest_is_a_column():
-    size = 50
-    counts = np.diag(np.full(size, 100))
-    counts[3, 3], counts[3, 45], counts[7, 7], counts[7, 3] = 40, 60, 70, 30
-    counts[20] = 0  # a class without images is not among the worst
-    grid = confusion_grid(Confusion([f"class {row}" for row in range(size)], counts))
-    assert len(grid["names"]) == 40 and grid["others"] == 10 and "class 20" not in grid["names"]
-    assert {"class 3", "class 7"} <= set(grid["names"]) and "class 45" not in grid["names"]
-    row = next(row for row in grid["rows"] if row["name"] == "class 3")
-    assert len(row["cells"]) == 41 and row["cells"][-1]["text"] == "60" and row["cells"][-1]["told"] == "60 of 100"
+@pytest.mark.parametrize(("value", "text"), [(0.7126, "0.713"), (1.0, "1.000"), (-2.714, "-2.71"), (57.69, "57.7")])
+def test_numbers_are_short(value, text):
+    assert Score(value, None, None).text == text
 
 
-def test_recalls_begin_with_the_lowest():
-    row = lambda name, recall, images=10: ClassRow(name, images, recall, 0.0, 1.0, float("nan"), "")
-    found = recalls([row("a", 0.9), row("b", 0.2), row("none", float("nan"), 0), row("c", 0.5)])
-    assert [one["row"].name for one in found["rows"]] == ["b", "c", "a"] and found["count"] == 3
-    assert found["rows"][0]["precision"] == "never predicted"
-    assert len(recalls([row(str(place), place / 100) for place in range(90)])["rows"]) == 40
+def test_no_interval_no_plot():
+    assert axis_of([]) is None
+
+
+@pytest.mark.parametrize(("dim", "text"), [(8, "32 MB"), (249, "996 MB"), (250, "1 GB"), (2048, "8.19 GB")])
+def test_storage_of_a_million_vectors(dim, text):
+    assert storage(dim) == text

@@ -10,11 +10,11 @@ from fabricated import HOSTILE, Page, record, scores, write_results
 
 from ssl_kit.core.errors import UserError
 from ssl_kit.methods.method import Method
-from ssl_kit.report import report as module
+from ssl_kit.report import page as module
+from ssl_kit.report.page import confusion_grid, write_report
 from ssl_kit.report.pictures import draw_grid
-from ssl_kit.report.reading import Run, read_run
-from ssl_kit.report.report import duration, facts, next_step, write_report
-from ssl_kit.report.verdict import LAMPS, verdict
+from ssl_kit.report.read import Confusion, read_run
+from ssl_kit.report.verdict import LAMPS
 from ssl_kit.verbs.report import report
 
 SECTIONS = ["verdict", "sees", "curves", "scores", "looks", "neighbours", "map", "made"]
@@ -230,41 +230,6 @@ def test_a_write_that_fails_leaves_the_old_page(make_run, monkeypatch):
     assert (run / "report.html").read_text() == "old"
 
 
-@pytest.mark.parametrize(
-    ("info", "results", "expected"),
-    [
-        ({"status": "interrupted"}, [], "ssl-kit pretrain DATA --run 'my run' --resume"),
-        ({"status": "finished"}, [], "ssl-kit evaluate 'my run' LABELLED"),
-        ({"status": "finished"}, scores(), "ssl-kit embed 'my run' DATA --out EMB"),
-        ({"verdict": {"state": "collapsed"}}, [], "ssl-kit views DATA -c 'my run'/recipe.yaml --out views.png"),
-    ],
-)
-def test_the_next_command_fits_the_state(tmp_path, info, results, expected):
-    run = Run(tmp_path / "my run", info=info, results=results, recipe="seed: 0")
-    run.folder = run.folder.relative_to(tmp_path)
-    assert next_step(run, verdict(run)).command == expected
-
-
-def test_facts_leave_out_what_is_not_known(tmp_path):
-    assert facts(Run(tmp_path)) == []
-    told = facts(
-        Run(tmp_path, info={"waiting_share": 0.018, "data": {"root": "/a/b/c", "images": 50000, "skipped": 3}})
-    )
-    assert [(one.label, one.value, one.note) for one in told] == [
-        ("data", "c", "in b"),
-        ("images", "50,000", "3 skipped"),
-        ("waiting for data", "2 %", "of the time"),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (871.2, "14 min 31 s"), (11100, "3 h 05 min")],
-)
-def test_duration(seconds, text):
-    assert duration(seconds) == text
-
-
 def test_the_verb_writes_beside_the_run_and_returns_the_record(make_run, capsys):
     run = make_run()
     told = report([str(run)])
@@ -304,3 +269,37 @@ def test_the_verb_says_what_is_wrong(make_run, tmp_path):
         with pytest.raises(UserError, match=words) as caught:
             report(runs, out=out)
         assert "\n" not in str(caught.value)
+
+
+def test_confusions_are_shares_of_their_row_and_named_by_count():
+    grid = confusion_grid(Confusion(["a", "b", "c"], np.array([[8, 2, 0], [0, 300, 1], [0, 0, 0]])))
+    assert [[cell["text"] for cell in row["cells"]] for row in grid["rows"]] == [
+        ["80", "20", ""], ["", "100", "<1"], ["", "", ""],
+    ]  # fmt: skip
+    assert grid["rows"][0]["cells"][1]["told"] == "2 of 10" and grid["rows"][1]["cells"][1]["right"]
+    assert (grid["right"], grid["total"], grid["others"]) == (308, 311, 0)
+    assert grid["pairs"] == [("a", "b", 2, 10), ("b", "c", 1, 301)]
+
+
+def test_of_many_classes_the_worst_are_shown_and_the_rest_is_a_column():
+    size = 50
+    counts = np.diag(np.full(size, 100))
+    counts[3, 3], counts[3, 45], counts[7, 7], counts[7, 3] = 40, 60, 70, 30
+    counts[20] = 0  # a class without images is not among the worst
+    grid = confusion_grid(Confusion([f"class {row}" for row in range(size)], counts))
+    assert len(grid["names"]) == 40 and grid["others"] == 10 and "class 20" not in grid["names"]
+    assert {"class 3", "class 7"} <= set(grid["names"]) and "class 45" not in grid["names"]
+    row = next(row for row in grid["rows"] if row["name"] == "class 3")
+    assert len(row["cells"]) == 41 and row["cells"][-1]["text"] == "60" and row["cells"][-1]["told"] == "60 of 100"
+
+
+def test_recalls_begin_with_the_lowest_of_40_classes_that_have_images(make_run):
+    run = make_run()
+    rows = [f"class {place},10,{place / 100},0,1,nan,other" for place in reversed(range(90))] + ["none,0,nan,0,1,nan,"]
+    head = "name,num_images,recall,low,high,precision,mistaken_for"
+    (run / "details" / "classes.csv").write_text("\n".join([head, *rows]) + "\n")
+    page = page_of(run)
+    assert "The 40 lowest of 90; all are in details/classes.csv." in page.words
+    table = page.html.split("recalls")[-1].split("<tbody>")[1].split("</table>")[0]
+    assert re.findall(r'<th scope="row">class (\d+)', table) == [str(place) for place in range(40)]
+    assert "none" not in table and "never predicted" in table

@@ -4,9 +4,9 @@ import pytest
 from fabricated import record, scores
 
 from ssl_kit.methods.method import Method
-from ssl_kit.report.reading import Run
-from ssl_kit.report.scores import Score, axis_of, full_size, score_tables
-from ssl_kit.report.verdict import LAMPS, verdict
+from ssl_kit.report.read import Run
+from ssl_kit.report.tables import score_tables
+from ssl_kit.report.verdict import LAMPS, duration, facts, next_step, verdict
 from ssl_kit.training.verdict import BELOW
 
 
@@ -126,50 +126,36 @@ def test_the_chosen_row_is_quoted_whatever_the_order(tmp_path):
         assert verdict(run_of(tmp_path, results)).scores.startswith("kNN 0.71")
 
 
-def test_full_size_takes_pca_at_the_encoders_dimension():
-    results = [record("knn", features, 0.1, dim=dim) for features, dims in
-               {"encoder": (8, 64), "random_init": (64,), "pca": (8, 64, 128), "pixels": (3072,)}.items()
-               for dim in dims]  # fmt: skip
-    kept = {(one["features"], one["settings"]["dim"]) for one in full_size(results)}
-    assert kept == {("encoder", 64), ("random_init", 64), ("pca", 64), ("pixels", 3072)}
+@pytest.mark.parametrize(
+    ("info", "results", "expected"),
+    [
+        ({"status": "interrupted"}, [], "ssl-kit pretrain DATA --run 'my run' --resume"),
+        ({"status": "finished"}, [], "ssl-kit evaluate 'my run' LABELLED"),
+        ({"status": "finished"}, scores(), "ssl-kit embed 'my run' DATA --out EMB"),
+        ({"verdict": {"state": "collapsed"}}, [], "ssl-kit views DATA -c 'my run'/recipe.yaml --out views.png"),
+    ],
+)
+def test_the_next_command_fits_the_state(tmp_path, info, results, expected):
+    run = Run(tmp_path / "my run", info=info, results=results, recipe="seed: 0")
+    run.folder = run.folder.relative_to(tmp_path)
+    assert next_step(run, verdict(run)).command == expected
 
 
-def test_a_table_puts_the_encoder_first_then_the_best_and_folds_other_settings(tmp_path):
-    results = [*reversed(scores()), record("knn", "encoder", 0.6, k=200, temperature=0.07, chosen=False, dim=64)]
-    (table,) = score_tables([run_of(tmp_path, results)])
-    assert [row.name for row in table.rows] == ["this encoder", "raw pixels", "same network, untrained"]
-    assert table.setting.startswith("k and temperature chosen") and table.axis == (0.3, 0.8)
-    (folded,) = table.others
-    assert folded.summary == "k = 200, temperature = 0.07: encoder 0.600 [0.590, 0.610]"
+def test_facts_leave_out_what_is_not_known(tmp_path):
+    assert facts(Run(tmp_path)) == []
+    told = facts(
+        Run(tmp_path, info={"waiting_share": 0.018, "data": {"root": "/a/b/c", "images": 50000, "skipped": 3}})
+    )
+    assert [(one.label, one.value, one.note) for one in told] == [
+        ("data", "c", "in b"),
+        ("images", "50,000", "3 skipped"),
+        ("waiting for data", "2 %", "of the time"),
+    ]
 
 
-def test_a_later_record_replaces_an_earlier_one(tmp_path):
-    (table,) = score_tables([run_of(tmp_path, scores(0.5) + scores(0.7))])
-    assert len(table.rows) == 3 and table.rows[0].scores[0].value == 0.7
-
-
-def test_a_metric_missing_somewhere_is_none_and_bounds_are_no_metrics(tmp_path):
-    health = record("health", "encoder", 0.5)
-    health["metrics"] = {"effective_rank": 57.7, "alignment": float("nan"), "top1": True}
-    other = record("health", "pixels", 0.5)
-    (table,) = score_tables([run_of(tmp_path, [health, other])])
-    assert table.metrics == ["Top-1", "Effective rank", "Alignment"]
-    assert [one and one.text for one in table.rows[0].scores] == [None, "57.7", None]
-
-
-def test_baselines_that_differ_between_runs_stay_apart(tmp_path):
-    first = run_of(tmp_path, scores(), "a")
-    second = run_of(tmp_path, [*scores()[:2], record("knn", "random_init", 0.2, chosen=True, dim=64)], "b")
-    (table,) = score_tables([first, second])
-    assert [row.name for row in table.rows] == [
-        "a: encoder", "b: encoder", "raw pixels", "a: same network, untrained", "b: same network, untrained",
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(("value", "text"), [(0.7126, "0.713"), (1.0, "1.000"), (-2.714, "-2.71"), (57.69, "57.7")])
-def test_numbers_are_short(value, text):
-    assert Score(value, None, None).text == text
-
-
-def test_no_interval_no_plot():
-    assert axis_of([]) is None
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (871.2, "14 min 31 s"), (11100, "3 h 05 min")],
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text
