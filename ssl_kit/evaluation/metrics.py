@@ -16,12 +16,11 @@ from typing import Any
 import numpy as np
 
 from ssl_kit.embeddings.exact import normalised, search
-from ssl_kit.evaluation.result import ClassScore
+from ssl_kit.evaluation.result import ClassScore, blocks, with_intervals
 
 RESAMPLES = 200  # of the bootstrap: each costs N x C, where that of top-1 costs next to nothing
 _LEAST_RESAMPLES = 50
 _WORK = 400_000_000  # N x C x R at most, a few seconds: fewer resamples for many classes
-_BLOCK_COUNTS = 2_000_000  # counts held at once while resampling
 _BINS = 15  # of the calibration error, equal widths, as in the paper
 _Z = 1.959964  # of a 95 % interval
 
@@ -43,18 +42,9 @@ def probability_metrics(
     count, num_classes = probabilities.shape
     resamples = int(np.clip(_WORK // (count * num_classes), min(_LEAST_RESAMPLES, resamples), resamples))
     rng = np.random.default_rng(seed)
-    drawn: dict[str, list[np.ndarray]] = {}
-    block = max(1, min(resamples, _BLOCK_COUNTS // count))
-    for start in range(0, resamples, block):
-        size = min(block, resamples - start)
-        counts_RN = rng.multinomial(count, np.full(count, 1 / count), size=size).astype(np.int32)
-        for name, values in _scores(labels, probabilities, counts_RN).items():
-            drawn.setdefault(name, []).append(values)
-    metrics: dict[str, float] = {}
-    for name, values in _scores(labels, probabilities, np.ones((1, count), dtype=np.int32)).items():
-        low, high = np.nanpercentile(np.concatenate(drawn[name]), (2.5, 97.5))
-        metrics |= {name: float(values[0]), f"{name}_low": float(low), f"{name}_high": float(high)}
-    return metrics
+    draw = lambda size: rng.multinomial(count, np.full(count, 1 / count), size=size).astype(np.int32)
+    drawn = [_scores(labels, probabilities, draw(size)) for size in blocks(resamples, 2 * count)]
+    return with_intervals(_scores(labels, probabilities, np.ones((1, count), dtype=np.int32)), drawn)
 
 
 def _scores(labels: np.ndarray, probabilities: np.ndarray, counts_RN: np.ndarray) -> dict[str, np.ndarray]:

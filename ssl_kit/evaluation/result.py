@@ -10,7 +10,7 @@ drawn multinomially instead of images: the same distribution, exactly, at a cost
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -193,16 +193,27 @@ def classification_metrics(
     rows, columns = np.nonzero(confusion)
     counts = confusion[rows, columns]
     rng = np.random.default_rng(seed)
-    draws: dict[str, list[np.ndarray]] = {"top1": [], "balanced_accuracy": [], "macro_f1": []}
-    block = max(1, min(resamples, _BLOCK_COUNTS // len(counts)))
-    for start in range(0, resamples, block):
-        resampled = rng.multinomial(total, counts / total, size=min(block, resamples - start))
-        for name, values in _scores(resampled, rows, columns, num_classes).items():
-            draws[name].append(values)
+    drawn = [
+        _scores(rng.multinomial(total, counts / total, size=size), rows, columns, num_classes)
+        for size in blocks(resamples, len(counts))
+    ]
+    return with_intervals(_scores(counts[None], rows, columns, num_classes), drawn)
+
+
+def blocks(resamples: int, width: int) -> Iterator[int]:
+    """How many resamples to draw at once, `width` counts each, so that they take 32 MB at most."""
+    block = max(1, min(resamples, _BLOCK_COUNTS // width))
+    return (min(block, resamples - start) for start in range(0, resamples, block))
+
+
+def with_intervals(
+    values: Mapping[str, Iterable[float]], drawn: Sequence[Mapping[str, np.ndarray]]
+) -> dict[str, float]:
+    """Scores (1,) by name with `NAME_low` and `NAME_high`, the 95 % interval of their resamples, blocks of (R,)."""
     metrics: dict[str, float] = {}
-    for name, values in _scores(counts[None], rows, columns, num_classes).items():
-        low, high = np.percentile(np.concatenate(draws[name]), (2.5, 97.5))
-        metrics |= {name: float(values[0]), f"{name}_low": float(low), f"{name}_high": float(high)}
+    for name, (value,) in values.items():
+        low, high = np.nanpercentile(np.concatenate([one[name] for one in drawn]), (2.5, 97.5))
+        metrics |= {name: float(value), f"{name}_low": float(low), f"{name}_high": float(high)}
     return metrics
 
 
@@ -253,10 +264,8 @@ def mean_interval(
     distinct, counts = np.unique(np.asarray(values, dtype=np.float64), return_counts=True)
     total = int(counts.sum())
     rng = np.random.default_rng(seed)
-    block = max(1, min(resamples, _BLOCK_COUNTS // len(counts)))
     means = [
-        rng.multinomial(total, counts / total, size=min(block, resamples - start)) @ distinct / total
-        for start in range(0, resamples, block)
+        rng.multinomial(total, counts / total, size=size) @ distinct / total for size in blocks(resamples, len(counts))
     ]
     low, high = np.percentile(np.concatenate(means), (2.5, 97.5))
     return float(counts @ distinct / total), float(low), float(high)
@@ -281,12 +290,9 @@ def draw_metrics(
     overall, by_class = _crossed(right, labels, num_classes, seed, resamples)
     counts = np.bincount(labels, minlength=num_classes)
     recalls = np.array([np.bincount(labels, one, num_classes) for one in right])[:, counts > 0] / counts[counts > 0]
-    metrics: dict[str, float] = {}
-    for name, value, drawn in (("top1", right.mean(), overall), ("balanced_accuracy", recalls.mean(), by_class)):
-        low, high = np.percentile(drawn, (2.5, 97.5))
-        metrics |= {name: float(value), f"{name}_low": float(low), f"{name}_high": float(high)}
-    metrics["top1_std"] = float(right.mean(axis=1).std(ddof=1)) if len(right) > 1 else 0.0
-    return metrics
+    drawn = {"top1": overall, "balanced_accuracy": by_class}
+    metrics = with_intervals({"top1": [right.mean()], "balanced_accuracy": [recalls.mean()]}, [drawn])
+    return metrics | {"top1_std": float(right.mean(axis=1).std(ddof=1)) if len(right) > 1 else 0.0}
 
 
 def crossed_interval(values: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES) -> tuple[float, float, float]:
@@ -312,9 +318,7 @@ def _crossed(
     draws, total = len(values_AN), int(counts.sum())
     rng = np.random.default_rng(seed)
     overall, grouped = [], []
-    block = max(1, min(resamples, _BLOCK_COUNTS // len(counts)))
-    for start in range(0, resamples, block):
-        size = min(block, resamples - start)
+    for size in blocks(resamples, len(counts)):
         counts_RK = rng.multinomial(total, counts / total, size=size).astype(np.float64)
         shares_RA = rng.multinomial(draws, np.full(draws, 1 / draws), size=size) / draws
         sums_RG = _sum_by(counts_RK * (shares_RA @ values_KA.T), groups, num_groups)
