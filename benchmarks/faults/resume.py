@@ -103,7 +103,7 @@ class Trials:
         def work() -> None:
             look_often()
             _refuse_handlers()
-            begun = (run / "run.json").exists()
+            begun = (run / "recipe.yaml").exists()
             sys.exit(cli.main(["pretrain", "--run", str(run), "--resume"] if begun else ["pretrain", *options]))
 
         return work

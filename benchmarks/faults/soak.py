@@ -103,7 +103,7 @@ class Soak:
                 **{"image_size": SIDE, "batch_size": BATCH, "limit": IMAGES, "threads": 1, "epochs": epochs},
                 **{"checkpoint_minutes": self.checkpoint_minutes},
             }
-            resume = (run / "run.json").exists()
+            resume = (run / "recipe.yaml").exists()
             pretrain(self.data, method=simclr(NARROW), run=str(run), resume=resume, **settings)
 
         return work

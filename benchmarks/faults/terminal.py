@@ -150,7 +150,7 @@ class Trials:
         """The same command once more, to its end; what is wrong then."""
         if verb == "duplicates" and (out / "twice.csv").exists():  # a table is never replaced: it is whole
             return self.unlike(verb, out)
-        begun = (out / ("run.json" if verb == "pretrain" else "finetuning")).exists()
+        begun = (out / ("recipe.yaml" if verb == "pretrain" else "finetuning")).exists()
         more = ["--resume"] if verb in TRAININGS and begun else ["--overwrite"] if verb == "export" else []
         process = fork_warmed(self.command(verb, out, more), self.log)
         process.join()

@@ -113,7 +113,7 @@ class Work:
                 )
                 return
             method, own = SUBJECTS[name]
-            resume = (run / "run.json").exists()
+            resume = (run / "recipe.yaml").exists()  # without it, it was killed before it began
             settings = {**SETTINGS, **own, **options}
             pretraining.pretrain(str(self.data), method=method, run=str(run), resume=resume, **settings)
 
