@@ -23,10 +23,20 @@ from ssl_kit import __version__
 from ssl_kit.core.files import atomic_file
 from ssl_kit.core.owned import check_output
 from ssl_kit.evaluation.catalog import ENCODER, EVALUATIONS
-from ssl_kit.report import charts, tables
+from ssl_kit.report import charts
+from ssl_kit.report.head import data_root, facts, next_step, verdict
 from ssl_kit.report.pictures import encode
 from ssl_kit.report.read import VIEWS, Confusion, Run, read_run
-from ssl_kit.report.verdict import data_root, facts, next_step, verdict
+from ssl_kit.report.scores import (
+    Score,
+    axis_of,
+    dimension_grids,
+    feature_name,
+    few_shot_grid,
+    in_words,
+    robustness_of,
+    score_tables,
+)
 
 _DRAWN = ("few_shot", "robustness", "details")  # of one run: not as tables, but as charts and grids
 _SEES = (  # where run.json does not tell what to look for
@@ -77,7 +87,7 @@ def write_report(runs: Sequence[Path | str], out: Path | str) -> dict[str, Any]:
         "template.html",
         title=" and ".join(run.name for run in read) + ": report",
         cards=cards,
-        axis=tables.axis_of(row for card in cards for row in card["verdict"].rows),
+        axis=axis_of(row for card in cards for row in card["verdict"].rows),
         shape_of=charts.shape_of,
         sees=_sees(read),
         pictures=_shown_pictures(read),
@@ -213,7 +223,7 @@ def _shown_pictures(runs: Sequence[Run]) -> list[dict[str, Any]]:
     shown = []
     for run in runs:
         for picture in sorted(run.pictures, key=lambda one: place(one.name))[: 1 if several else None]:
-            title = _TITLES.get(picture.name, tables.in_words(picture.name))
+            title = _TITLES.get(picture.name, in_words(picture.name))
             wide = picture.width > _WIDE * picture.height or len(run.pictures) == 1
             told = f"{run.name}: {title[:1].lower()}{title[1:]}" if several else title
             shown.append({"title": told, "picture": picture, "wide": wide and not several})
@@ -224,23 +234,23 @@ def _scores(runs: Sequence[Run]) -> dict[str, Any]:
     """The section of scores: tables alone of several runs; of one also charts and grids, and what is lacking."""
     alone = runs[0] if len(runs) == 1 else Run(runs[0].folder)
     few_shot, dimensions = charts.few_shot_charts(alone), charts.dimension_charts(alone)
-    robustness = tables.robustness_of(alone)
+    robustness = robustness_of(alone)
     roc = charts.roc_chart(alone.roc) if alone.roc and alone.roc.classes else None
     there: dict[str, object] = {"few_shot": few_shot, "curve": dimensions, "robustness": robustness}
     there |= {"details": alone.confusion and alone.roc and alone.wrong, "looks": alone.looks}
     lacking = [entry for entry in EVALUATIONS.values() if len(runs) == 1 and entry.absent and not there[entry.name]]
     recalls = sorted((one for one in alone.classes if one.num_images), key=lambda one: one.recall)
     return {
-        "tables": tables.score_tables(runs, without=_DRAWN if len(runs) == 1 else ()),
+        "tables": score_tables(runs, without=_DRAWN if len(runs) == 1 else ()),
         "few_shot": few_shot,
-        "few_shot_grid": tables.few_shot_grid(alone),
+        "few_shot_grid": few_shot_grid(alone),
         "dimensions": dimensions,
-        "dimension_grids": tables.dimension_grids(alone),
+        "dimension_grids": dimension_grids(alone),
         "robustness": robustness,
         "roc": roc,
         "charts": [*few_shot, *dimensions, *([roc] if roc else [])],
         "confusion": confusion_grid(alone.confusion) if alone.confusion else None,
-        "recalls": [(one, tables.Score(one.recall, one.low, one.high)) for one in recalls[:_RECALLS]],
+        "recalls": [(one, Score(one.recall, one.low, one.high)) for one in recalls[:_RECALLS]],
         "num_recalls": len(recalls),
         "wrong": alone.wrong,
         "suspected": _suspected(alone),
@@ -317,10 +327,10 @@ def _strips(value: dict[str, Any]) -> dict[str, Any]:
             asked[name] += len(shown) * (labels[query] >= 0)
             named = [(class_of(one, "unlabelled"), value["images"][one]) for one in shown]
             hits = [(*one, mark) for one, mark in zip(named, marks, strict=True)]
-            rows.append({"name": tables.feature_name(name), "told": told, "hits": hits})
+            rows.append({"name": feature_name(name), "told": told, "hits": hits})
         called = class_of(query, f"query {position + 1}")
         queries.append({"name": called, "image": value["images"][query], "rows": rows})
-    sums = [f"{right[name]} of {asked[name]} by {tables.feature_name(name)}" for name in names if asked[name]]
+    sums = [f"{right[name]} of {asked[name]} by {feature_name(name)}" for name in names if asked[name]]
     return {"queries": queries, "told": f"Of the query's class: {', '.join(sums)}." if sums else ""}
 
 

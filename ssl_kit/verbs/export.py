@@ -23,8 +23,8 @@ from ssl_kit.data.listing import escape_path
 from ssl_kit.data.sources import Source, open_source, pixels
 from ssl_kit.encoders.encoder import Encoder, find_encoder
 from ssl_kit.encoders.exporting import IMAGES, PIXELS, run_onnx, write_onnx
+from ssl_kit.report.head import verdict
 from ssl_kit.report.read import read_run
-from ssl_kit.report.verdict import verdict
 from ssl_kit.views.host import plain_views
 
 FORMAT = "ssl_kit export 1"

@@ -32,11 +32,11 @@ from ssl_kit.evaluation.health import alignment, uniformity
 from ssl_kit.evaluation.neighbours import knn_accuracy
 from ssl_kit.evaluation.retrieval import TwoCrops, crops_top1
 from ssl_kit.methods.method import Method
+from ssl_kit.report.head import BASELINES, Compared, compared
+from ssl_kit.report.head import verdict as shown
 from ssl_kit.report.page import write_report
 from ssl_kit.report.pictures import draw_grid
 from ssl_kit.report.read import Run, number, read_run
-from ssl_kit.report.verdict import BASELINES, Compared, compared
-from ssl_kit.report.verdict import verdict as shown
 from ssl_kit.training.checkpoint import Checkpoints
 from ssl_kit.training.curves import Curves, Judge, feature_health
 from ssl_kit.training.distributed import (

@@ -11,10 +11,10 @@ from fabricated import HOSTILE, Page, record, scores, write_results
 from ssl_kit.core.errors import UserError
 from ssl_kit.methods.method import Method
 from ssl_kit.report import page as module
+from ssl_kit.report.head import LAMPS
 from ssl_kit.report.page import confusion_grid, write_report
 from ssl_kit.report.pictures import draw_grid
 from ssl_kit.report.read import Confusion, read_run
-from ssl_kit.report.verdict import LAMPS
 from ssl_kit.verbs.report import report
 
 SECTIONS = ["verdict", "sees", "curves", "scores", "looks", "neighbours", "map", "made"]
