@@ -30,8 +30,7 @@ from ssl_kit.views.recipe import View
 from ssl_kit.views.sample import HEIGHT, LEFT, TOP, WIDTH, Params, sample
 
 _PREFETCH = 2  # batches made ahead: one hides the making, the second hides its jitter
-# images that go through the view kernel in one call, whose overhead is 0.1 ms: those of a task that decodes are few
-_TOGETHER, _DECODED_TOGETHER = 32, 4
+_TOGETHER = 4  # decoded images that go through the view kernel in one call: its overhead is 0.1 ms
 
 
 class Batch(TypedDict):
@@ -183,7 +182,8 @@ class ViewLoader:
         self, epoch: int, rows: np.ndarray, places: np.ndarray, made: list[np.ndarray], decoders: ThreadPoolExecutor
     ) -> np.ndarray:
         """Makes the views of `rows[places]` at those places of `made`; (len(places),) bool: which images were good."""
-        opened = dict(zip(places, decoders.map(self._open, rows[places]), strict=True))
+        in_memory = self.source.in_memory
+        opened = dict(zip(places, (map if in_memory else decoders.map)(self._open, rows[places].tolist()), strict=True))
         found = np.array([place for place in places if opened[place] is not None], np.int64)
         heights, widths = np.array([opened[place][1] for place in found], np.int64).reshape(-1, 2).T
         kinds = views_at(self.views, epoch)
@@ -220,17 +220,17 @@ class ViewLoader:
                     views[at] = apply_host(images, param[these], view.size)
             return at
 
-        together = _TOGETHER if self.source.in_memory else _DECODED_TOGETHER
+        together = -(-len(places) // self.threads) if in_memory else _TOGETHER
         groups = np.array_split(np.arange(len(found)), max(1, -(-len(found) // together)))
         return np.isin(places, np.concatenate(list(decoders.map(cut, groups))))
 
     def _open(self, row: int) -> tuple[Stored, tuple[int, int]] | None:
         """An image as it is stored and its upright (height, width); None when it is bad, which is noted."""
-        stored = self.source.read([int(row)])[0]
+        stored = self.source.read([row])[0]
         try:
             return stored, size_of(stored)
         except BadImageError as error:
-            self.source.skip(int(row), str(error))
+            self.source.skip(row, str(error))
             return None
 
 

@@ -34,7 +34,8 @@ from ssl_kit.core.errors import UserError
 from ssl_kit.core.random import permutation
 from ssl_kit.embeddings.embeddings import Embeddings
 from ssl_kit.encoders.encoder import Encoder
-from ssl_kit.evaluation.linear import LogisticFit, Scaling
+from ssl_kit.evaluation.features import Scaling
+from ssl_kit.evaluation.linear import LogisticFit
 from ssl_kit.evaluation.metrics import probability_metrics
 from ssl_kit.evaluation.result import Result, classification_metrics, holdout, labelled_parts, made_by
 

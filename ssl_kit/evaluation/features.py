@@ -318,6 +318,40 @@ class Pca:
         return reduced
 
 
+@dataclass
+class Scaling:
+    """Zero mean and unit variance for each feature of the training set.
+
+    Attributes:
+        mean: (D,) float32.
+        scale: (D,) float32, 1 / standard deviation; 0 for constant features, so that they have no say.
+    """
+
+    mean: np.ndarray
+    scale: np.ndarray
+
+    @classmethod
+    def of(cls, features: np.ndarray) -> Scaling:
+        """The scaling of features (N, D)."""
+        mean = features.mean(axis=0, dtype=np.float64)
+        squares = np.zeros_like(mean)
+        for start in range(0, len(features), _BLOCK):
+            squares += np.square(features[start : start + _BLOCK] - mean).sum(axis=0)
+        deviation = np.sqrt(squares / len(features))
+        varies = deviation > 1e-6 * np.abs(mean)  # below: the rounding of a constant
+        scale = np.where(varies, 1 / np.where(varies, deviation, 1), 0)
+        return cls(mean.astype(np.float32), scale.astype(np.float32))
+
+    def apply(self, features: np.ndarray) -> Tensor:
+        """(N, D) float32, a copy."""
+        scaled = np.empty(features.shape, dtype=np.float32)
+        for start in range(0, len(features), _BLOCK):
+            rows = slice(start, start + _BLOCK)
+            np.subtract(features[rows], self.mean, out=scaled[rows])
+            scaled[rows] *= self.scale
+        return torch.from_numpy(scaled)
+
+
 def centre(train: np.ndarray, test: np.ndarray) -> np.ndarray:
     """Subtracts the mean of `train` (N, D) from both, in place, and returns it (D,).
 

@@ -31,8 +31,8 @@ from ssl_kit.core.console import progress
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.random import random_bits
 from ssl_kit.embeddings.exact import normalised
-from ssl_kit.evaluation.features import FeatureSet, Pca, random_projection
-from ssl_kit.evaluation.linear import LogisticFit, Scaling, curvature, fit_logistic, linear_probe, spanned
+from ssl_kit.evaluation.features import FeatureSet, Pca, Scaling, random_projection
+from ssl_kit.evaluation.linear import LogisticFit, curvature, fit_logistic, linear_probe, spanned
 from ssl_kit.evaluation.neighbours import knn
 from ssl_kit.evaluation.result import Result, draw_metrics, holdout, labelled_parts, made_by
 

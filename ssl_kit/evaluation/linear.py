@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ssl_kit.core.random import permutation
+from ssl_kit.evaluation.features import Scaling
 from ssl_kit.evaluation.metrics import probability_metrics
 from ssl_kit.evaluation.result import Result, classification_metrics, holdout, labelled_parts, made_by
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from ssl_kit.embeddings.embeddings import Embeddings
 
 L2_PATH = tuple(10.0**exponent for exponent in range(-6, 2))
-_SCALING_ROWS = 4_096
+_ROWS = 4_096  # whose second moment is added at once
 _CURVATURE_ROWS = 20_000  # a sample of so many rows preconditions as well as all of them
 _STREAM_CURVATURE = 100_003  # of core/random.py
 _RIDGE = 1e-6  # of the preconditioner alone, relative to the largest variance: its moment has float32 products
@@ -74,40 +75,6 @@ class LogisticFit:
             for rows in features.split(_block_rows(self.bias.numel()))
         ]
         return torch.cat(blocks).T.cpu().numpy()
-
-
-@dataclass
-class Scaling:
-    """Zero mean and unit variance for each feature of the training set.
-
-    Attributes:
-        mean: (D,) float32.
-        scale: (D,) float32, 1 / standard deviation; 0 for constant features, so that they have no say.
-    """
-
-    mean: np.ndarray
-    scale: np.ndarray
-
-    @classmethod
-    def of(cls, features: np.ndarray) -> Scaling:
-        """The scaling of features (N, D)."""
-        mean = features.mean(axis=0, dtype=np.float64)
-        squares = np.zeros_like(mean)
-        for start in range(0, len(features), _SCALING_ROWS):
-            squares += np.square(features[start : start + _SCALING_ROWS] - mean).sum(axis=0)
-        deviation = np.sqrt(squares / len(features))
-        varies = deviation > 1e-6 * np.abs(mean)  # below: the rounding of a constant
-        scale = np.where(varies, 1 / np.where(varies, deviation, 1), 0)
-        return cls(mean.astype(np.float32), scale.astype(np.float32))
-
-    def apply(self, features: np.ndarray) -> Tensor:
-        """(N, D) float32, a copy."""
-        scaled = np.empty(features.shape, dtype=np.float32)
-        for start in range(0, len(features), _SCALING_ROWS):
-            rows = slice(start, start + _SCALING_ROWS)
-            np.subtract(features[rows], self.mean, out=scaled[rows])
-            scaled[rows] *= self.scale
-        return torch.from_numpy(scaled)
 
 
 def linear_probe(
@@ -268,7 +235,7 @@ def curvature(features: Tensor, seed: int = 0) -> Tensor:
     if count < len(features):
         features = features[torch.from_numpy(np.sort(permutation(seed, 0, len(features), _STREAM_CURVATURE)[:count]))]
     moment = features.new_zeros(features.shape[1], features.shape[1], dtype=torch.float64)
-    for rows in features.split(_SCALING_ROWS):
+    for rows in features.split(_ROWS):
         moment += rows.T @ rows  # float32 products, float64 sums
     return moment / len(features)
 

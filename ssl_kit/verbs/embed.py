@@ -64,8 +64,9 @@ def embed(
     # decoded when needed: each image is looked at once, and rows do not depend on how much memory is free
     source = open_source(data, limit=limit, channels=loaded.channels, max_bad=max_bad, in_memory=False)
 
+    whole = torch.zeros(1, loaded.channels, *loaded.image_size, device=next(loaded.parameters()).device)
     with torch.inference_mode():  # nothing is removed for what cannot be made
-        loaded.layers(torch.zeros(1, loaded.channels, *loaded.image_size).to(next(loaded.parameters()).device), layers)
+        loaded.layers(whole, layers)
     replaced = former(folder)
     if overwrite or not _parts(folder):
         replaced.settle((folder / MANIFEST).is_file())
@@ -90,17 +91,9 @@ def embed(
             shard=part,
         )
     seconds = time.perf_counter() - began
-    record = {
-        "out": escape_path(folder),
-        "complete": done.complete,
-        "dtype": dtype,
-        "normalised": normalise,
-        "layers": layers,
-        "encoder_sha256": loaded.sha256,
-        "embedded": done.images,
-        "seconds": round(seconds, 3),
-        "images_per_second": round(done.images / max(seconds, 1e-9), 1),
-    }
+    record = {"out": escape_path(folder), "complete": done.complete, "dtype": dtype, "normalised": normalise}
+    record |= {"layers": layers, "encoder_sha256": loaded.sha256, "embedded": done.images}
+    record |= {"seconds": round(seconds, 3), "images_per_second": round(done.images / max(seconds, 1e-9), 1)}
     return record | (_completed(folder, out, done, record) if done.complete else _waiting(folder, done, record, source))
 
 

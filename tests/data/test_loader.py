@@ -187,5 +187,5 @@ def test_memory_is_used_again_only_when_nobody_holds_it(labelled_folder, in_memo
 def test_views_of_files_do_not_depend_on_which_are_cut_together(labelled_folder, monkeypatch):
     source = open_source(labelled_folder, in_memory=False)
     together = batches(source, threads=2)
-    monkeypatch.setattr("ssl_kit.data.loader._DECODED_TOGETHER", 1)
+    monkeypatch.setattr("ssl_kit.data.loader._TOGETHER", 1)
     assert same(together, batches(source, threads=2))

@@ -10,8 +10,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 from ssl_kit.evaluation.attentive import attentive_probe, sgd_probe
+from ssl_kit.evaluation.features import Scaling
 from ssl_kit.evaluation.fewshot import few_shot
-from ssl_kit.evaluation.linear import Scaling, _cholesky, class_weights, curvature, fit_logistic, linear_probe
+from ssl_kit.evaluation.linear import _cholesky, class_weights, curvature, fit_logistic, linear_probe
 from ssl_kit.evaluation.result import holdout
 
 
