@@ -36,8 +36,8 @@ from PIL import Image
 from record import tell
 
 from ssl_kit.core.errors import UserError
+from ssl_kit.data.manifests import stratified
 from ssl_kit.data.sources import open_labelled
-from ssl_kit.data.tables import stratified
 from ssl_kit.embeddings.embeddings import Embeddings
 from ssl_kit.embeddings.exact import normalised, search
 from ssl_kit.encoders.encoder import Encoder

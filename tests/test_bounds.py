@@ -15,10 +15,10 @@ from hostile_parquet import Long, listed, parquet, repeated, schema, varint
 from ssl_kit.core.errors import DamagedError, UserError
 from ssl_kit.core.files import sha256, write_sealed
 from ssl_kit.core.sealed import read_sealed
+from ssl_kit.data.manifests import read_table
 from ssl_kit.data.sources import open_source
-from ssl_kit.data.tables import read_table
 from ssl_kit.embeddings.embeddings import Embeddings, embed
-from ssl_kit.embeddings.parts import find_ids, read_rows, read_vectors
+from ssl_kit.embeddings.folder import find_ids, read_rows, read_vectors
 from ssl_kit.encoders.encoder import CONFIG, RECORD, Encoder
 from ssl_kit.encoders.pretrained import load_pretrained
 from ssl_kit.methods.simclr import SimCLR

@@ -28,7 +28,7 @@ from ssl_kit.core.files import MANIFEST, json_text, sha256
 from ssl_kit.core.sealed import SEAL, fingerprint, read_json, read_sealed, sealed
 from ssl_kit.data.sources import open_source
 from ssl_kit.embeddings.embeddings import Embeddings
-from ssl_kit.embeddings.parts import find_ids, read_rows, read_vectors
+from ssl_kit.embeddings.folder import find_ids, read_rows, read_vectors
 from ssl_kit.encoders.encoder import CONFIG, RECORD, WEIGHTS, Encoder
 from ssl_kit.training.checkpoint import SafeCheckpointIO, newest
 from ssl_kit.verbs.recipes import check_class_paths, read_recipe

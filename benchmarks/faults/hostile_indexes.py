@@ -24,8 +24,8 @@ from ssl_kit.core.errors import DamagedError
 from ssl_kit.core.files import MANIFEST, json_text
 from ssl_kit.core.sealed import SEAL, read_json, read_sealed, sealed
 from ssl_kit.embeddings.exact import normalised
+from ssl_kit.embeddings.folder import part_names
 from ssl_kit.embeddings.index import Gallery, build_index, search_index
-from ssl_kit.embeddings.parts import part_names
 from ssl_kit.embeddings.search import FILE, Index, index_signature, vectors_fingerprint
 from ssl_kit.embeddings.signing import write_index
 

@@ -24,7 +24,7 @@ from ssl_kit.core.console import progress, say, warn
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.machine import available_cores, fits_in_memory, in_order
 from ssl_kit.core.random import permutation
-from ssl_kit.data import tables
+from ssl_kit.data import manifests
 from ssl_kit.data.decode import BadImageError, decode, image_size
 from ssl_kit.data.listing import Skipped, folder_of_images, folders_without, read_regular, unescape
 
@@ -256,14 +256,14 @@ def open_labelled(
     opened = partial(
         open_source, channels=channels, in_memory=in_memory, max_bad=max_bad, labelled=True, threads=threads
     )
-    pair = tables.split_parts(Path(data)) if isinstance(data, str | Path) else None
+    pair = manifests.split_parts(Path(data)) if isinstance(data, str | Path) else None
     if pair is None:
         whole = opened(data, limit=limit)
-        test, known = tables.stratified(whole.labels(), _TEST_FRACTION), whole.labels() >= 0
+        test, known = manifests.stratified(whole.labels(), _TEST_FRACTION), whole.labels() >= 0
         return whole.subset(known & ~test, f"{whole.name}:train"), whole.subset(known & test, f"{whole.name}:test")
     if limit is None:
         return _shared_classes(opened(pair[0]), opened(pair[1]))
-    sizes = [len(tables.read_table(part)[0] if part.is_file() else folder_of_images(part).ids) for part in pair]
+    sizes = [len(manifests.read_table(part)[0] if part.is_file() else folder_of_images(part).ids) for part in pair]
     shares = [max(2, round(limit * size / sum(sizes))) for size in sizes]
     return _shared_classes(opened(pair[0], limit=shares[0]), opened(pair[1], limit=shares[1]))
 
@@ -279,33 +279,33 @@ def _listed(data: Data, channels: int, max_bad: float, labelled: bool) -> Listed
     if path.suffix == ".tar" or ".tar." in path.name or ("{" in text and ".." in text and not path.exists()):
         raise UserError(f"{text}: tar shards are not read yet; unpack them into a folder, or list the files in a .csv")
     name, _, part = text.partition(":")
-    if tables.is_builtin(name) and not path.exists():
+    if manifests.is_builtin(name) and not path.exists():
         whole = builtin_source(name, channels)
         if part not in ("", "train", "test"):
             raise UserError(f"{text}: a built-in set has the parts train and test")
-        test = tables.stratified(whole.labels(), _TEST_FRACTION)  # as `open_labelled` splits them
+        test = manifests.stratified(whole.labels(), _TEST_FRACTION)  # as `open_labelled` splits them
         return whole.subset(test if part == "test" else ~test, text) if part else whole
-    if path.suffix.lower() in tables.TABLES and path.is_file():
-        ids, names = tables.read_table(path)
-        labels, classes = tables.encode(names)
+    if path.suffix.lower() in manifests.TABLES and path.is_file():
+        ids, names = manifests.read_table(path)
+        labels, classes = manifests.encode(names)
         bad = Skipped(len(ids), max_bad)
         return Listed(text, ids, labels, classes, channels, path.parent, bad, np.arange(len(ids)))
     if path.is_file():
         raise UserError(f"{path} is a file; wanted a folder, a .csv or .parquet with a column 'path', or 'mnist5k'")
     ids = folder_of_images(path).ids
-    labels, classes = tables.folder_labels(ids, asked=labelled)
+    labels, classes = manifests.folder_labels(ids, asked=labelled)
     if labelled and (empty := folders_without(path, classes)):
         warn(f"{path}: no images in {', '.join(map(repr, empty[:5]))}; {len(empty)} folders are no classes")
     return Listed(text, ids, labels, classes, channels, path, Skipped(len(ids), max_bad), np.arange(len(ids)))
 
 
 def builtin_source(name: str, channels: int) -> Listed:
-    """A whole built-in set, in memory; see `tables.builtin`."""
-    return _of_arrays(*tables.builtin(name), channels, name)
+    """A whole built-in set, in memory; see `manifests.builtin`."""
+    return _of_arrays(*manifests.builtin(name), channels, name)
 
 
 def _of_arrays(images: np.ndarray, names: np.ndarray | None, channels: int, name: str) -> Listed:
-    images, ids, labels, classes = tables.from_arrays(images, names, channels, name)
+    images, ids, labels, classes = manifests.from_arrays(images, names, channels, name)
     return Listed(name, ids, labels, classes, channels, None, Skipped(len(ids), 0.0), np.arange(len(ids)), images)
 
 

@@ -34,7 +34,7 @@ from ssl_kit.core.sealed import LARGE_JSON
 from ssl_kit.data.listing import escape_path, write_skipped
 from ssl_kit.data.loader import Planned, ViewLoader
 from ssl_kit.data.sources import Source
-from ssl_kit.embeddings.parts import (
+from ssl_kit.embeddings.folder import (
     FORMAT,
     PART_ROWS,
     Storage,

@@ -32,11 +32,11 @@ from ssl_kit.core.machine import available_cores, available_memory
 from ssl_kit.core.sealed import LARGE_JSON, fingerprint
 from ssl_kit.data.decode import BadImageError, decode
 from ssl_kit.data.listing import read_regular, unescape
+from ssl_kit.data.manifests import is_builtin
 from ssl_kit.data.sources import Source, builtin_source, pixels
-from ssl_kit.data.tables import is_builtin
 from ssl_kit.embeddings.exact import normalised
+from ssl_kit.embeddings.folder import PART_ROWS, checked, find_ids, part_names, read_rows, read_vectors
 from ssl_kit.embeddings.index import SEARCHED_ROWS, Gallery, search_index
-from ssl_kit.embeddings.parts import PART_ROWS, checked, find_ids, part_names, read_rows, read_vectors
 from ssl_kit.embeddings.signing import find_key, is_signed, read_index, signature
 from ssl_kit.encoders.encoder import Encoder, find_encoder
 from ssl_kit.views.host import plain_views

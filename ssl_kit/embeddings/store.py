@@ -55,7 +55,7 @@ from ssl_kit.embeddings.embeddings import (
     part_slices,
     whole,
 )
-from ssl_kit.embeddings.parts import (
+from ssl_kit.embeddings.folder import (
     FORMAT,
     Storage,
     check_range,

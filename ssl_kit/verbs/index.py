@@ -14,8 +14,8 @@ from ssl_kit.core.files import MANIFEST, atomic_file, read_manifest, verify_file
 from ssl_kit.core.locking import lock
 from ssl_kit.core.machine import available_memory
 from ssl_kit.core.sealed import LARGE_JSON
+from ssl_kit.embeddings.folder import checked, read_rows, read_vectors
 from ssl_kit.embeddings.index import Gallery, build_index
-from ssl_kit.embeddings.parts import checked, read_rows, read_vectors
 from ssl_kit.embeddings.search import FILE, index_signature, vectors_fingerprint
 from ssl_kit.embeddings.signing import make_key, read_index, write_index
 

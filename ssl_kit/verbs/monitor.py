@@ -23,8 +23,8 @@ from ssl_kit.core.files import if_room
 from ssl_kit.core.machine import cycles_freed
 from ssl_kit.core.owned import Record
 from ssl_kit.data.loader import Batch, ViewLoader
+from ssl_kit.data.manifests import stratified
 from ssl_kit.data.sources import Source
-from ssl_kit.data.tables import stratified
 from ssl_kit.embeddings.embeddings import embed
 from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.evaluation.features import Pca, Pixels, centre

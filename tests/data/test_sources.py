@@ -14,9 +14,9 @@ from ssl_kit.core import machine
 from ssl_kit.core.errors import UserError
 from ssl_kit.data.decode import BadImageError
 from ssl_kit.data.listing import Skipped, write_skipped
+from ssl_kit.data.manifests import encode, stratified
 from ssl_kit.data.sources import open_labelled, open_source
 from ssl_kit.data.sources import pixels as decoded
-from ssl_kit.data.tables import encode, stratified
 from ssl_kit.verbs.monitor import hold_out
 
 

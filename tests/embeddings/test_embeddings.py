@@ -17,7 +17,7 @@ from ssl_kit.core.files import DamagedError, read_json, sha256, write_sealed
 from ssl_kit.core.sealed import read_sealed
 from ssl_kit.data.sources import open_source
 from ssl_kit.embeddings.embeddings import Embeddings, embed
-from ssl_kit.embeddings.parts import FORMAT, find_ids, read_rows, read_vectors
+from ssl_kit.embeddings.folder import FORMAT, find_ids, read_rows, read_vectors
 from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.verbs.embed import embed as embed_verb
 from ssl_kit.views.recipe import plain

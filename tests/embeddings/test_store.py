@@ -21,7 +21,7 @@ from ssl_kit.core.files import DamagedError, read_json
 from ssl_kit.data.sources import open_source
 from ssl_kit.embeddings.embeddings import Embeddings
 from ssl_kit.embeddings.embeddings import embed as embed_at_once
-from ssl_kit.embeddings.parts import find_ids, part_names, read_rows, read_vectors
+from ssl_kit.embeddings.folder import find_ids, part_names, read_rows, read_vectors
 from ssl_kit.embeddings.store import Shard, embed_to, parse_shard
 from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.verbs.embed import embed

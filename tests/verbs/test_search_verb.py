@@ -21,7 +21,7 @@ from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import write_sealed
 from ssl_kit.core.locking import lock
 from ssl_kit.core.sealed import read_sealed
-from ssl_kit.data import tables
+from ssl_kit.data import manifests
 from ssl_kit.data.sources import open_source
 from ssl_kit.embeddings.search import read_file
 from ssl_kit.encoders.encoder import Encoder
@@ -125,7 +125,7 @@ def pictures(page):
 
 @pytest.mark.parametrize(("data", "side", "channels"), [("mnist5k", 28, 1), ("digits", 8, 3)])
 def test_pages_show_the_images_of_built_in_sets(tmp_path, monkeypatch, data, side, channels):
-    monkeypatch.setattr(tables, "builtin", lru_cache(tables.builtin))  # parsing MNIST takes 3 s
+    monkeypatch.setattr(manifests, "builtin", lru_cache(manifests.builtin))  # parsing MNIST takes 3 s
     torch.manual_seed(0)
     encoder = Encoder("resnet18_small", {"channels": [4, 4, 8, 8]}, (16, 16), channels).save(tmp_path / "encoder")
     embed(str(encoder), f"{data}:train", out=str(tmp_path / "emb"), precision="float32", limit=120)
