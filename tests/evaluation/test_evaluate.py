@@ -163,12 +163,8 @@ def test_dimension_curve_is_cut_only_where_there_is_a_code(everything, images, t
     record, _ = everything
     ways = {one["settings"].get("reduced_by") for one in found(record, evaluation="linear", features="encoder")}
     assert ways == {"random", "pca", None}
-    assert (
-        found(record, evaluation="knn", features="encoder", dim=4, reduced_by="pca")[0]["settings"][
-            "bytes_per_million_images"
-        ]
-        == 16_000_000
-    )
+    point = found(record, evaluation="knn", features="encoder", dim=4, reduced_by="pca")[0]
+    assert point["settings"]["bytes_per_million_images"] == 16_000_000
     small = {"channels": [4, 4, 8, 8], "num_classes": 6}
     Encoder("resnet18_small", small, (16, 16)).save(tmp_path / "encoder")
     record = evaluate(str(tmp_path / "encoder"), str(images), out=str(tmp_path), only="curve", baselines="none")
@@ -214,9 +210,11 @@ def test_leaks_are_counted_and_dropped_when_asked(images, encoder, tmp_path, cap
     assert unchecked["leaks"] is None and not (tmp_path / "c" / "leaks.csv").exists()
 
 
-def test_layers_are_concatenated_and_kept_apart(images, encoder, tmp_path):
+def test_layers_are_concatenated_and_kept_apart_and_a_balanced_probe_is_recorded(images, encoder, tmp_path):
     options = {"only": "linear,health", "baselines": "random_init,pca", "out": str(tmp_path)}
-    evaluate(str(encoder), str(images), **options)
+    record = evaluate(str(encoder), str(images), balanced=True, **options)
+    settings = found(record, evaluation="linear")[0]["settings"]
+    assert settings["balanced"] and "held_out_balanced_accuracy" in settings
     record = evaluate(str(encoder), str(images), layers=2, **options)
     for one in found(record, evaluation="linear"):
         assert one["settings"]["dim"] == 16
@@ -225,13 +223,6 @@ def test_layers_are_concatenated_and_kept_apart(images, encoder, tmp_path):
     assert len(list((tmp_path / "features").iterdir())) == 8  # train and test of two networks, with one and two layers
     with pytest.raises(UserError, match="--layers 0"):
         evaluate(str(encoder), str(images), layers=0)
-
-
-def test_balanced_probe_is_recorded(images, encoder, tmp_path):
-    options = {"only": "linear", "baselines": "none", "out": str(tmp_path)}
-    record = evaluate(str(encoder), str(images), balanced=True, **options)
-    assert found(record, evaluation="linear")[0]["settings"]["balanced"]
-    assert "held_out_balanced_accuracy" in found(record, evaluation="linear")[0]["settings"]
 
 
 def test_several_runs_give_mean_spread_and_paired_differences(images, make_encoder, tmp_path, capsys):
@@ -253,18 +244,8 @@ def test_several_runs_give_mean_spread_and_paired_differences(images, make_encod
 
 def test_the_command_line_takes_one_run_or_several(images, make_encoder, tmp_path, capsys):
     first, second = str(make_encoder(1)), str(make_encoder(2))
-    options = [
-        str(images),
-        "--out",
-        str(tmp_path),
-        "--only",
-        "knn",
-        "--baselines",
-        "none",
-        "--leaks",
-        "false",
-        "--json",
-    ]
+    told = "--only knn --baselines none --leaks false --json --out"
+    options = [str(images), *told.split(), str(tmp_path)]
     assert cli.main(["evaluate", first, *options]) == 0
     assert "results" in json.loads(capsys.readouterr().out)
     assert cli.main(["evaluate", first, second, *options]) == 0

@@ -40,12 +40,7 @@ def test_every_verdict_that_training_gives_has_a_lamp(tmp_path):
 
 @pytest.mark.parametrize(
     ("encoder", "place"),
-    [
-        (0.401, "0.02 above raw pixels"),
-        (0.399, "level with raw pixels"),
-        (0.361, "level with raw pixels"),
-        (0.359, "0.02 below raw pixels"),
-    ],
+    [(0.401, "0.02 above raw pixels"), (0.399, "level with raw pixels"), (0.359, "0.02 below raw pixels")],
 )
 def test_a_distance_is_told_where_the_intervals_do_not_touch(tmp_path, encoder, place):
     # half widths are 0.01 and pixels have 0.38

@@ -10,8 +10,6 @@ from fabricated import HOSTILE, Page, record, scores, write_results
 
 from ssl_kit.core.errors import UserError
 from ssl_kit.methods.method import Method
-from ssl_kit.report import page as module
-from ssl_kit.report.head import LAMPS
 from ssl_kit.report.page import confusion_grid, write_report
 from ssl_kit.report.pictures import draw_grid
 from ssl_kit.report.read import Confusion, read_run
@@ -38,6 +36,7 @@ def test_a_full_run_has_every_section_in_order_and_none_is_empty(make_run):
                   "Typical images", "Duplicates and outliers", "Views"):  # fmt: skip
         assert words in page.words, words
     assert "kNN 0.71 [0.70, 0.72], 0.33 above raw pixels, 0.35 above the same network untrained and " in page.words
+    assert len(page.html) < 3_000_000  # bokeh's core is 1.3 MB of it
 
 
 def test_charts_have_a_place_a_title_and_words(make_run):
@@ -80,22 +79,6 @@ def test_names_that_utf8_cannot_hold_do_not_stop_the_page(make_run):
     assert "caf? 20" in page.words  # the class button of the map, with its count
 
 
-def test_thumbnails_that_are_no_base64_are_refused(make_run):
-    run = make_run()
-    value = json.loads((run / "pictures" / "map.json").read_text())
-    value["images"][0] = 'x" onerror="alert(1)'
-    (run / "pictures" / "map.json").write_text(json.dumps(value))
-    page = page_of(run)
-    assert not any("onerror" in attributes for _, attributes in page.tags)
-    assert "pictures/map.json could not be read" in page.words
-    assert "No map yet." in page.words
-
-
-def test_the_page_stays_small(make_run):
-    run = make_run()
-    assert write_report([run], run / "report.html")["bytes"] < 3_000_000  # bokeh's core is 1.3 MB of it
-
-
 def test_before_the_first_step_only_pictures_are_there_and_no_chart_code(tmp_path, make_run):
     run = make_run()
     for name in ("metrics.csv", "results.jsonl", "skipped.csv", "recipe.yaml"):
@@ -129,18 +112,8 @@ def test_any_single_file_is_enough(make_run, kept):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "run.json",
-        "results.jsonl",
-        "pictures/neighbours.json",
-        "pictures/views.png",
-        "pictures/looks.json",
-        "pictures/wrong.json",
-        "pictures/duplicates.json",
-        "details/confusion.csv",
-        "details/classes.csv",
-        "details/roc.json",
-    ],
+    ["run.json", "results.jsonl", "details/confusion.csv", "details/classes.csv", "details/roc.json"]
+    + [f"pictures/{name}" for name in ("neighbours.json", "views.png", "looks.json", "wrong.json", "duplicates.json")],
 )
 def test_a_damaged_file_costs_its_section_only_and_is_named(make_run, name):
     run = make_run()
@@ -221,15 +194,6 @@ def test_scores_of_an_earlier_encoder_are_called_so(make_run):
     assert "earlier encoder" in page_of(make_run("other", info={"encoder_sha256": "cd" * 32})).words
 
 
-def test_a_write_that_fails_leaves_the_old_page(make_run, monkeypatch):
-    run = make_run()
-    (run / "report.html").write_text("old")
-    monkeypatch.setattr(module, "write_page", lambda path, page: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        write_report([run], run / "report.html")
-    assert (run / "report.html").read_text() == "old"
-
-
 def test_the_verb_writes_beside_the_run_and_returns_the_record(make_run, capsys):
     run = make_run()
     told = report([str(run)])
@@ -241,19 +205,6 @@ def test_the_verb_writes_beside_the_run_and_returns_the_record(make_run, capsys)
     assert json.dumps(told)
     said = capsys.readouterr().out.splitlines()
     assert said[:2] == ["run: learning - rank 50", f"run: {one['scores']}"] and said[-1].startswith("next: ")
-
-
-def test_the_page_shows_the_state_and_the_reason_of_run_json(make_run, tmp_path):
-    for state in (*LAMPS, "unknown"):
-        told = {"state": state, "reason": "kNN 0.31, below PCA (0.4)"}
-        run = make_run(state.split()[0], info={"verdict": told})
-        head = page_of(run).html.split('<section class="hero"')[1].split("</section>")[0]
-        assert f'<span class="word">{state.capitalize()}</span>' in head and told["reason"] in head
-        assert "clear gain" not in head and "Worse" not in head and "0.33 above raw pixels" in head
-        others = [one.capitalize() for one in (*LAMPS, "unknown") if one != state]
-        assert not any(f">{one}<" in head for one in others)
-    both = page_of(make_run("a"), make_run("b", info={"verdict": told}), out=tmp_path / "both.html")
-    assert "Learning rank 50" in both.words and f"Unknown {told['reason']}" in both.words
 
 
 def test_the_verb_says_what_is_wrong(make_run, tmp_path):

@@ -78,11 +78,6 @@ def test_many_rows_of_few_images_become_few_rows_of_many(tmp_path):
     assert pixels[:, :left, 3].any() and sheet.info["Description"] == "told"
 
 
-def test_a_column_without_its_view_is_our_mistake(tmp_path):
-    with pytest.raises(AssertionError):
-        draw_views(tmp_path / "views.png", [plain(8, 8, 0)] * 2, [np.zeros((1, 3, 8, 8))])
-
-
 def test_neighbours_store_each_image_once_and_refer_to_it(tmp_path):
     asked = []
     queries, found = np.array([7, 3]), {"encoder": np.array([[3, 9], [7, 9]]), "pixels": np.array([[9, 3], [11, 7]])}
@@ -162,9 +157,8 @@ def test_more_is_brighter_everywhere_and_the_image_shines_through():
     assert drawn.shape == enlarged(image).shape
     steps = grey[0, :: drawn.shape[1] // 8]
     assert (np.diff(steps) > 10).all()
-    assert (
-        overlay(np.zeros_like(image), np.zeros((1, 1)), 0.0, 1.0).max() < overlay(image, np.zeros((1, 1)), 0, 1).max()
-    )
+    dark, bright = (overlay(one, np.zeros((1, 1)), 0.0, 1.0).max() for one in (np.zeros_like(image), image))
+    assert dark < bright
 
 
 def test_values_beyond_the_scale_are_clipped_and_a_constant_map_is_no_error():

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ssl_kit.core.errors import UserError
 from ssl_kit.report import read as module
 from ssl_kit.report.page import render
-from ssl_kit.report.read import number, read_run
+from ssl_kit.report.read import read_run
 
 
 def test_a_whole_run_is_read_without_a_problem(make_run):
@@ -48,7 +47,8 @@ def test_a_line_that_is_no_result_is_left_out_and_named(make_run, line, kept):
 @pytest.mark.parametrize(
     ("key", "value"),
     [("labels", [9] * 40), ("labels", [0]), ("x", [0.0]), ("x", ["nan"] * 40), ("images", ["javascript:1"] * 40),
-     ("images", ["https://a.b/c.png"] * 40), ("indices", [1]), ("classes", None)],
+     ("images", ["https://a.b/c.png"] * 40), ("images", ['x" onerror="alert(1)'] * 40), ("indices", [1]),
+     ("classes", None)],
 )  # fmt: skip
 def test_a_map_that_does_not_hold_together_is_refused(make_run, key, value):
     folder = make_run()
@@ -141,9 +141,7 @@ def test_pictures_are_capped_in_pixels_and_shrunk_in_bytes(make_run, monkeypatch
     assert [picture.name for picture in run.pictures] == ["views", "noise"]
     assert run.pictures[1].uri.startswith("data:image/webp;base64,")
     assert len(run.pictures[1].uri) < (folder / "pictures" / "noise.png").stat().st_size
-    assert "huge.png" in run.problems[0] and "81000000" in run.problems[0].replace(",", "").replace(
-        "9000 x 9000", "81000000"
-    )
+    assert "huge.png could not be read: 9000 x 9000 pixels" in run.problems[0]
     monkeypatch.setattr(module, "_PICTURE_BYTES", 10)
     assert [picture.name for picture in read_run(folder).pictures] == ["views"]
 
@@ -160,17 +158,3 @@ def test_skipped_files_are_listed_up_to_200_and_all_counted(make_run):
     (folder / "skipped.csv").write_text("path,reason\n" + "".join(f'"a,{i}.jpg",0 bytes\n' for i in range(350)))
     run = read_run(folder)
     assert len(run.skipped) == 200 and run.num_skipped == 350 and run.skipped[1] == ("a,1.jpg", "0 bytes")
-
-
-def test_no_folder_and_no_run_are_the_users_mistakes(tmp_path):
-    with pytest.raises(UserError, match="is not a folder"):
-        read_run(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="holds no run"):
-        read_run(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"), [(1, 1.0), (0.5, 0.5), (True, None), ("1", None), (None, None), (np.inf, None)]
-)
-def test_number(value, expected):
-    assert number(value) == expected

@@ -14,7 +14,6 @@ from ssl_kit.report.scores import (
     full_size,
     robustness_of,
     score_tables,
-    storage,
 )
 
 
@@ -156,8 +155,3 @@ def test_numbers_are_short(value, text):
 
 def test_no_interval_no_plot():
     assert axis_of([]) is None
-
-
-@pytest.mark.parametrize(("dim", "text"), [(8, "32 MB"), (249, "996 MB"), (250, "1 GB"), (2048, "8.19 GB")])
-def test_storage_of_a_million_vectors(dim, text):
-    assert storage(dim) == text
