@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from ssl_kit.evaluation.catalog import EVALUATIONS
 from ssl_kit.report.read import Roc, Run, number
-from ssl_kit.report.scores import Line, dimension_lines, few_shot_lines, storage
+from ssl_kit.report.tables import Line, dimension_lines, few_shot_lines, storage
 
 if TYPE_CHECKING:
     from bokeh.plotting import figure as Figure

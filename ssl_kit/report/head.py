@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from ssl_kit.evaluation.catalog import ABOVE, ENCODER, EVALUATIONS, PRETRAINED
 from ssl_kit.report.read import Run, number
-from ssl_kit.report.scores import Record, Row, Score, axis_of, best_first, feature_name, full_size, score
+from ssl_kit.report.tables import Record, Row, Score, axis_of, best_first, feature_name, full_size, score
 
 BASELINES = {"pixels": "raw pixels", "random_init": "the same network untrained", "pca": "PCA of the pixels"}
 LAMPS = {  # of the states that a training can have; any other is unknown

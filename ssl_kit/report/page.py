@@ -27,7 +27,7 @@ from ssl_kit.report import charts
 from ssl_kit.report.head import data_root, facts, next_step, verdict
 from ssl_kit.report.pictures import encode
 from ssl_kit.report.read import VIEWS, Confusion, Run, read_run
-from ssl_kit.report.scores import (
+from ssl_kit.report.tables import (
     Score,
     axis_of,
     dimension_grids,

@@ -6,7 +6,7 @@ from fabricated import record, scores
 from ssl_kit.methods.method import Method
 from ssl_kit.report.head import LAMPS, duration, facts, next_step, verdict
 from ssl_kit.report.read import Run
-from ssl_kit.report.scores import score_tables
+from ssl_kit.report.tables import score_tables
 from ssl_kit.training.verdict import BELOW
 
 

@@ -4,7 +4,7 @@ import pytest
 from fabricated import more_scores, record, scores
 
 from ssl_kit.report.read import Run
-from ssl_kit.report.scores import (
+from ssl_kit.report.tables import (
     Score,
     axis_of,
     dimension_lines,
