@@ -1,8 +1,7 @@
 """`ssl-kit VERB ...`: parse, call one verb, print. Nothing imports this file.
 
-A verb is a function in `ssl_kit/verbs/VERB.py`; its `Settings`, or its signature, are the option schema and their
-docstrings the help. The help is read from the source with `ast`, so that `--help` answers without importing torch (4 s
-with Lightning and timm).
+A verb is a function in `ssl_kit/verbs/VERB.py`; its `Settings` is the option schema and its docstring the help, which
+is read from the source with `ast`, so that `--help` answers without importing torch (4 s with Lightning and timm).
 
 Exit codes: 0 success, 2 a user's mistake (one line on stderr), 1 our own, 128 + signal when stopped by one; an
 interrupted command says what it has kept.
@@ -13,6 +12,7 @@ from __future__ import annotations
 import ast
 import atexit
 import difflib
+import functools
 import importlib
 import json
 import math
@@ -136,8 +136,8 @@ def _run(arguments: list[str]) -> int:
     silent = not is_first()  # of several processes
     configure(to_stderr=as_json or silent, quiet=quiet or silent)
     with redirect_stdout(sys.stderr) if as_json else nullcontext():  # whoever prints, libraries included
-        function = getattr(importlib.import_module(f"ssl_kit.verbs.{verb}"), verb)
-        result = function(**_parse(verb, function, rest, everything))
+        module = importlib.import_module(f"ssl_kit.verbs.{verb}")
+        result = getattr(module, verb)(**_parse(verb, module.Settings, rest, everything))
     if as_json and not silent:
         # JSON leaves DEL as it is, which a terminal would not show
         print(json.dumps(_finite(result), allow_nan=False).replace("\x7f", "\\u007f"))
@@ -170,8 +170,8 @@ def _take_common(rest: list[str]) -> tuple[list[str], bool, bool, bool]:
     return kept, flags[0], flags[1], flags[2]
 
 
-def _parse(verb: str, function: Any, rest: list[str], everything: bool) -> dict[str, Any]:
-    """The keyword arguments of the verb, typed by its signature."""
+def _parse(verb: str, settings: Any, rest: list[str], everything: bool) -> dict[str, Any]:
+    """The fields of the verb's settings, typed by them."""
     from jsonargparse import ArgumentError, ArgumentParser
 
     from ssl_kit.verbs.recipes import (
@@ -184,8 +184,8 @@ def _parse(verb: str, function: Any, rest: list[str], everything: bool) -> dict[
         without_places,
     )
 
-    rest = _flags([_underscored(argument) for argument in rest], function)
-    rest = _joined(rest, function)
+    rest = _flags([_underscored(argument) for argument in rest], settings)
+    rest = _joined(rest, settings)
     rest, allow = _taken(rest, ("--allow",))
     rest, recipes = _taken(rest, ("-c", "--config"))
     own = _own_recipe(rest) if "--resume=true" in rest else None  # a resumed run needs nothing said again
@@ -198,7 +198,7 @@ def _parse(verb: str, function: Any, rest: list[str], everything: bool) -> dict[
     method = _method_named(read, rest)
     check_class_paths([*read, {"class_path": method}], allow)
     try:
-        _add_arguments(parser, verb, function, method)
+        _add_arguments(parser, verb, settings, method)
     except (ArgumentError, ValueError, TypeError) as error:
         raise UserError(brief(error)) from error
     if everything:
@@ -209,7 +209,7 @@ def _parse(verb: str, function: Any, rest: list[str], everything: bool) -> dict[
         named = recipe.pop("data", named)
         taken = recipe
         if verb != "pretrain":  # what the verb does not take (the method, the trainer) is not for it
-            taken = {key: value for key, value in recipe.items() if key in function.__annotations__}
+            taken = {key: value for key, value in recipe.items() if key in settings.__annotations__}
         configs += ["-c", json.dumps(taken)]
     try:
         parsed = parser.parse_args([*configs, *rest])
@@ -231,20 +231,19 @@ def _method_named(recipes: list[dict[str, Any]], rest: list[str]) -> str | None:
     return next((path for path in reversed(paths) if isinstance(path, str) and "{" not in path), None)
 
 
-def _add_arguments(parser: Any, verb: str, function: Any, method: str | None) -> None:
-    add = parser.add_class_arguments if hasattr(function, "settings") else parser.add_function_arguments
-    schema = getattr(function, "settings", function)
+def _add_arguments(parser: Any, verb: str, settings: Any, method: str | None) -> None:
+    add = functools.partial(parser.add_class_arguments, settings, as_group=False, as_positional=False)
     if verb not in _WITH_RECIPE:
         positional = [option for option in _options(verb) if option.positional]
         for option in positional:
             count = "+" if option.several else None if option.default is None else "?"
             parser.add_argument(option.name, type=str, nargs=count)
-        add(schema, as_group=False, as_positional=False, skip={option.name for option in positional})
+        add(skip={option.name for option in positional})
         return
     from ssl_kit.verbs.defaults import add_recipe_arguments
 
     parser.add_argument("data", nargs="?", default=None, help="folder, manifest or built-in set")
-    add(schema, as_group=False, as_positional=False, skip={"data", "method", "trainer"})
+    add(skip={"data", "method", "trainer"})
     if verb == "pretrain":
         add_recipe_arguments(parser, method)
 
@@ -284,9 +283,9 @@ def _underscored(argument: str) -> str:
     return match.group().replace("-", "_").replace("__", "--", 1) + argument[match.end() :] if match else argument
 
 
-def _flags(rest: list[str], function: Any) -> list[str]:
+def _flags(rest: list[str], settings: Any) -> list[str]:
     """`--resume` alone means `--resume=true`, for options that are yes or no."""
-    flags = {f"--{name}" for name, kind in function.__annotations__.items() if kind in (bool, "bool")}
+    flags = {f"--{name}" for name, kind in settings.__annotations__.items() if kind == "bool"}
     following = [*rest, "--"][1:]
     return [
         f"{argument}=true" if argument in flags and after not in ("true", "false") else argument
@@ -308,9 +307,9 @@ def _devices(rest: list[str]) -> Any:
     return min(begun, most_processes()) if isinstance(begun, int) and begun > 0 else 1
 
 
-def _joined(rest: list[str], function: Any) -> list[str]:
+def _joined(rest: list[str], settings: Any) -> list[str]:
     """`--only knn --only linear` means `--only=knn,linear`, for options that take several: the last alone would win."""
-    for name, kind in function.__annotations__.items():
+    for name, kind in settings.__annotations__.items():
         kept, values = _taken(rest, (f"--{name}",)) if str(kind).startswith("tuple[") else (rest, [])
         if len(values) > 1:
             rest = [*kept, f"--{name}={','.join(values)}"]
@@ -360,7 +359,7 @@ def _verbs() -> list[str]:
 
 
 class _Option(NamedTuple):
-    """A field of a verb's `Settings`, or an argument of its function; `default` is None where there is none."""
+    """A field of a verb's `Settings`; `default` is None where there is none."""
 
     name: str
     positional: bool
@@ -369,41 +368,30 @@ class _Option(NamedTuple):
     text: str
 
 
-def _source(verb: str) -> tuple[ast.FunctionDef, ast.ClassDef | None]:
-    """The function of a verb, and its Settings where it has some, read without importing them."""
+def _tree(verb: str, kind: type[ast.FunctionDef] | type[ast.ClassDef], name: str) -> Any:
+    """The function of a verb, or its Settings, read without importing them."""
     tree = ast.parse((_VERBS / f"{verb}.py").read_text(encoding="utf-8"))
-    function = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == verb)
-    settings = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Settings")
-    return function, next(settings, None)
+    return next(node for node in tree.body if isinstance(node, kind) and node.name == name)
 
 
 def _options(verb: str) -> list[_Option]:
-    function, settings = _source(verb)
-    found: list[tuple[str, bool, ast.expr | None, ast.expr | None]] = []
-    if settings is None:
-        given = function.args
-        usual = [None] * (len(given.args) - len(given.defaults)) + [*given.defaults]
-        found += [(one.arg, True, one.annotation, default) for one, default in zip(given.args, usual, strict=True)]
-        pairs = zip(given.kwonlyargs, given.kw_defaults, strict=True)
-        found += [(one.arg, False, one.annotation, default) for one, default in pairs]
-    else:
-        fields = [node for node in settings.body if isinstance(node, ast.AnnAssign)]
-        kinds = [ast.unparse(node.annotation) for node in fields]
-        first = kinds.index("KW_ONLY")
-        found += [
-            (ast.unparse(node.target), place < first, node.annotation, node.value)
-            for place, node in enumerate(fields)
-            if place != first
-        ]
-    texts = _argument_texts(ast.get_docstring(settings or function) or "")
-    several = lambda kind: kind is not None and ast.unparse(kind).startswith("list")
-    return [_Option(name, place, several(kind), value, texts.get(name, "")) for name, place, kind, value in found]
+    settings = _tree(verb, ast.ClassDef, "Settings")
+    texts = _argument_texts(ast.get_docstring(settings) or "")
+    found, positional = [], True
+    for node in settings.body:
+        kind = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else ""
+        if kind == "KW_ONLY":
+            positional = False
+        elif kind:
+            name = ast.unparse(node.target)
+            found.append(_Option(name, positional, kind.startswith("list"), node.value, texts.get(name, "")))
+    return found
 
 
 def _help() -> str:
     lines = ["usage: ssl-kit VERB ...", "", "Self-supervised pretraining for your own images.", ""]
     for verb in _verbs():
-        lines.append(f"  {verb:<11}{_summary(_source(verb)[0])}")
+        lines.append(f"  {verb:<11}{_summary(_tree(verb, ast.FunctionDef, verb))}")
     return "\n".join([*lines, "", "ssl-kit VERB --help tells more; ssl-kit --version the version."])
 
 
@@ -426,7 +414,7 @@ def _verb_help(verb: str) -> str:
     width = max(len(name) for name, _ in rows) + 2
     names = [option.name.upper() if option.default is None else f"[{option.name.upper()}]" for option in positional]
     usage = " ".join(["usage: ssl-kit", verb, *names, "[options]"])
-    lines = [usage, "", _summary(_source(verb)[0]), ""]
+    lines = [usage, "", _summary(_tree(verb, ast.FunctionDef, verb)), ""]
     lines += [f"  {option.name.upper():<{width}}{option.text}" for option in positional]
     return "\n".join([*lines, "", *(f"  {name:<{width}}{text}" for name, text in rows)])
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ssl_kit import cli
-from ssl_kit.verbs.pretrain import pretrain
+from ssl_kit.verbs.pretrain import Settings
 
 
 def mistake(capsys, *arguments):
@@ -74,12 +74,12 @@ def test_recipes_and_options_win_in_order(tmp_path, labelled_folder):
     from ssl_kit.verbs.pretrain import pretrain
 
     rest = ["--seed", "9", "-c", str(tmp_path / "a.yaml"), str(labelled_folder), "-c", str(tmp_path / "b.yaml")]
-    values = cli._parse("pretrain", pretrain, [*rest, "--method.temperature", "0.4", "--resume"], False)
+    values = cli._parse("pretrain", Settings, [*rest, "--method.temperature", "0.4", "--resume"], False)
     assert (values["epochs"], values["batch_size"], values["seed"]) == (4, 8, 9)
     assert values["data"] == str(labelled_folder) and values["resume"] is True
     assert values["views"].strength == 0.5 and values["method"]["init_args"]["temperature"] == 0.4
     assert values["trainer"] == {}
-    assert cli._parse("pretrain", pretrain, ["-c", str(tmp_path / "a.yaml")], False)["data"] == "elsewhere"
+    assert cli._parse("pretrain", Settings, ["-c", str(tmp_path / "a.yaml")], False)["data"] == "elsewhere"
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_dashes_underscores_and_bare_flags():
 @pytest.mark.parametrize("options", [["-c", "mae"], ["--method", "ssl_kit.methods.mae.MAE"]])
 def test_a_method_brings_its_own_defaults(options):
     arguments = ["images", *options, "--method.mask_ratio", "0.5"]
-    method = cli._parse("pretrain", pretrain, arguments, everything=False)["method"]
+    method = cli._parse("pretrain", Settings, arguments, everything=False)["method"]
     assert method["class_path"] == "ssl_kit.methods.mae.MAE" and method["init_args"]["mask_ratio"] == 0.5
     assert method["init_args"]["optim"]["name"] == "adamw" and "temperature" not in method["init_args"]
 

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -36,6 +36,7 @@ from ssl_kit.core.machine import (
     use_tf32,
 )
 from ssl_kit.core.random import Key
+from ssl_kit.core.settings import verb
 from ssl_kit.data.listing import Skipped
 from ssl_kit.data.loader import ViewLoader
 from ssl_kit.data.sources import Listed, Source, pixels
@@ -76,23 +77,33 @@ SUBJECTS = (
 )
 
 
-def doctor(*, seconds: float = 12.0) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Settings:
+    """What to look at.
+
+    Args:
+        seconds: of the measurements, all together, about, beside the first calls; 0 for none.
+    """
+
+    _: KW_ONLY
+    seconds: float = 12.0
+
+
+@verb(Settings)
+def doctor(settings: Settings) -> dict[str, Any]:
     """Tell versions, what is chosen for this machine and why, how fast it is, and what limits training on it.
 
     Decoding, views and a bare SimCLR step are measured one after the other, each with the threads, the place and the
     precision that a training here would choose (the step without `torch.compile`), after a first call that is not
     counted: the median of three calls or more, of one where three would take too long.
 
-    Args:
-        seconds: of the measurements, all together, about, beside the first calls; 0 for none.
-
     Returns:
         `{"versions", "machine", "chosen": {name: {"value", "reason"}}, "speed": [...], "recipes": {name: first line}}`;
         an entry of `speed` holds images/s of decode (None from memory), views (two of an image), loader (both) and
         step, and which of loader and step is the limit.
     """
-    if not 0 <= seconds < float("inf"):
-        raise UserError(f"--seconds {seconds}: wanted 0 (no measurement) or more, such as 12")
+    if not 0 <= settings.seconds < float("inf"):
+        raise UserError(f"--seconds {settings.seconds}: wanted 0 (no measurement) or more, such as 12")
     installed = versions()
     table("versions", ["", "version"], [[name, value or "not installed"] for name, value in installed.items()])
     machine = {"cores": available_cores(), "memory": _memory(), "memory_available": available_memory()}
@@ -101,7 +112,7 @@ def doctor(*, seconds: float = 12.0) -> dict[str, Any]:
     chosen = _chosen()
     for name, choice in chosen.items():
         result(f"{name}: {choice.value} ({choice.reason})")
-    speed = _speed(chosen, seconds) if seconds else []
+    speed = _speed(chosen, settings.seconds) if settings.seconds else []
     recipes = {name: _first_line(path) for name, path in packaged().items()}
     result("packaged recipes, for -c:")
     for name, text in recipes.items():

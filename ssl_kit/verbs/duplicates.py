@@ -6,18 +6,20 @@ import hashlib
 import os
 import shlex
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ssl_kit.core.console import next_command, progress, say, table, warn
-from ssl_kit.core.errors import DamagedError, UserError, check_numbers
+from ssl_kit.core.errors import DamagedError, UserError
 from ssl_kit.core.files import read_json, write_csv
 from ssl_kit.core.locking import lock
 from ssl_kit.core.machine import available_cores
 from ssl_kit.core.owned import check_output, record_in
 from ssl_kit.core.random import permutation
+from ssl_kit.core.settings import verb
 from ssl_kit.data.decode import BadImageError, decode
 from ssl_kit.data.listing import unescape
 from ssl_kit.embeddings.embeddings import Embeddings
@@ -66,19 +68,9 @@ class _Look(NamedTuple):
     thumbnail: np.ndarray
 
 
-def duplicates(
-    emb: str,
-    other: str | None = None,
-    *,
-    threshold: float | None = None,
-    outliers: int = 20,
-    csv: str | None = None,
-    html: str | None = None,
-    encoder: str | None = None,
-) -> dict[str, Any]:
-    """Find groups of images that show the same picture, and outliers; or leaks between two embeddings folders.
-
-    A few groups and outliers are left in the run that made the encoder, for its report.
+@dataclass(frozen=True)
+class Settings:
+    """Where to look for the same pictures.
 
     Args:
         emb: embeddings folder.
@@ -90,39 +82,59 @@ def duplicates(
         html: file to write groups and outliers to as pictures.
         encoder: run folder or encoder folder, when it is no longer where the embeddings were made.
     """
-    check_numbers({"threshold": threshold, "outliers": outliers})
-    for name in (csv, html):
+
+    emb: str
+    other: str | None = None
+    _: KW_ONLY
+    threshold: float | None = None
+    outliers: int = 20
+    csv: str | None = None
+    html: str | None = None
+    encoder: str | None = None
+
+
+@verb(Settings)
+def duplicates(settings: Settings) -> dict[str, Any]:
+    """Find groups of images that show the same picture, and outliers; or leaks between two embeddings folders.
+
+    A few groups and outliers are left in the run that made the encoder, for its report.
+    """
+    for name in (settings.csv, settings.html):
         if name is not None:
             check_output(name)
-    a = Embeddings.load(emb)
-    b = Embeddings.load(other) if other is not None else a
-    _comparable(a, b, emb, other)
+    a = Embeddings.load(settings.emb)
+    b = Embeddings.load(settings.other) if settings.other is not None else a
+    _comparable(a, b, settings.emb, settings.other)
     if len(a) < 2:
-        raise UserError(f"{emb} holds {len(a)} vectors; at least 2 are wanted")
+        raise UserError(f"{settings.emb} holds {len(a)} vectors; at least 2 are wanted")
     cosines, rows = _neighbours(a, b)
-    limit, planted = _limits(Path(emb), a, threshold, encoder)
+    limit, planted = _limits(Path(settings.emb), a, settings.threshold, settings.encoder)
     found = _same_pictures(a, b, cosines, rows, limit)
     limited = planted | {"cosine": limit.cosine, "correlation": limit.correlation}
-    record = {"emb": emb, "other": other, "limits": limited}
-    record |= _grouped(a, found, isolation(cosines, rows), outliers) if other is None else _leaks(a, b, found)
+    record = {"emb": settings.emb, "other": settings.other, "limits": limited}
+    record |= (
+        _grouped(a, found, isolation(cosines, rows), settings.outliers)
+        if settings.other is None
+        else _leaks(a, b, found)
+    )
     record["pairs"] = {kind: [pair.kind for pair in found].count(kind) for kind in _KINDS}
     _tell(record)
-    if csv is not None:
-        _write_csv(Path(csv), record)
-        say(f"table: {csv}")
-    if html is not None:
-        _draw(Path(html), a, b, record)
-        say(f"pictures: {html}")
-    if other is None and (run := _run_of(a)) is not None:
+    if settings.csv is not None:
+        _write_csv(Path(settings.csv), record)
+        say(f"table: {settings.csv}")
+    if settings.html is not None:
+        _draw(Path(settings.html), a, b, record)
+        say(f"pictures: {settings.html}")
+    if settings.other is None and (run := _run_of(a)) is not None:
         try:
             with lock(run), record_in(run):
                 _draw_for_report(run, a, record)
             say(f"for the report of {run}: ssl-kit report {shlex.quote(str(run))}")
         except UserError as error:  # in use, or not to be written to
             warn(f"not in the report of {run}: {error}")
-    again = f"ssl-kit duplicates {shlex.quote(emb)}{' ' + shlex.quote(other) if other else ''}"
-    next_command(f"open {html}" if html else f"{again} --html duplicates.html --csv duplicates.csv")
-    return record | {"csv": csv, "html": html}
+    again = " ".join(["ssl-kit duplicates", *(shlex.quote(one) for one in (settings.emb, settings.other) if one)])
+    next_command(f"open {settings.html}" if settings.html else f"{again} --html duplicates.html --csv duplicates.csv")
+    return record | {"csv": settings.csv, "html": settings.html}
 
 
 def _comparable(a: Embeddings, b: Embeddings, emb: str, other: str | None) -> None:

@@ -6,16 +6,18 @@ import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ssl_kit.core.console import if_interrupted, next_command, result
-from ssl_kit.core.errors import UserError, check_numbers
+from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import MANIFEST, read_manifest
 from ssl_kit.core.owned import Former, check_place
 from ssl_kit.core.sealed import LARGE_JSON
+from ssl_kit.core.settings import verb
 from ssl_kit.data.listing import escape_path
 from ssl_kit.data.sources import Source, open_source
 from ssl_kit.embeddings.embeddings import Precision, Storage
@@ -23,22 +25,9 @@ from ssl_kit.embeddings.store import Embedded, embed_to, former, is_ours, parse_
 from ssl_kit.encoders.encoder import Encoder, find_encoder
 
 
-def embed(
-    encoder: str,
-    data: str,
-    *,
-    out: str,
-    dtype: Storage = "float32",
-    normalise: bool = False,
-    layers: int = 1,
-    shard: str | None = None,
-    limit: int | None = None,
-    batch_size: int = 256,
-    precision: Precision = "auto",
-    max_bad: float = 0.05,
-    overwrite: bool = False,
-) -> dict[str, Any]:
-    """Turn images into feature vectors; writes an embeddings folder. The same command again goes on after a stop.
+@dataclass(frozen=True)
+class Settings:
+    """What to embed, and where to.
 
     Args:
         encoder: run folder or encoder folder.
@@ -54,23 +43,43 @@ def embed(
         max_bad: fraction of the images that may be undecodable, in [0, 1]; 0 is strict: the first one is an error.
         overwrite: replace the embeddings and the index that are there, which go when the new ones are complete.
     """
-    folder = Path(out)
-    check_numbers({"layers": layers, "limit": limit, "batch_size": batch_size, "max_bad": max_bad})
-    part = parse_shard(shard) if shard is not None else None
-    path = find_encoder(encoder)
+
+    encoder: str
+    data: str
+    _: KW_ONLY
+    out: str
+    dtype: Storage = "float32"
+    normalise: bool = False
+    layers: int = 1
+    shard: str | None = None
+    limit: int | None = None
+    batch_size: int = 256
+    precision: Precision = "auto"
+    max_bad: float = 0.05
+    overwrite: bool = False
+
+
+@verb(Settings)
+def embed(settings: Settings) -> dict[str, Any]:
+    """Turn images into feature vectors; writes an embeddings folder. The same command again goes on after a stop."""
+    folder = Path(settings.out)
+    part = parse_shard(settings.shard) if settings.shard is not None else None
+    path = find_encoder(settings.encoder)
     loaded = Encoder.load(path).to("cuda" if torch.cuda.is_available() else "cpu")
-    check_place(folder, data, removing=overwrite)
-    _may_write(folder, overwrite, shard)
+    check_place(folder, settings.data, removing=settings.overwrite)
+    _may_write(folder, settings.overwrite, settings.shard)
     # decoded when needed: each image is looked at once, and rows do not depend on how much memory is free
-    source = open_source(data, limit=limit, channels=loaded.channels, max_bad=max_bad, in_memory=False)
+    source = open_source(
+        settings.data, limit=settings.limit, channels=loaded.channels, max_bad=settings.max_bad, in_memory=False
+    )
 
     whole = torch.zeros(1, loaded.channels, *loaded.image_size, device=next(loaded.parameters()).device)
     with torch.inference_mode():  # nothing is removed for what cannot be made
-        loaded.layers(whole, layers)
+        loaded.layers(whole, settings.layers)
     replaced = former(folder)
-    if overwrite or not _parts(folder):
+    if settings.overwrite or not _parts(folder):
         replaced.settle((folder / MANIFEST).is_file())
-    if overwrite and folder.is_dir():
+    if settings.overwrite and folder.is_dir():
         replaced.set_aside()
 
     began = time.perf_counter()
@@ -83,18 +92,25 @@ def embed(
             loaded,
             source,
             encoder_path=escape_path(path.resolve()),
-            layers=layers,
-            batch_size=batch_size,
-            precision=precision,
-            dtype=dtype,
-            normalise=normalise,
+            layers=settings.layers,
+            batch_size=settings.batch_size,
+            precision=settings.precision,
+            dtype=settings.dtype,
+            normalise=settings.normalise,
             shard=part,
         )
     seconds = time.perf_counter() - began
-    record = {"out": escape_path(folder), "complete": done.complete, "dtype": dtype, "normalised": normalise}
-    record |= {"layers": layers, "encoder_sha256": loaded.sha256, "embedded": done.images}
+    record = {
+        "out": escape_path(folder),
+        "complete": done.complete,
+        "dtype": settings.dtype,
+        "normalised": settings.normalise,
+    }
+    record |= {"layers": settings.layers, "encoder_sha256": loaded.sha256, "embedded": done.images}
     record |= {"seconds": round(seconds, 3), "images_per_second": round(done.images / max(seconds, 1e-9), 1)}
-    return record | (_completed(folder, out, done, record) if done.complete else _waiting(folder, done, record, source))
+    return record | (
+        _completed(folder, settings.out, done, record) if done.complete else _waiting(folder, done, record, source)
+    )
 
 
 def _parts(folder: Path) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ import numpy as np
 import torch
 
 from ssl_kit.core.console import if_interrupted, next_command, say
-from ssl_kit.core.errors import UserError, check_numbers
+from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import append_line, write_csv
 from ssl_kit.core.locking import lock
 from ssl_kit.core.owned import check_place, record_in
+from ssl_kit.core.settings import verb
 from ssl_kit.data.sources import Source, open_labelled
 from ssl_kit.encoders.encoder import Encoder, find_encoder
 from ssl_kit.encoders.pretrained import load_pretrained
@@ -42,27 +43,9 @@ from ssl_kit.verbs.scoring import (
 _SHOWN_LEAKS = 5  # pairs named on the terminal; leaks.csv has all
 
 
-def evaluate(
-    encoder: list[str] | str,
-    labelled: str,
-    *,
-    out: str | None = None,
-    only: tuple[str, ...] | str | None = None,
-    dims: tuple[int, ...] | str = (),
-    layers: int = 1,
-    balanced: bool = False,
-    baselines: tuple[str, ...] | str = BASELINES,
-    baseline: tuple[str, ...] | str = (),
-    leaks: bool = True,
-    drop_leaks: bool = False,
-    limit: int | None = None,
-    max_bad: float = 0.05,
-    seed: int = 0,
-    batch_size: int = 256,
-) -> dict[str, Any]:
-    """Score features on labelled images, beside pixels, PCA and the untrained network.
-
-    Everything that can be chosen (k, temperature, l2) is chosen on a part of train; test is read once.
+@dataclass(frozen=True)
+class Settings:
+    """What to score, and where to.
 
     Args:
         encoder: run folder or encoder folder; several, of different seeds, give mean, spread and paired differences.
@@ -86,33 +69,57 @@ def evaluate(
         max_bad: fraction of the images that may be undecodable, in [0, 1]; 0 is strict: the first one is an error.
         seed: of the held-out split, the untrained network and the bootstrap.
         batch_size: images per forward pass; changes the speed, not the scores.
+    """
+
+    encoder: list[str] | str
+    labelled: str
+    _: KW_ONLY
+    out: str | None = None
+    only: tuple[str, ...] | str | None = None
+    dims: tuple[int, ...] | str = ()
+    layers: int = 1
+    balanced: bool = False
+    baselines: tuple[str, ...] | str = BASELINES
+    baseline: tuple[str, ...] | str = ()
+    leaks: bool = True
+    drop_leaks: bool = False
+    limit: int | None = None
+    max_bad: float = 0.05
+    seed: int = 0
+    batch_size: int = 256
+
+
+@verb(Settings)
+def evaluate(settings: Settings) -> dict[str, Any]:
+    """Score features on labelled images, beside pixels, PCA and the untrained network.
+
+    Everything that can be chosen (k, temperature, l2) is chosen on a part of train; test is read once.
 
     Returns:
         `{"encoder", "out", "results": [a record per score], "leaks", "report", "seconds"}`; of several encoders
         `{"runs": [one of these per encoder], "spread": [a record per score], "seconds"}`.
     """
     started = time.perf_counter()
-    names = [encoder] if isinstance(encoder, str) else list(encoder)
-    check_numbers({"layers": layers, "limit": limit, "max_bad": max_bad, "seed": seed, "batch_size": batch_size})
+    names = [settings.encoder] if isinstance(settings.encoder, str) else list(settings.encoder)
     options = _Options(
-        labelled,
-        None if only is None else _names(only, ONLY, "--only"),
-        _dims(dims),
-        layers,
-        balanced,
-        _names(baselines, BASELINES, "--baselines"),
-        _pretrained(baseline),
-        leaks,
-        drop_leaks,
-        limit,
-        max_bad,
-        seed,
-        batch_size,
+        settings.labelled,
+        None if settings.only is None else _names(settings.only, ONLY, "--only"),
+        _dims(settings.dims),
+        settings.layers,
+        settings.balanced,
+        _names(settings.baselines, BASELINES, "--baselines"),
+        _pretrained(settings.baseline),
+        settings.leaks,
+        settings.drop_leaks,
+        settings.limit,
+        settings.max_bad,
+        settings.seed,
+        settings.batch_size,
     )
     paths = [find_encoder(name) for name in names]
-    folders = _folders(paths, out)
+    folders = _folders(paths, settings.out)
     for folder in folders:
-        check_place(folder, labelled)
+        check_place(folder, settings.labelled)
     opened = _Opened(options)
     done, records = [], []
     for name, path, folder in zip(names, paths, folders, strict=True):
@@ -122,7 +129,7 @@ def evaluate(
     next_command(f"ssl-kit embed {shlex.quote(names[0])} DATA --out EMB")
     if len(done) == 1:
         return records[0]
-    rows = spread(done, seed)
+    rows = spread(done, settings.seed)
     print_spread(rows, [scored.name for scored in done])
     return {"runs": records, "spread": rows, "seconds": round(time.perf_counter() - started, 3)}
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from ssl_kit.core.console import next_command, say, table
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import MANIFEST, DamagedError, atomic_folder, read_json, read_manifest
 from ssl_kit.core.owned import check_place
+from ssl_kit.core.settings import verb
 from ssl_kit.data.decode import BadImageError
 from ssl_kit.data.listing import escape_path
 from ssl_kit.data.sources import Source, open_source, pixels
@@ -35,16 +37,9 @@ _MOST = 1e-3  # largest difference of a feature, as a share of the largest featu
 _WITHOUT_DATA = "digits"  # built in, where the training images are gone
 
 
-def export(
-    run: str,
-    *,
-    out: str,
-    format: Literal["timm", "onnx"] = "timm",
-    preprocess: bool = False,
-    images: str | None = None,
-    overwrite: bool = False,
-) -> dict[str, Any]:
-    """Write an encoder as a timm folder or an ONNX file with a model card, checked against the original.
+@dataclass(frozen=True)
+class Settings:
+    """What to export, and how.
 
     Args:
         run: run folder or encoder folder.
@@ -54,6 +49,20 @@ def export(
         preprocess: the ONNX file takes pixels, uint8 (images, height, width, channels) of any size, and resizes them.
         images: to check with, given like DATA; default: those it was trained on, built-in digits where they are gone.
         overwrite: replace an earlier export.
+    """
+
+    run: str
+    _: KW_ONLY
+    out: str
+    format: Literal["timm", "onnx"] = "timm"
+    preprocess: bool = False
+    images: str | None = None
+    overwrite: bool = False
+
+
+@verb(Settings)
+def export(settings: Settings) -> dict[str, Any]:
+    """Write an encoder as a timm folder or an ONNX file with a model card, checked against the original.
 
     Returns:
         `{"out", "format", "difference", "largest_feature", "images", "dim", "input", "files"}`.
@@ -61,34 +70,34 @@ def export(
     Raises:
         UserError: the features differ by more than a thousandth of the largest one; nothing is written then.
     """
-    if preprocess and format != "onnx":
+    if settings.preprocess and settings.format != "onnx":
         raise UserError("--preprocess is for --format onnx: a timm folder states its preprocessing in config.json")
-    folder, path = Path(out), find_encoder(run)
-    check_place(folder, images, removing=overwrite)
-    _may_write(folder, overwrite)
+    folder, path = Path(settings.out), find_encoder(settings.run)
+    check_place(folder, settings.images, removing=settings.overwrite)
+    _may_write(folder, settings.overwrite)
     encoder = Encoder.load(path)
-    record = read_json(Path(run) / "run.json") if (Path(run) / "run.json").is_file() else {}
-    pixels, checked_on = _images(images, record, encoder)
+    record = read_json(Path(settings.run) / "run.json") if (Path(settings.run) / "run.json").is_file() else {}
+    pixels, checked_on = _images(settings.images, record, encoder)
     entries: dict[str, Any] = {
         "format": FORMAT,
-        "kind": format,
-        "input": PIXELS if preprocess else IMAGES,
+        "kind": settings.format,
+        "input": PIXELS if settings.preprocess else IMAGES,
         "dim": encoder.dim,
         "encoder_sha256": encoder.sha256,
         "preprocessing": encoder.preprocessing(),
     }
     with atomic_folder(folder, entries) as temporary:
-        if format == "timm":
+        if settings.format == "timm":
             encoder.save(temporary / "files", read_json(path / "encoder.json").get("provenance"))
             for file in (temporary / "files").iterdir():
                 file.rename(temporary / file.name)
             (temporary / "files").rmdir()
             features = _by_timm(temporary, encoder, pixels)
         else:
-            write_onnx(encoder, temporary / ONNX, from_pixels=preprocess)
-            features = _by_onnx(temporary / ONNX, encoder, pixels, preprocess)
-        entries["check"] = check = _compared(features, _expected(encoder, pixels), checked_on, format)
-        card = card_text(encoder, entries, Path(run) if record else None, folder.name)
+            write_onnx(encoder, temporary / ONNX, from_pixels=settings.preprocess)
+            features = _by_onnx(temporary / ONNX, encoder, pixels, settings.preprocess)
+        entries["check"] = check = _compared(features, _expected(encoder, pixels), checked_on, settings.format)
+        card = card_text(encoder, entries, Path(settings.run) if record else None, folder.name)
         (temporary / CARD).write_text(card, encoding="utf-8")
     files = sorted(file.name for file in folder.iterdir())
     table(
@@ -96,10 +105,14 @@ def export(
         ["checked on", "images", "largest difference", "largest feature"],
         [[checked_on, len(pixels), f"{check['difference']:.2e}", f"{check['largest_feature']:.3g}"]],
     )
-    next_command(_example(folder, format))
-    return {"out": escape_path(folder), "format": format, "dim": encoder.dim, "input": entries["input"], **check} | {
-        "files": files
-    }
+    next_command(_example(folder, settings.format))
+    return {
+        "out": escape_path(folder),
+        "format": settings.format,
+        "dim": encoder.dim,
+        "input": entries["input"],
+        **check,
+    } | {"files": files}
 
 
 def _images(asked: str | None, record: dict[str, Any], encoder: Encoder) -> tuple[list[np.ndarray], str]:

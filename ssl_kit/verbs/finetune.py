@@ -17,7 +17,7 @@ import pytorch_lightning as pl
 import torch
 
 from ssl_kit.core.console import if_interrupted, next_command, result, say, table
-from ssl_kit.core.errors import UserError, check_numbers
+from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import append_line, read_json, write_json
 from ssl_kit.core.locking import lock
 from ssl_kit.core.machine import (
@@ -125,7 +125,6 @@ def finetune(settings: Settings) -> dict[str, Any]:
         `{"encoder", "out", "finetuned", "results": [a record per network], "seconds"}`.
     """
     started = time.perf_counter()
-    check_numbers(vars(settings))
     choose_precision(settings.precision, choose_device().value)  # refused before anything is removed
     path, seed = find_encoder(settings.encoder), settings.seed
     folder, loaded = results_folder(path, settings.out), Encoder.load(path)

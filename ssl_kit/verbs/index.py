@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import time
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,16 @@ from ssl_kit.core.files import MANIFEST, atomic_file, read_manifest, verify_file
 from ssl_kit.core.locking import lock
 from ssl_kit.core.machine import available_memory
 from ssl_kit.core.sealed import LARGE_JSON
+from ssl_kit.core.settings import verb
 from ssl_kit.embeddings.folder import checked, read_rows, read_vectors
 from ssl_kit.embeddings.index import Gallery, build_index
 from ssl_kit.embeddings.search import FILE, index_signature, vectors_fingerprint
 from ssl_kit.embeddings.signing import make_key, read_index, write_index
 
 
-def index(emb: str, *, key: str = "auto", recall: float = 0.95, mapped: bool = False) -> dict[str, Any]:
-    """Build a search index of an embeddings folder, measure its recall and sign it.
+@dataclass(frozen=True)
+class Settings:
+    """Which embeddings to index, and how.
 
     Args:
         emb: embeddings folder, written by `ssl-kit embed`.
@@ -29,8 +32,19 @@ def index(emb: str, *, key: str = "auto", recall: float = 0.95, mapped: bool = F
         recall: wanted recall@10 in (0, 1]; lists are added to each search until held-out queries reach it.
         mapped: search it from disk, mapped into memory; auto is then lists of 8-bit codes, which can be mapped.
     """
-    made = make_index(emb, key, recall, mapped)
-    next_command(f"ssl-kit search {shlex.quote(emb)} IMAGE.jpg -k 12")
+
+    emb: str
+    _: KW_ONLY
+    key: str = "auto"
+    recall: float = 0.95
+    mapped: bool = False
+
+
+@verb(Settings)
+def index(settings: Settings) -> dict[str, Any]:
+    """Build a search index of an embeddings folder, measure its recall and sign it."""
+    made = make_index(settings.emb, settings.key, settings.recall, settings.mapped)
+    next_command(f"ssl-kit search {shlex.quote(settings.emb)} IMAGE.jpg -k 12")
     return made
 
 

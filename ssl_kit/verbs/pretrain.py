@@ -13,7 +13,7 @@ import numpy as np
 import pytorch_lightning as pl
 
 from ssl_kit.core.console import if_interrupted, next_command, result, say
-from ssl_kit.core.errors import UserError, check_numbers
+from ssl_kit.core.errors import UserError
 from ssl_kit.core.machine import Precision, Switch, keep_memory, lightning_precision
 from ssl_kit.core.owned import check_place
 from ssl_kit.core.process import Signals
@@ -310,7 +310,6 @@ def _checked(settings: Settings) -> Settings:
     Raises:
         UserError: a number is out of range, or an option of the trainer is not to be given.
     """
-    check_numbers(vars(settings))
     if any(epoch < 0 or side < 1 for epoch, side in (settings.grow or {}).items()):
         raise UserError(f"--grow {settings.grow}: wanted epochs from 0 and sides of at least 1 pixel")
     options = dict(settings.trainer or {})

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
 from ssl_kit.core.console import next_command, result
 from ssl_kit.core.errors import UserError
+from ssl_kit.core.settings import verb
 
 
-def report(runs: list[str], *, out: str | None = None) -> dict[str, Any]:
-    """Writes one self-contained HTML page about a run, or about several side by side.
-
-    The page reads only what the run folders hold and loads nothing: it opens offline, in light and dark.
+@dataclass(frozen=True)
+class Settings:
+    """Which runs to show, and where.
 
     Args:
         runs: one or more run folders.
         out: the HTML file to write; one run without it writes RUN/report.html, several need it.
+    """
+
+    runs: list[str]
+    _: KW_ONLY
+    out: str | None = None
+
+
+@verb(Settings)
+def report(settings: Settings) -> dict[str, Any]:
+    """Writes one self-contained HTML page about a run, or about several side by side.
+
+    The page reads only what the run folders hold and loads nothing: it opens offline, in light and dark.
 
     Returns:
         `{"report": path, "bytes": size, "runs": [{"name", "state", "verdict", "scores"}]}`: the verdict of run.json,
@@ -27,14 +40,14 @@ def report(runs: list[str], *, out: str | None = None) -> dict[str, Any]:
     """
     from ssl_kit.report.page import write_report
 
-    folders = [runs] if isinstance(runs, str | Path) else list(runs)
+    folders = [settings.runs] if isinstance(settings.runs, str | Path) else list(settings.runs)
     if not folders:
         raise UserError("got no run folder: give one or more, as in `ssl-kit report runs/NAME`")
-    if out is None and len(folders) > 1:
+    if settings.out is None and len(folders) > 1:
         raise UserError(f"got {len(folders)} run folders and no --out: say where to write, as in --out compare.html")
-    if out is not None and Path(out).is_dir():
-        raise UserError(f"--out {out} is a folder: give the name of the HTML file")
-    target = Path(out) if out is not None else Path(folders[0]) / "report.html"
+    if settings.out is not None and Path(settings.out).is_dir():
+        raise UserError(f"--out {settings.out} is a folder: give the name of the HTML file")
+    target = Path(settings.out) if settings.out is not None else Path(folders[0]) / "report.html"
     written = write_report(folders, target)
     for run in written["runs"]:
         result(f"{run['name']}: {run['verdict']}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from ssl_kit.core.console import next_command, progress, say, table, warn
 from ssl_kit.core.errors import UserError
+from ssl_kit.core.settings import verb
 from ssl_kit.data.listing import escape_path, folder_of_images, unescape
 from ssl_kit.embeddings.search import BATCH, Index, Neighbour, has_index, picture
 from ssl_kit.embeddings.signing import find_key
@@ -33,16 +35,9 @@ class Query(NamedTuple):
 Answer: TypeAlias = tuple[Query, np.ndarray | None, list[Neighbour]]  # pixels are None for an id
 
 
-def search(
-    emb: str,
-    images: list[str],
-    *,
-    k: int = 12,
-    html: str | None = None,
-    encoder: str | None = None,
-    trust_index: bool = False,
-) -> dict[str, Any]:
-    """Find the images most like the given ones in an embeddings folder.
+@dataclass(frozen=True)
+class Settings:
+    """What to look for, and where.
 
     Args:
         emb: embeddings folder; where it has no index yet, one is made first if it can be, as `ssl-kit index` does.
@@ -52,27 +47,42 @@ def search(
         encoder: run folder or encoder folder, when it is no longer where the embeddings were made.
         trust_index: open the index whoever made it; by default one that you did not sign is not used, and the vectors
             answer exactly.
+    """
+
+    emb: str
+    images: list[str]
+    _: KW_ONLY
+    k: int = 12
+    html: str | None = None
+    encoder: str | None = None
+    trust_index: bool = False
+
+
+@verb(Settings)
+def search(settings: Settings) -> dict[str, Any]:
+    """Find the images most like the given ones in an embeddings folder.
 
     Returns:
         `{"emb", "queries": [{"image", "results": [{"rank", "score", "id"}]}], "skipped", "html"}`; a score is a cosine.
     """
-    names = [images] if isinstance(images, str) else list(images)
-    if k < 1:
-        raise UserError(f"-k {k}: wanted at least 1")
+    names = [settings.images] if isinstance(settings.images, str) else list(settings.images)
+    if settings.k < 1:
+        raise UserError(f"-k {settings.k}: wanted at least 1")
     if not names:
         raise UserError("no image was given: name one or more image files after the embeddings folder")
-    _make_missing_index(Path(emb))
-    index = Index.load(emb, encoder=encoder, trust_index=trust_index)
+    _make_missing_index(Path(settings.emb))
+    index = Index.load(settings.emb, encoder=settings.encoder, trust_index=settings.trust_index)
     asked = _queries(names)
-    answers, skipped = _answers(index, asked, k, _DRAWN if html is not None else 0)
+    answers, skipped = _answers(index, asked, settings.k, _DRAWN if settings.html is not None else 0)
     queries = [_record(query, found) for query, _, found in answers]
     if not queries:
         raise UserError(f"none of {len(asked):,} images could be decoded, first {skipped[0]}; give image files")
     _tell(queries, skipped)
-    if html is not None:
-        _strip(Path(html), index, answers)
-    next_command(f"open {html}" if html else f"ssl-kit search {shlex.quote(emb)} IMAGE.jpg --html neighbours.html")
-    return {"emb": emb, "queries": queries, "skipped": skipped, "html": html}
+    if settings.html is not None:
+        _strip(Path(settings.html), index, answers)
+    page = f"ssl-kit search {shlex.quote(settings.emb)} IMAGE.jpg --html neighbours.html"
+    next_command(f"open {settings.html}" if settings.html else page)
+    return {"emb": settings.emb, "queries": queries, "skipped": skipped, "html": settings.html}
 
 
 def _queries(names: Sequence[str]) -> list[Query]:

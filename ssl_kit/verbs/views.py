@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import numpy as np
 from PIL import Image
 
 from ssl_kit.core.console import next_command, result
-from ssl_kit.core.errors import UserError, check_numbers
+from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import atomic_file
 from ssl_kit.core.owned import check_output
 from ssl_kit.core.random import permutation
+from ssl_kit.core.settings import verb
 from ssl_kit.data.decode import BadImageError
 from ssl_kit.data.sources import Source, open_source, pixels
 from ssl_kit.report.pictures import made_here
@@ -25,19 +27,9 @@ _GAP = 4  # pixels between the pictures
 _LARGEST_DEFAULT = 224  # pixels
 
 
-def views(
-    data: str,
-    *,
-    out: str = "views.png",
-    views: ViewRecipe = ViewRecipe(),  # noqa: B008 (frozen)
-    image_size: int | None = None,
-    channels: int = 3,
-    count: int = 8,
-    views_per_image: int = 8,
-    seed: int = 0,
-    epoch: int = 0,
-) -> dict[str, Any]:
-    """Draw originals and their views, as the method will see them.
+@dataclass(frozen=True)
+class Settings:
+    """Whose views to draw, and where.
 
     Args:
         data: folder (searched recursively), .csv or .parquet manifest with a `path` column, or a built-in set.
@@ -50,31 +42,47 @@ def views(
         seed: of the run that would see these views.
         epoch: of that run.
     """
-    check_numbers({"image_size": image_size, "count": count, "views_per_image": views_per_image, "epoch": epoch})
-    check_numbers({"channels": channels, "seed": seed})
-    check_output(out, data)
-    source = open_source(data, channels=channels, in_memory=False)
-    chosen = _decodable(source, count)
+
+    data: str
+    _: KW_ONLY
+    out: str = "views.png"
+    views: ViewRecipe = ViewRecipe()  # noqa: RUF009 (frozen)
+    image_size: int | None = None
+    channels: int = 3
+    count: int = 8
+    views_per_image: int = 8
+    seed: int = 0
+    epoch: int = 0
+
+
+@verb(Settings)
+def views(settings: Settings) -> dict[str, Any]:
+    """Draw originals and their views, as the method will see them."""
+    views = settings.views
+    check_output(settings.out, settings.data)
+    source = open_source(settings.data, channels=settings.channels, in_memory=False)
+    chosen = _decodable(source, settings.count)
     images, rows = list(chosen.values()), np.array(list(chosen), np.int64)
-    side = image_size or min(_LARGEST_DEFAULT, *images[0].shape[:2])
+    side = settings.image_size or min(_LARGEST_DEFAULT, *images[0].shape[:2])
     views = views.fitted("simclr", (side, side), source.channels)
-    drawn = views.build((side, side), source.channels, views_per_image)
-    grid = _grid(images, rows, drawn, side, seed, epoch)
-    with atomic_file(out) as temporary:
+    drawn = views.build((side, side), source.channels, settings.views_per_image)
+    grid = _grid(images, rows, drawn, side, settings.seed, settings.epoch)
+    with atomic_file(settings.out) as temporary:
         image = Image.fromarray(grid[..., 0] if grid.shape[2] == 1 else grid)
         image.save(temporary, format="PNG", pnginfo=made_here())
     result(
-        f"{out}: {len(images)} originals (left), {views_per_image} views of each, {side} x {side} pixels, epoch {epoch}"
+        f"{settings.out}: {len(images)} originals (left), {settings.views_per_image} views of each, {side} x {side} "
+        f"pixels, epoch {settings.epoch}"
     )
-    next_command(f"ssl-kit pretrain {shlex.quote(data)}")
+    next_command(f"ssl-kit pretrain {shlex.quote(settings.data)}")
     return {
-        "out": str(Path(out)),
+        "out": str(Path(settings.out)),
         "originals": source.ids(list(chosen)),
-        "views_per_image": views_per_image,
+        "views_per_image": settings.views_per_image,
         "image_size": side,
         "preset": views.preset,
-        "seed": seed,
-        "epoch": epoch,
+        "seed": settings.seed,
+        "epoch": settings.epoch,
     }
 
 
