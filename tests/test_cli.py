@@ -71,7 +71,6 @@ def test_fewer_images_than_a_batch(capsys, labelled_folder, tmp_path):
 def test_recipes_and_options_win_in_order(tmp_path, labelled_folder):
     (tmp_path / "a.yaml").write_text("epochs: 3\nbatch_size: 8\nseed: 1\ndata: elsewhere\n")
     (tmp_path / "b.yaml").write_text("epochs: 4\nviews: {strength: 0.5}\n")
-    from ssl_kit.verbs.pretrain import pretrain
 
     rest = ["--seed", "9", "-c", str(tmp_path / "a.yaml"), str(labelled_folder), "-c", str(tmp_path / "b.yaml")]
     values = cli._parse("pretrain", Settings, [*rest, "--method.temperature", "0.4", "--resume"], False)
