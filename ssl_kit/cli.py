@@ -22,10 +22,11 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.process import is_first, prepare, refusal
+from ssl_kit.core.settings import options, parsed
 from ssl_kit.core.streams import FULL, lost, printable, protect, terminal
 
 _VERBS = Path(__file__).parent / "verbs"
@@ -234,7 +235,7 @@ def _method_named(recipes: list[dict[str, Any]], rest: list[str]) -> str | None:
 def _add_arguments(parser: Any, verb: str, settings: Any, method: str | None) -> None:
     add = functools.partial(parser.add_class_arguments, settings, as_group=False, as_positional=False)
     if verb not in _WITH_RECIPE:
-        positional = [option for option in _options(verb) if option.positional]
+        positional = [option for option in options(_VERBS / f"{verb}.py") if option.positional]
         for option in positional:
             count = "+" if option.several else None if option.default is None else "?"
             parser.add_argument(option.name, type=str, nargs=count)
@@ -358,52 +359,23 @@ def _verbs() -> list[str]:
     return sorted(found, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name))
 
 
-class _Option(NamedTuple):
-    """A field of a verb's `Settings`; `default` is None where there is none."""
-
-    name: str
-    positional: bool
-    several: bool
-    default: ast.expr | None
-    text: str
-
-
-def _tree(verb: str, kind: type[ast.FunctionDef] | type[ast.ClassDef], name: str) -> Any:
-    """The function of a verb, or its Settings, read without importing them."""
-    tree = ast.parse((_VERBS / f"{verb}.py").read_text(encoding="utf-8"))
-    return next(node for node in tree.body if isinstance(node, kind) and node.name == name)
-
-
-def _options(verb: str) -> list[_Option]:
-    settings = _tree(verb, ast.ClassDef, "Settings")
-    texts = _argument_texts(ast.get_docstring(settings) or "")
-    found, positional = [], True
-    for node in settings.body:
-        kind = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else ""
-        if kind == "KW_ONLY":
-            positional = False
-        elif kind:
-            name = ast.unparse(node.target)
-            found.append(_Option(name, positional, kind.startswith("list"), node.value, texts.get(name, "")))
-    return found
-
-
 def _help() -> str:
     lines = ["usage: ssl-kit VERB ...", "", "Self-supervised pretraining for your own images.", ""]
     for verb in _verbs():
-        lines.append(f"  {verb:<11}{_summary(_tree(verb, ast.FunctionDef, verb))}")
+        lines.append(f"  {verb:<11}{_summary(verb)}")
     return "\n".join([*lines, "", "ssl-kit VERB --help tells more; ssl-kit --version the version."])
 
 
-def _summary(function: ast.FunctionDef) -> str:
+def _summary(verb: str) -> str:
+    function = parsed(_VERBS / f"{verb}.py", ast.FunctionDef, verb)
     return (ast.get_docstring(function) or "").split("\n", 1)[0]
 
 
 def _verb_help(verb: str) -> str:
-    options = _options(verb)
-    positional = [option for option in options if option.positional]
+    found = options(_VERBS / f"{verb}.py")
+    positional = [option for option in found if option.positional]
     rows = []
-    for option in options:
+    for option in found:
         usual = option.default
         shown = "" if usual is None or isinstance(usual, ast.Call) else f" [{ast.unparse(usual)}]"
         if shown in (" [None]", " [()]", " [False]"):
@@ -414,21 +386,6 @@ def _verb_help(verb: str) -> str:
     width = max(len(name) for name, _ in rows) + 2
     names = [option.name.upper() if option.default is None else f"[{option.name.upper()}]" for option in positional]
     usage = " ".join(["usage: ssl-kit", verb, *names, "[options]"])
-    lines = [usage, "", _summary(_tree(verb, ast.FunctionDef, verb)), ""]
+    lines = [usage, "", _summary(verb), ""]
     lines += [f"  {option.name.upper():<{width}}{option.text}" for option in positional]
     return "\n".join([*lines, "", *(f"  {name:<{width}}{text}" for name, text in rows)])
-
-
-def _argument_texts(docstring: str) -> dict[str, str]:
-    """The `Args:` section of a Google-style docstring: name -> text."""
-    section = re.search(r"Args:\n(.*?)(?:\n\n|\n\S|\Z)", docstring, re.DOTALL)
-    texts: dict[str, str] = {}
-    name = ""
-    for line in (section.group(1) if section else "").splitlines():
-        start = re.match(r"    (\w+): (.*)", line)
-        if start:
-            name = start.group(1)
-            texts[name] = start.group(2).rstrip()
-        elif name:
-            texts[name] += " " + line.strip()
-    return texts

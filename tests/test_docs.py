@@ -22,6 +22,9 @@ from PIL import Image
 from stripes import pattern
 
 from ssl_kit import cli
+from ssl_kit.core.settings import options
+from ssl_kit.methods.byol import BYOL
+from ssl_kit.methods.dino import DINO
 from ssl_kit.methods.mae import MAE
 from ssl_kit.methods.method import Method
 from ssl_kit.methods.simclr import SimCLR
@@ -185,10 +188,9 @@ def known_options():
     """Every option of every verb; those of views, methods and the optimiser with their prefix."""
     found = {"--json", "--quiet", "--help", "--help-all", "--allow", "-c", "-k"}
     for verb in cli._verbs():
-        arguments = cli._signature(verb).args
-        found |= {f"--{argument.arg}" for argument in (*arguments.args, *arguments.kwonlyargs)}
+        found |= {f"--{option.name}" for option in options(ROOT / "ssl_kit" / "verbs" / f"{verb}.py")}
     found |= {f"--views.{field.name}" for field in fields(ViewRecipe)}
-    found |= {f"--method.{name}" for kind in (SimCLR, MAE, VAE) for name in signature(kind).parameters}
+    found |= {f"--method.{name}" for kind in (SimCLR, BYOL, DINO, MAE, VAE) for name in signature(kind).parameters}
     found.add("--method.off_diagonal")  # of docs/examples/barlow.py
     found |= {f"--method.optim.{field.name}" for field in fields(Optim)}
     return found | {f"--method.encoder.{name}" for name in ("name", "args")}

@@ -26,8 +26,8 @@ from ssl_kit.evaluation.duplicates import Leaks, find_leaks
 from ssl_kit.evaluation.features import BASELINES, feature_sets, pretrained_names
 from ssl_kit.evaluation.result import Result
 from ssl_kit.report.page import write_report
-from ssl_kit.verbs.monitor import settle
 from ssl_kit.verbs.pictures import Pictures
+from ssl_kit.verbs.record import settle
 from ssl_kit.verbs.scoring import (
     Scored,
     Task,

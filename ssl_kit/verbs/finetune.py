@@ -45,7 +45,7 @@ from ssl_kit.training.guard import Guard
 from ssl_kit.training.loop import Loop, trainer_of
 from ssl_kit.training.optim import Optim
 from ssl_kit.verbs.evaluate import results_folder
-from ssl_kit.verbs.monitor import settle
+from ssl_kit.verbs.record import settle
 from ssl_kit.views.recipe import ViewRecipe
 
 _HELD_OUT = 0.1  # of the labelled training images: the epoch is chosen on them

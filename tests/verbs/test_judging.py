@@ -12,7 +12,7 @@ from ssl_kit.core.files import read_json
 from ssl_kit.core.owned import Record
 from ssl_kit.report.read import Run, read_run
 from ssl_kit.training.verdict import BELOW, Verdict
-from ssl_kit.verbs.monitor import final_verdict, settle
+from ssl_kit.verbs.record import final_verdict, settle
 
 SHA = "ab" * 32
 
