@@ -53,8 +53,6 @@ def make_index(emb: str, key: str = "auto", recall: float = 0.95, mapped: bool =
     folder = Path(emb)
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: give an embeddings folder, as `ssl-kit embed ... --out EMB` writes it")
-    if not 0 < recall <= 1:
-        raise UserError(f"--recall {recall}: wanted a fraction above 0 and at most 1")
     if mapped and "fs" in key:
         raise UserError(f"--key {key}: fast-scan codes cannot be mapped; use IVFn,SQ8 or auto, or leave --mapped out")
     kept = f"the vectors in {folder} are kept; the same command makes their index"

@@ -103,9 +103,9 @@ def test_a_folder_that_another_process_fine_tunes_in_is_left_alone(tuned, colour
 def test_a_share_keeps_every_class_and_follows_the_seed(labelled_folder):
     source = open_source(labelled_folder)
     tenth = _share(source, 0.1, 0)
-    assert np.bincount(tenth.labels).tolist() == [4, 4, 4, 4]
-    assert tenth.ids == _share(source, 0.1, 0).ids and tenth.ids != _share(source, 0.1, 1).ids
-    assert np.bincount(_share(source, 0.001, 0).labels).tolist() == [2, 2, 2, 2]
+    assert np.bincount(tenth.labels()).tolist() == [4, 4, 4, 4]
+    assert tenth.ids() == _share(source, 0.1, 0).ids() and tenth.ids() != _share(source, 0.1, 1).ids()
+    assert np.bincount(_share(source, 0.001, 0).labels()).tolist() == [2, 2, 2, 2]
 
 
 class _Trainer:

@@ -191,7 +191,7 @@ def test_mistakes_are_one_line(indexed, images, tmp_path):
         index(str(tmp_path / "emb"))
     with pytest.raises(UserError, match="is no folder"):
         index(str(tmp_path / "nothing"))
-    with pytest.raises(UserError, match="wanted a fraction"):
+    with pytest.raises(UserError, match="--recall 95: wanted a number in"):
         index(str(indexed), recall=95)
 
 
