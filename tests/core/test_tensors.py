@@ -68,7 +68,7 @@ def test_a_header_alone_tells(tmp_path, entries):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_one_value_that_is_none_is_found(dtype):
     good = {"w": torch.randn(1_000).to(dtype), "count": torch.tensor([5]), "empty": torch.zeros(0)}
-    check_finite(good, "x")
+    check_finite(good | {"large": torch.full((1_000,), torch.finfo(dtype).max, dtype=dtype)}, "x")  # their sum is not
     for value in (float("nan"), float("inf"), float("-inf")):
         bad = good["w"].clone()
         bad[700] = value
