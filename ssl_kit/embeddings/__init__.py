@@ -1,1 +1,10 @@
-"""The folder that `embed` writes: vectors with ids, and the index over them."""
+"""The folder that `ssl-kit embed` writes: vectors with ids, and the index over them.
+
+folder.py       its Parquet parts: written, and read (whole, in blocks, single rows)
+store.py        makes the folder part by part; goes on where it was stopped
+embeddings.py   Embeddings: all of one in memory, with `load` and `save`; `embed` makes them of images
+exact.py        exact search: FAISS on the CPU, torch elsewhere
+index.py        FAISS indexes: built, tuned, measured
+signing.py      index files and whose they are
+search.py       Index: images in, neighbours out
+"""

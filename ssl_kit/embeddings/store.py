@@ -1,4 +1,4 @@
-"""An embeddings folder part by part, in bounded memory: made, each part safe on disk at once, and read.
+"""An embeddings folder made part by part, in bounded memory, each part safe on disk at once. `folder.py` reads it.
 
 While it is being made, the folder of embeddings (see embeddings.py) holds
 

@@ -23,7 +23,7 @@ import numpy as np
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
-from ssl_kit.views.cached import cached
+from ssl_kit.views.kernel_cache import cached
 
 _FAST = {"nnan", "ninf", "nsz", "arcp", "contract", "reassoc"}
 _inner = njit(error_model="numpy", fastmath=_FAST, no_cpython_wrapper=True, no_cfunc_wrapper=True)  # type: ignore[call-overload]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ssl_kit.core.process import cache_folder
-from ssl_kit.views.cached import cached
+from ssl_kit.views.kernel_cache import cached
 
 
 def compiled():
@@ -91,4 +91,4 @@ def test_who_has_loaded_numba_before_gets_the_usual_place(monkeypatch, tmp_path)
 def test_the_kernel_is_kept_so():
     from ssl_kit.views.kernel import make_views
 
-    assert type(make_views._cache).__module__ == "ssl_kit.views.cached"
+    assert type(make_views._cache).__module__ == "ssl_kit.views.kernel_cache"
