@@ -104,6 +104,8 @@ class Trials:
             if verb == "index":
                 shutil.copytree(out, self.place / "indexed", dirs_exist_ok=True)
         first, second = ends[0], ends[-1]
+        if verb == "index":  # its manifest tells how long a query took
+            first["manifest.json"] = None
         same = {name: value if value == second.get(name) else None for name, value in first.items()}
         self.wanted[verb] = first if verb in TRAININGS else same
 
