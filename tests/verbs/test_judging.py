@@ -1,7 +1,9 @@
-"""The verdict after an evaluation: when scores on test images change what training said, and where it is written."""
+"""The record of a run: its commit; and the verdict after an evaluation, when scores on test images change it."""
 
 import json
+import os
 import re
+import subprocess
 
 import pytest
 from PIL import Image
@@ -12,7 +14,7 @@ from ssl_kit.core.files import read_json
 from ssl_kit.core.owned import Record
 from ssl_kit.report.read import Run, read_run
 from ssl_kit.training.verdict import BELOW, Verdict
-from ssl_kit.verbs.record import final_verdict, settle
+from ssl_kit.verbs.record import _commit, final_verdict, settle
 
 SHA = "ab" * 32
 
@@ -166,3 +168,24 @@ def assert_told_alike(run, lines, state, capsys):
     assert cli.main(["report", str(run), "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["runs"]
     assert (row["state"], row["verdict"]) == (state, line)
+
+
+def test_the_commit_of_a_checkout_is_read_and_nothing_in_it_is_written(tmp_path, monkeypatch):
+    """`git describe --dirty` would write the index anew where a file was touched."""
+    git = lambda *words: (
+        subprocess.run(["git", "-C", tmp_path, *words], check=True, capture_output=True, text=True).stdout
+    )
+    (tmp_path / "ssl_kit").mkdir()
+    file = tmp_path / "ssl_kit" / "__init__.py"
+    file.write_text("one\n")
+    git("init", "-q")
+    git("add", ".")
+    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "one")
+    monkeypatch.setattr("ssl_kit.__file__", str(file))
+    os.utime(file, (1, 1))
+    before = (tmp_path / ".git" / "index").read_bytes()
+    commit = _commit()
+    assert commit == git("rev-parse", "--short=12", "HEAD").strip()
+    file.write_text("two\n")
+    assert _commit() == f"{commit}-dirty"
+    assert (tmp_path / ".git" / "index").read_bytes() == before
