@@ -25,9 +25,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ssl_kit.core.errors import UserError
-from ssl_kit.core.process import is_first, prepare, refusal
+from ssl_kit.core.process import FULL, is_first, lost, prepare, printable, protect, refusal, terminal
 from ssl_kit.core.settings import options, parsed
-from ssl_kit.core.streams import FULL, lost, printable, protect, terminal
 
 _VERBS = Path(__file__).parent / "verbs"
 _COMMON = (

@@ -15,7 +15,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import IO, Any
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -23,8 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from ssl_kit.core.process import is_first
-from ssl_kit.core.streams import printable, terminal
+from ssl_kit.core.process import is_first, printable, terminal
 
 _settings = {"to_stderr": False, "quiet": False, "live": False}
 
@@ -122,7 +121,7 @@ def if_interrupted(kept: Callable[[], str]) -> Iterator[None]:
 class _Console(Console):
     """Prints on what lies behind a stream; names in the text cannot steer it."""
 
-    def __init__(self, stream: Any):
+    def __init__(self, stream: IO[str]):
         super().__init__(file=terminal(stream), highlight=False, markup=False, emoji=False)
 
     def print(self, *objects: Any, **options: Any) -> None:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 # Options that mean the same in every verb -> least and largest value; (: and ): the bound itself is too much
 _RANGES = {
@@ -32,7 +31,7 @@ class DamagedError(UserError):
     """A file that is missing, cut short or altered since it was written."""
 
 
-def check_numbers(options: Mapping[str, Any]) -> None:
+def check_numbers(options: Mapping[str, object]) -> None:
     """Raises `UserError` for the first option whose number is out of its range, NaN or infinite.
 
     Args:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import csv
 import ctypes
-import errno
 import hashlib
 import json
 import os
@@ -23,20 +22,19 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 
 from ssl_kit.core.console import warn
 from ssl_kit.core.errors import DamagedError, UserError
 from ssl_kit.core.locking import locked
-from ssl_kit.core.sealed import LARGE_JSON, MAX_JSON, read_json, read_sealed, sealed  # noqa: F401 (who writes files reads some)
+from ssl_kit.core.process import FULL
+from ssl_kit.core.sealed import LARGE_JSON, MAX_JSON, Entries, read_json, read_sealed, sealed  # noqa: F401 (who writes files reads some)
 
 MANIFEST = "manifest.json"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of fcntl.h and linux/fs.h
 
 
@@ -77,7 +75,7 @@ def may_write(target: Path) -> None:
         claim(target)
 
 
-def write_csv(path: Path | str, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+def write_csv(path: Path | str, header: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
     """Writes a table in one step, UTF-8; its folder is made."""
     with atomic_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -87,7 +85,7 @@ def write_csv(path: Path | str, header: Iterable[str], rows: Iterable[Iterable[A
 
 @contextmanager
 def atomic_folder(
-    path: Path | str, manifest: dict[str, Any] | None = None, *, record: str = MANIFEST
+    path: Path | str, manifest: Mapping[str, object] | None = None, *, record: str = MANIFEST
 ) -> Iterator[Path]:
     """Yields a temporary folder beside `path`; when the block ends well, it replaces `path` in one step.
 
@@ -260,7 +258,7 @@ def _said_when_full(target: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError, FullError) as error:
-        for number in _FULL:
+        for number in FULL:
             if getattr(error, "errno", None) == number or os.strerror(number) in str(error):
                 raise FullError(
                     f"{target} could not be written: {os.strerror(number)}. Make room there; what it was is kept"
@@ -290,7 +288,7 @@ def check_space(folder: Path, needed: int) -> None:
         )
 
 
-def write_manifest(folder: Path, entries: dict[str, Any]) -> dict[str, Any]:
+def write_manifest(folder: Path, entries: Mapping[str, object]) -> Entries:
     """Writes `manifest.json` of `folder`: `entries` plus `files`, the sha256 of every other file; returns it."""
     names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
     files = {name: sha256(folder / name) for name in names if name != MANIFEST and not Path(name).name.startswith(".")}
@@ -299,7 +297,7 @@ def write_manifest(folder: Path, entries: dict[str, Any]) -> dict[str, Any]:
     return manifest
 
 
-def read_manifest(folder: Path | str, *, verify: bool = True, limit: int = MAX_JSON) -> dict[str, Any]:
+def read_manifest(folder: Path | str, *, verify: bool = True, limit: int = MAX_JSON) -> Entries:
     """The manifest of `folder`; with `verify`, every file it names is there and has its sha256.
 
     Raises:
@@ -346,24 +344,24 @@ def sha256(path: Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_json(path: Path | str, value: Any) -> None:
+def write_json(path: Path | str, value: object) -> None:
     """Writes `value` as indented JSON, atomically. NaN and infinities are refused: they are not JSON."""
     text = json_text(value)
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def json_text(value: Any) -> str:
+def json_text(value: object) -> str:
     """What `write_json` writes."""
     return json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
 
-def write_sealed(path: Path | str, entries: dict[str, Any]) -> None:
+def write_sealed(path: Path | str, entries: Mapping[str, object]) -> None:
     """Writes entries as JSON that notices any later change of itself; `core.sealed.read_sealed` reads it."""
     write_json(path, sealed(entries))
 
 
-def append_line(path: Path | str, value: Any) -> None:
+def append_line(path: Path | str, value: object) -> None:
     """Appends one JSON line and syncs it. A line that was cut off there before stays a line of its own."""
     line = json.dumps(value, allow_nan=False, ensure_ascii=False).encode() + b"\n"
     may_write(Path(path))

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -33,14 +33,14 @@ _ONEDNN_BLOCK = 16  # channels of oneDNN's AVX-512 kernels
 _LIGHTNING = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
 
 
-class Choice(NamedTuple):
+class Choice(NamedTuple, Generic[T]):
     """A setting and why it was chosen."""
 
-    value: Any
+    value: T
     reason: str
 
 
-def choose_device() -> Choice:
+def choose_device() -> Choice[str]:
     """Lightning's accelerator name."""
     if torch.cuda.is_available():
         return Choice("cuda", torch.cuda.get_device_name(0))
@@ -49,7 +49,7 @@ def choose_device() -> Choice:
     return Choice("cpu", f"no accelerator; {torch.get_num_threads()} threads")
 
 
-def choose_precision(wanted: Precision, device: str) -> Choice:
+def choose_precision(wanted: Precision, device: str) -> Choice[str]:
     """float32, bfloat16 or float16 for autocast on `device`.
 
     Raises:
@@ -71,7 +71,7 @@ def choose_precision(wanted: Precision, device: str) -> Choice:
     return Choice("float32", f"no fast bfloat16 on this {device}")
 
 
-def _bfloat16(device: str) -> Choice:
+def _bfloat16(device: str) -> Choice[str]:
     """It was asked for. Where it is emulated it is slow, and as exact."""
     emulated = not (fast_bfloat16() if device == "cpu" else device != "cuda" or torch.cuda.is_bf16_supported(False))
     if emulated and device == "cuda" and not torch.cuda.is_bf16_supported():
@@ -80,7 +80,7 @@ def _bfloat16(device: str) -> Choice:
     return Choice("bfloat16", f"asked for{why}")
 
 
-def choose_channels_last(network: nn.Module, device: str) -> Choice:
+def choose_channels_last(network: nn.Module, device: str) -> Choice[bool]:
     """Whether weights and views are laid out channels last, which doubles the speed of convolutions.
 
     Not where the gradient of a weight would be wrong: in that layout oneDNN writes past its buffer in the backward pass
@@ -109,7 +109,7 @@ def lightning_precision(precision: str) -> str:
     return _LIGHTNING[precision]
 
 
-def choose_tf32(wanted: Switch, device: str) -> Choice:
+def choose_tf32(wanted: Switch, device: str) -> Choice[bool]:
     """Whether float32 products on a GPU may use TensorFloat-32: 10 bits of mantissa, exponents as float32.
 
     Only what is left in float32 is concerned: everything in a float32 run, the losses beside bfloat16.
@@ -132,7 +132,7 @@ def use_tf32(on: bool) -> None:
     torch.backends.cudnn.allow_tf32 = on
 
 
-def choose_compile(wanted: Switch, device: str, steps: int | None) -> Choice:
+def choose_compile(wanted: Switch, device: str, steps: int | None) -> Choice[bool]:
     """Whether the encoder's blocks go through `torch.compile`.
 
     Args:
@@ -176,7 +176,7 @@ def in_order(start: Callable[[T], Future[R]], items: Iterable[T], ahead: int) ->
         yield result
 
 
-def choose_threads(device: str) -> Choice:
+def choose_threads(device: str) -> Choice[int]:
     """How many threads decode images and make views."""
     if device == "cpu":
         return Choice(max(1, available_cores() // 2), "half of the cores: the CPU trains too")

@@ -20,14 +20,14 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Self
 
 from ssl_kit.core import files
 from ssl_kit.core.console import say
 from ssl_kit.core.errors import DamagedError, UserError
 from ssl_kit.core.files import MANIFEST, NotOursError, entries, is_inside, listed, read_json, sync, write_json
 from ssl_kit.core.locking import LOCK
-from ssl_kit.core.sealed import LARGE_JSON
+from ssl_kit.core.sealed import LARGE_JSON, Entries
 
 RUN, RESULTS = "run.json", "results.json"
 _ASIDE = "aside.json"
@@ -186,11 +186,11 @@ class Record:
     def __init__(self, folder: Path, name: str | None = None):
         self.folder, self.name = folder, name or record_of(folder) or RESULTS
         there = (folder / self.name).is_file()
-        self.entries: dict[str, Any] = read_json(folder / self.name) if there else {}
+        self.entries: Entries = read_json(folder / self.name) if there else {}
         known = _listed(folder, self.entries) if there or record_of(folder) else []
         self.names = {self.name, *known}
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> Self:
         files.claims.append(self.claim)
         return self
 
@@ -230,7 +230,7 @@ def record_in(folder: Path) -> Record:
     return Record(folder)
 
 
-def _listed(folder: Path, record: dict[str, Any]) -> list[str]:
+def _listed(folder: Path, record: Entries) -> list[str]:
     """The loose files that a record lists and that are there.
 
     Raises:

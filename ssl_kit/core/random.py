@@ -13,7 +13,7 @@ A *stream* separates uses of one key (crop of view 0, mask of MAE, ...): streams
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: consecutive counters land f
 _MIX1 = 0xBF58476D1CE4E5B9
 _MIX2 = 0x94D049BB133111EB
 _SCALE = 2.0**-24
+U = TypeVar("U", np.uint64, np.ndarray)
 
 
 class Key(NamedTuple):
@@ -81,7 +82,7 @@ def permutation(seed: int, epoch: int, count: int, stream: int = 0) -> np.ndarra
     return np.argsort(random_bits(seed, epoch, np.arange(count), stream, 1)[:, 0], kind="stable")
 
 
-def _mix(z: Any) -> Any:
+def _mix(z: U) -> U:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(_MIX1)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(_MIX2)
     return z ^ (z >> np.uint64(31))

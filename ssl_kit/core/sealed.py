@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from ssl_kit.core.errors import DamagedError
 
@@ -20,6 +21,8 @@ LARGE_JSON = 64 * 2**20  # where names of many classes or files may be listed
 # Bytes that one list or dict, and one value, take in a file on average, at least: `[[],[],...` fills 20 times its size
 _PER_CONTAINER, _PER_VALUE = 80, 20
 _DEEPEST = 100
+
+Entries: TypeAlias = dict[str, Any]  # of a JSON file: what it says, by name; who reads a stranger's checks each
 
 
 def read_json(path: Path | str, limit: int = MAX_JSON) -> Any:
@@ -61,7 +64,7 @@ def _number(text: str) -> float:
     return value
 
 
-def _check_depth(value: Any, path: Path) -> None:
+def _check_depth(value: object, path: Path) -> None:
     """Writing it again, for its seal, recurses where reading does not."""
     level = [value]
     for _ in range(_DEEPEST + 1):
@@ -72,7 +75,7 @@ def _check_depth(value: Any, path: Path) -> None:
     raise DamagedError(f"{path} has more than {_DEEPEST} lists inside each other; more than any file here has")
 
 
-def read_sealed(path: Path | str, limit: int = MAX_JSON) -> dict[str, Any]:
+def read_sealed(path: Path | str, limit: int = MAX_JSON) -> Entries:
     """The entries of a sealed file.
 
     Raises:
@@ -88,12 +91,12 @@ def read_sealed(path: Path | str, limit: int = MAX_JSON) -> dict[str, Any]:
     return entries
 
 
-def sealed(entries: dict[str, Any]) -> dict[str, Any]:
+def sealed(entries: Mapping[str, object]) -> Entries:
     """The entries with their seal."""
     return {**entries, SEAL: fingerprint(entries)}
 
 
-def fingerprint(value: Any) -> str:
+def fingerprint(value: object) -> str:
     """Hex sha256 of what JSON can hold, whatever the order of its keys."""
     plain = json.loads(json.dumps(value))  # keys that are numbers become text, and sort as such
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

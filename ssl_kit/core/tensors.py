@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -64,7 +64,7 @@ def tensor_shapes(path: Path | str) -> dict[str, Shape]:
     return {name: _shape(entry, name, path) for name, entry in header.items()}
 
 
-def _shape(entry: Any, name: str, path: Path) -> Shape:
+def _shape(entry: object, name: str, path: Path) -> Shape:
     dtype, size = (entry.get("dtype"), entry.get("shape")) if isinstance(entry, dict) else (None, None)
     plain = isinstance(size, list) and all(type(length) is int and 0 <= length < 2**48 for length in size)
     if not plain or not isinstance(dtype, str) or dtype not in _DTYPES:
@@ -101,7 +101,7 @@ def check_finite(tensors: Mapping[str, Tensor], path: Path | str) -> None:
                 raise DamagedError(f"{path}: {name!r} holds NaN or infinite values")
 
 
-def check_weights(found: Any, own: Mapping[str, Tensor], where: Path | str) -> None:
+def check_weights(found: object, own: Mapping[str, Tensor], where: Path | str) -> None:
     """Raises `DamagedError` unless `found` has exactly the tensors of `own`, by name, shape and type, and all finite.
 
     torch itself would turn whole numbers into weights without a word.

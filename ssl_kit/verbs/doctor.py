@@ -139,8 +139,8 @@ def _chosen() -> dict[str, Choice]:
         "precision": choose_precision("auto", device.value),
         "views on": Choice("host", "no accelerator") if device.value == "cpu" else accelerator,
         "threads of the loader": choose_threads(device.value),
-        "tf32": tf32._replace(value="on" if tf32.value else "off"),
-        "torch.compile": blocks._replace(value="on" if blocks.value else "off"),
+        "tf32": Choice("on" if tf32.value else "off", tf32.reason),
+        "torch.compile": Choice("on" if blocks.value else "off", blocks.reason),
         "freed memory": kept,
     }
 

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-PROTECTED = "import os, sys\nfrom ssl_kit.core.streams import protect, terminal, lost\nprotect()\n"
+PROTECTED = "import os, sys\nfrom ssl_kit.core.process import protect, terminal, lost\nprotect()\n"
 
 
 def start(program, *options, **streams):
