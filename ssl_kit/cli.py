@@ -22,11 +22,15 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.process import FULL, is_first, lost, prepare, printable, protect, refusal, terminal
+from ssl_kit.core.sealed import Entries, read_object
 from ssl_kit.core.settings import options, parsed
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
 
 _VERBS = Path(__file__).parent / "verbs"
 _COMMON = (
@@ -155,7 +159,7 @@ def _stdout_lost() -> bool:
     return True
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     """JSON has no NaN and no infinity: null stands for them."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
@@ -170,7 +174,7 @@ def _take_common(rest: list[str]) -> tuple[list[str], bool, bool, bool]:
     return kept, flags[0], flags[1], flags[2]
 
 
-def _parse(verb: str, settings: Any, rest: list[str], everything: bool) -> dict[str, Any]:
+def _parse(verb: str, settings: type, rest: list[str], everything: bool) -> Entries:
     """The fields of the verb's settings, typed by them."""
     from jsonargparse import ArgumentError, ArgumentParser
 
@@ -223,7 +227,7 @@ def _parse(verb: str, settings: Any, rest: list[str], everything: bool) -> dict[
     return values
 
 
-def _method_named(recipes: list[dict[str, Any]], rest: list[str]) -> str | None:
+def _method_named(recipes: list[Entries], rest: list[str]) -> str | None:
     """The class path of the method that recipes and options name last."""
     methods = [recipe.get("method") for recipe in recipes]
     paths = [method.get("class_path") if isinstance(method, dict) else method for method in methods]
@@ -231,7 +235,7 @@ def _method_named(recipes: list[dict[str, Any]], rest: list[str]) -> str | None:
     return next((path for path in reversed(paths) if isinstance(path, str) and "{" not in path), None)
 
 
-def _add_arguments(parser: Any, verb: str, settings: Any, method: str | None) -> None:
+def _add_arguments(parser: ArgumentParser, verb: str, settings: type, method: str | None) -> None:
     add = functools.partial(parser.add_class_arguments, settings, as_group=False, as_positional=False)
     if verb not in _WITH_RECIPE:
         positional = [option for option in options(_VERBS / f"{verb}.py") if option.positional]
@@ -248,7 +252,7 @@ def _add_arguments(parser: Any, verb: str, settings: Any, method: str | None) ->
         add_recipe_arguments(parser, method)
 
 
-def _instantiated(parser: Any, parsed: Any) -> dict[str, Any]:
+def _instantiated(parser: ArgumentParser, parsed: Namespace) -> Entries:
     """Records (views) as objects; the method and the trainer as settings, of which only those that were changed."""
     if "method" not in parsed:
         return parser.instantiate(parsed).as_dict()
@@ -283,7 +287,7 @@ def _underscored(argument: str) -> str:
     return match.group().replace("-", "_").replace("__", "--", 1) + argument[match.end() :] if match else argument
 
 
-def _flags(rest: list[str], settings: Any) -> list[str]:
+def _flags(rest: list[str], settings: type) -> list[str]:
     """`--resume` alone means `--resume=true`, for options that are yes or no."""
     flags = {f"--{name}" for name, kind in settings.__annotations__.items() if kind == "bool"}
     following = [*rest, "--"][1:]
@@ -293,21 +297,20 @@ def _flags(rest: list[str], settings: Any) -> list[str]:
     ]
 
 
-def _devices(rest: list[str]) -> Any:
+def _devices(rest: list[str]) -> object:
     """What is typed as `--trainer.devices`; of a run that is resumed as many processes as it had, 1 by default."""
     from ssl_kit.core.owned import RUN
     from ssl_kit.core.process import most_processes
-    from ssl_kit.core.sealed import read_json
 
     typed = _taken(rest, ("--trainer.devices",))[1]
     own = _own_recipe(rest) if any(argument in ("--resume", "--resume=true") for argument in rest) else None
     if typed or own is None:
         return [1, *typed][-1]
-    begun = read_json(Path(own).parent / RUN).get("world_size")
+    begun = read_object(Path(own).parent / RUN).get("world_size")
     return min(begun, most_processes()) if isinstance(begun, int) and begun > 0 else 1
 
 
-def _joined(rest: list[str], settings: Any) -> list[str]:
+def _joined(rest: list[str], settings: type) -> list[str]:
     """`--only knn --only linear` means `--only=knn,linear`, for options that take several: the last alone would win."""
     for name, kind in settings.__annotations__.items():
         kept, values = _taken(rest, (f"--{name}",)) if str(kind).startswith("tuple[") else (rest, [])
@@ -337,7 +340,7 @@ def _taken(rest: list[str], names: tuple[str, ...]) -> tuple[list[str], list[str
     return kept, values
 
 
-def _explained(message: str, parser: Any) -> str:
+def _explained(message: str, parser: ArgumentParser) -> str:
     """Adds the nearest option to a complaint about an unknown one."""
     unknown = re.search(
         r"(?:Option|argument[s]?:?|Key) '?(?:--)?([\w.]+)'? is not|[Uu]nrecognized arguments: --([\w.]+)", message

@@ -27,7 +27,7 @@ from ssl_kit.core.console import say
 from ssl_kit.core.errors import DamagedError, UserError
 from ssl_kit.core.files import MANIFEST, NotOursError, entries, is_inside, listed, read_json, sync, write_json
 from ssl_kit.core.locking import LOCK
-from ssl_kit.core.sealed import LARGE_JSON, Entries
+from ssl_kit.core.sealed import LARGE_JSON, Entries, read_object
 
 RUN, RESULTS = "run.json", "results.json"
 _ASIDE = "aside.json"
@@ -186,7 +186,7 @@ class Record:
     def __init__(self, folder: Path, name: str | None = None):
         self.folder, self.name = folder, name or record_of(folder) or RESULTS
         there = (folder / self.name).is_file()
-        self.entries: Entries = read_json(folder / self.name) if there else {}
+        self.entries: Entries = read_object(folder / self.name) if there else {}
         known = _listed(folder, self.entries) if there or record_of(folder) else []
         self.names = {self.name, *known}
 
@@ -259,7 +259,7 @@ def our_files(folder: Path) -> list[str]:
     name = record_of(folder)
     if name is None:
         return []
-    record = read_json(folder / name) if (folder / name).is_file() else {}
+    record = read_object(folder / name) if (folder / name).is_file() else {}
     found = {*_listed(folder, record), *([name] if record else [])}
     for place, wanted, usual in _FOLDERS:
         for inside in folder.glob(place):
@@ -371,9 +371,9 @@ class Former:
 
     def _names(self) -> list[str]:
         """Of its files, the first one first."""
-        names = read_json(self.place / _ASIDE, LARGE_JSON).get("files")
-        _listed(self.place, {"files": names})
-        return list(names)
+        aside = read_object(self.place / _ASIDE, LARGE_JSON)
+        _listed(self.place, {"files": aside.get("files")})
+        return list(aside["files"])
 
 
 def _move(source: Path, target: Path, names: Iterable[str]) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -272,6 +272,9 @@ def _page(file: IO[bytes], at: int) -> tuple[dict[int, Any], int]:
     raise IndexError
 
 
+Wanted: TypeAlias = "Mapping[int, int | Wanted]"  # of a structure: number of a field -> type, or what is wanted of it
+
+
 class _Thrift:
     """Reads Thrift's compact protocol, from first to last byte, and keeps nothing that is not asked for.
 
@@ -303,7 +306,7 @@ class _Thrift:
             self._count()
             yield byte & 15
 
-    def picked(self, wanted: Mapping[int, Any]) -> dict[int, Any]:
+    def picked(self, wanted: Wanted) -> dict[int, Any]:
         """Those fields of a structure that have a wanted number and type: whole numbers, bytes, structures.
 
         Args:

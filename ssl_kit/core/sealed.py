@@ -39,6 +39,14 @@ def read_json(path: Path | str, limit: int = MAX_JSON) -> Any:
     return parse_json(data, path, limit)
 
 
+def read_object(path: Path | str, limit: int = MAX_JSON) -> Entries:
+    """What `read_json` reads, which has to be an object: anything else is a `DamagedError`, too."""
+    value = read_json(path, limit)
+    if not isinstance(value, dict):
+        raise DamagedError(f"{path} holds a {type(value).__name__}; expected a JSON object")
+    return value
+
+
 def parse_json(data: bytes, path: Path, limit: int = MAX_JSON) -> Any:
     """JSON in UTF-8 of finite numbers; refuses text that would fill far more memory than its own bytes, or nests deep.
 

@@ -18,7 +18,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from ssl_kit.core.console import progress
 from ssl_kit.core.errors import DamagedError, UserError
 from ssl_kit.core.files import MANIFEST, atomic_folder, read_manifest
 from ssl_kit.core.machine import choose_precision
-from ssl_kit.core.sealed import LARGE_JSON
+from ssl_kit.core.sealed import LARGE_JSON, Entries
 from ssl_kit.data.listing import escape_path, write_skipped
 from ssl_kit.data.loader import Planned, ViewLoader
 from ssl_kit.data.sources import Source
@@ -72,7 +72,7 @@ class Embeddings:
     labels: np.ndarray
     classes: tuple[str, ...]
     ids: list[str]
-    info: dict[str, Any] = field(default_factory=dict)
+    info: Entries = field(default_factory=dict)
     skipped: list[tuple[str, str]] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
@@ -331,7 +331,7 @@ def _finite(features: np.ndarray, rows: np.ndarray, source: Source) -> None:
         raise UserError(f"the encoder gives NaN or infinite features for {first!r}: its weights have diverged")
 
 
-def describe(encoder: nn.Module, source: Source, view: View, layers: int, precision: str) -> dict[str, Any]:
+def describe(encoder: nn.Module, source: Source, view: View, layers: int, precision: str) -> Entries:
     """What a manifest says of how features were made."""
     preprocessing = encoder.preprocessing() if isinstance(encoder, Encoder) else {"image_size": list(view.size)}
     return {

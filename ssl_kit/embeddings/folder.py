@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from ssl_kit.core.errors import DamagedError, UserError
 from ssl_kit.core.files import MANIFEST, unreplaced, verify_file
 from ssl_kit.core.parquet import batches, contents, types
+from ssl_kit.core.sealed import Entries
 
 FORMAT = "ssl_kit embeddings 1"
 PART_ROWS = 65_536
@@ -35,7 +36,7 @@ def part_name(number: int) -> str:
     return f"part-{number:05d}.parquet"
 
 
-def part_names(manifest: dict[str, Any]) -> list[str]:
+def part_names(manifest: Entries) -> list[str]:
     """The parts that a manifest names, in the order of their rows."""
     found = [name for name in manifest["files"] if _PART.fullmatch(name)]
     return sorted(found, key=lambda name: (len(name), name))  # part-100000 comes after part-99999
@@ -138,13 +139,13 @@ def matrix(table: pa.Table, dims: int, path: Path) -> np.ndarray:
     return vectors
 
 
-def _bytes_on_disk(folder: Path, info: dict[str, Any]) -> int:
+def _bytes_on_disk(folder: Path, info: Entries) -> int:
     """Of the parts that a manifest names: vectors are stored as they are, so a folder holds no more than this."""
     with unreplaced(folder):
         return sum((folder / name).stat().st_size for name in part_names(info) if (folder / name).is_file())
 
 
-def checked(info: dict[str, Any], folder: Path) -> tuple[int, int, str, list[str]]:
+def checked(info: Entries, folder: Path) -> tuple[int, int, str, list[str]]:
     """rows, dims, dtype and classes of a manifest, each of the right type and range."""
     rows, dims, dtype, classes = (info.get(name) for name in ("rows", "dims", "dtype", "classes"))
     right = (
@@ -171,7 +172,7 @@ def checked(info: dict[str, Any], folder: Path) -> tuple[int, int, str, list[str
     return rows, dims, dtype, classes
 
 
-def read_vectors(folder: Path, info: dict[str, Any]) -> Iterator[np.ndarray]:
+def read_vectors(folder: Path, info: Entries) -> Iterator[np.ndarray]:
     """The vectors of a verified folder, (rows, D) float32 part by part: only one part is in memory.
 
     Args:
@@ -191,7 +192,7 @@ def read_vectors(folder: Path, info: dict[str, Any]) -> Iterator[np.ndarray]:
         raise DamagedError(f"{folder / MANIFEST} says {rows:,} rows; the parts hold {done:,}")
 
 
-def read_rows(folder: Path, info: dict[str, Any], rows: np.ndarray, column: str) -> dict[int, Any]:
+def read_rows(folder: Path, info: Entries, rows: np.ndarray, column: str) -> dict[int, Any]:
     """Row -> id (`column="id"`) or vector (D,) (`"embedding"`); only the parts that hold one are read, and verified.
 
     Raises:
@@ -215,7 +216,7 @@ def read_rows(folder: Path, info: dict[str, Any], rows: np.ndarray, column: str)
     return found
 
 
-def find_ids(folder: Path, info: dict[str, Any], ids: Sequence[str]) -> dict[str, int]:
+def find_ids(folder: Path, info: Entries, ids: Sequence[str]) -> dict[str, int]:
     """Id -> row of those of `ids` that the folder holds; one part's ids are in memory at a time."""
     found: dict[str, int] = {}
     start = 0

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch  # noqa: F401  before faiss, always: two OpenMP runtimes, and this order is the one that works
@@ -140,27 +139,29 @@ def build_index(
     return Built(index, key, measured(measuring), lists.nprobe if lists is not None else None, milliseconds, zero)
 
 
-def _tune(index: Any, lists: Any, measured: Callable[[], float], aim: float) -> None:
+def _tune(index: faiss.Index, lists: faiss.IndexIVF | None, measured: Callable[[], float], aim: float) -> None:
     """Sets the fewest lists to visit, then the fewest candidates to refine, that reach a recall.
 
     Where nothing reaches it: what comes nearest. More lists may do harm then, when the codes cannot tell more
     candidates apart.
     """
-    refined = isinstance(index, faiss.IndexRefine)
-    if refined:
-        index.k_factor = _K_FACTORS[0]
-    found: dict[int, float] = {}
-    for count in _growing(lists.nlist) if lists is not None else ():
-        lists.nprobe = count
-        found[count] = measured()
-        if found[count] >= aim:
-            break
-        lists.nprobe = max(found, key=lambda count: found[count])
-    for factor in _K_FACTORS[1:] if refined and measured() >= aim else ():
-        index.k_factor, kept = factor, index.k_factor
-        if measured() < aim:
-            index.k_factor = kept
-            break
+    refined = index if isinstance(index, faiss.IndexRefine) else None
+    if refined is not None:
+        refined.k_factor = _K_FACTORS[0]
+    if lists is not None:
+        found: dict[int, float] = {}
+        for count in _growing(lists.nlist):
+            lists.nprobe = count
+            found[count] = measured()
+            if found[count] >= aim:
+                break
+            lists.nprobe = max(found, key=lambda count: found[count])
+    if refined is not None and measured() >= aim:
+        for factor in _K_FACTORS[1:]:
+            refined.k_factor, kept = factor, refined.k_factor
+            if measured() < aim:
+                refined.k_factor = kept
+                break
 
 
 def _growing(most: int) -> list[int]:

@@ -20,7 +20,7 @@ import stat
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import torch  # noqa: F401  before faiss, always: two OpenMP runtimes, and this order is the one that works
 
@@ -34,6 +34,7 @@ from ssl_kit.core.errors import DamagedError
 from ssl_kit.core.files import unreplaced, verify_file
 
 VARIABLE = "SSL_KIT_KEY"
+FaissIndex: TypeAlias = faiss.Index
 _SIZE = 32  # bytes
 _DIGITS = re.compile(rf"[0-9a-fA-F]{{{2 * _SIZE}}}", re.ASCII)
 
@@ -100,12 +101,12 @@ def key_file() -> Path:
     return Path(folder) / "ssl_kit" / "key"
 
 
-def signature(key: bytes, what: str, value: Any) -> str:
+def signature(key: bytes, what: str, value: object) -> str:
     """Hex HMAC of a value that JSON can hold; `what` says what is signed, so that it stands for nothing else."""
     return hmac.new(key, f"{what}\0{fingerprint(value)}".encode(), "sha256").hexdigest()
 
 
-def is_signed(key: bytes, what: str, value: Any, by: object) -> bool:
+def is_signed(key: bytes, what: str, value: object, by: object) -> bool:
     """Whether `by` is the signature of a value under this key."""
     return isinstance(by, str) and by.isascii() and hmac.compare_digest(by, signature(key, what, value))
 

@@ -44,7 +44,7 @@ def __getattr__(name: str) -> Any:
 class _Package(ModuleType):
     """Importing the module `retrieval` would hide the function of this name: modules are no attributes of theirs."""
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         if name not in _HOME:
             super().__setattr__(name, value)
 

@@ -22,7 +22,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -141,7 +140,8 @@ def attentive_probe(
         raise UserError(f"vectors of {vectors.shape[1]} numbers are no whole tokens of width {width}")
     tokens = vectors.reshape(len(vectors), -1, width)
     candidates = [float(lr)] if isinstance(lr, int | float) else sorted(map(float, lr))
-    settings: dict[str, Any] = {"lr_candidates": candidates, "epochs": epochs, "queries": queries, "batch_size": _BATCH}
+    settings: dict[str, object] = {"lr_candidates": candidates, "epochs": epochs, "queries": queries}
+    settings["batch_size"] = _BATCH
     fit = lambda rows, rate: _fit(tokens, labels, rows, num_classes, rate, epochs, queries, seed, device)
     seen = lambda fitted, held: [_predict(fit(fitted, rate), tokens[held]) for rate in candidates]
     rate, told = _chosen(candidates, labels, seed, seen)
@@ -159,7 +159,7 @@ def _chosen(
     labels: np.ndarray,
     seed: int,
     predicted: Callable[[np.ndarray, np.ndarray], Sequence[np.ndarray] | np.ndarray],
-) -> tuple[float, dict[str, Any]]:
+) -> tuple[float, dict[str, object]]:
     """The learning rate with the best top-1 on a held-out fifth, of equal ones the first, and how it came about.
 
     Args:
@@ -274,7 +274,7 @@ def sgd_probe(
     scaling = Scaling.of(vectors)
     scaled, targets = scaling.apply(vectors).to(device), torch.from_numpy(labels).to(device)
     candidates = [float(lr)] if isinstance(lr, int | float) else sorted(map(float, lr))
-    settings: dict[str, Any] = {"lr_candidates": candidates, "epochs": epochs, "batch_size": batch_size}
+    settings: dict[str, object] = {"lr_candidates": candidates, "epochs": epochs, "batch_size": batch_size}
     fit = lambda rows, rates: train_linear(scaled[rows], targets[rows], num_classes, rates, epochs, batch_size, seed)
     rate, told = _chosen(candidates, labels, seed, lambda fitted, held: fit(fitted, candidates).predict(scaled[held]))
     final = fit(slice(None), [rate])

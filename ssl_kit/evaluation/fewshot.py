@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 import numpy as np
 import torch
@@ -52,7 +52,17 @@ _PASSES = 60  # of the solver, at most
 _TOLERANCE = 1e-5  # of its objective: a class decided by less is anybody's guess
 _STREAM = 100_020  # of core/random.py
 
-_Predict = Callable[[np.ndarray, int], tuple[np.ndarray, dict[str, Any]]]  # rows, draw -> classes (N,), what was chosen
+
+class _Size(TypedDict, total=False):
+    """Of a training set: images of each class, or the share of them."""
+
+    shots: int
+    fraction: float
+
+
+_Predict = Callable[
+    [np.ndarray, int], tuple[np.ndarray, dict[str, float]]
+]  # rows, draw -> classes (N,), what was chosen
 
 
 def few_shot(
@@ -91,7 +101,7 @@ def few_shot(
         PROTOCOLS[0]: _probe(vectors, labels, test_vectors, num_classes, candidates, seed, device),
         PROTOCOLS[1]: _class_mean(vectors, labels, test_vectors, num_classes),
     }
-    sizes: list[dict[str, Any]] = [{"shots": size} for size in sorted(shots)]
+    sizes: list[_Size] = [{"shots": size} for size in sorted(shots)]
     sizes += [{"fraction": share} for share in sorted(fractions)]
     results = []
     with progress(draws * len(sizes) * len(predictors), "few-shot") as bar:
@@ -134,7 +144,7 @@ def draw_rows(
 def _class_mean(vectors: np.ndarray, labels: np.ndarray, test_vectors: np.ndarray, num_classes: int) -> _Predict:
     units, test_units = normalised(vectors), normalised(test_vectors)
 
-    def predict(rows: np.ndarray, draw: int) -> tuple[np.ndarray, dict[str, Any]]:
+    def predict(rows: np.ndarray, draw: int) -> tuple[np.ndarray, dict[str, float]]:
         sums = np.zeros((num_classes, units.shape[1]), dtype=np.float32)
         np.add.at(sums, labels[rows], units[rows])
         cosines = test_units @ normalised(sums).T  # (N, C)
@@ -156,7 +166,7 @@ def _probe(
     scaling = Scaling.of(vectors)
     scaled, test_scaled = (scaling.apply(part).to(device) for part in (vectors, test_vectors))
 
-    def predict(rows: np.ndarray, draw: int) -> tuple[np.ndarray, dict[str, Any]]:
+    def predict(rows: np.ndarray, draw: int) -> tuple[np.ndarray, dict[str, float]]:
         points, test_points = spanned(scaled[rows], test_scaled)
         fit, l2 = _fit(points, labels[rows], num_classes, candidates, seed + draw)
         return fit.predict(test_points)[0], {"l2": l2}

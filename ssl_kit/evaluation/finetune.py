@@ -8,14 +8,14 @@ MixUp (Zhang et al. 2018, arXiv:1710.09412) and CutMix (Yun et al. 2019, arXiv:1
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from ssl_kit.core.console import say
@@ -23,6 +23,8 @@ from ssl_kit.core.errors import UserError
 from ssl_kit.data.sources import Source
 from ssl_kit.embeddings.embeddings import embed
 from ssl_kit.encoders.encoder import Encoder
+from ssl_kit.training.checkpoint import State
+from ssl_kit.training.chunked import Batch, data_of
 from ssl_kit.training.optim import Optim
 from ssl_kit.views.recipe import plain
 
@@ -60,14 +62,14 @@ class FineTune(pl.LightningModule):
         torch.nn.init.trunc_normal_(classifier.weight, std=0.01)
         torch.nn.init.zeros_(classifier.bias)
         self.encoder, self.optim, self.smoothing = encoder, optim, smoothing
-        mixes: list[Any] = []
+        mixes: list[nn.Module] = []
         if mixup > 0:
             mixes.append(v2.MixUp(alpha=mixup, num_classes=num_classes))
         if cutmix > 0:
             mixes.append(v2.CutMix(alpha=cutmix, num_classes=num_classes))
-        self.mix: Any = v2.RandomChoice(mixes) if mixes else None
+        self.mix = v2.RandomChoice(mixes) if mixes else None
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of a batch: its one view and its labels, all known."""
         images, labels = batch["views"][0], batch["label"]
         if self.mix is not None:
@@ -75,16 +77,9 @@ class FineTune(pl.LightningModule):
             images = images.contiguous(memory_format=torch.channels_last) if self.encoder.is_convolutional else images
         return F.cross_entropy(self.encoder(images), labels, label_smoothing=self.smoothing)
 
-    def configure_optimizers(self) -> Any:
-        """Builds the optimiser and its schedule; the trainer knows the batch and the steps."""
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        optimiser, schedule = self.optim.build(
-            self,
-            images_per_step=data.batch_size * self.trainer.world_size,
-            steps_per_epoch=data.steps_per_epoch,
-            total_steps=self.trainer.max_steps,
-        )
-        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimiser and its schedule."""
+        return self.optim.configured(self)
 
 
 def check_lora(encoder: Encoder) -> None:
@@ -167,11 +162,11 @@ class BestEpoch(pl.Callback):
         self.best: dict[str, Tensor] = {}
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int
     ) -> None:
         """Looks when an epoch is over, and at the last step."""
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        step, between = trainer.global_step, self.every * data.steps_per_epoch
+        steps_per_epoch = data_of(trainer).steps_per_epoch
+        step, between = trainer.global_step, self.every * steps_per_epoch
         if step % between and step != trainer.max_steps:
             return
         assert isinstance(pl_module, FineTune)
@@ -179,10 +174,8 @@ class BestEpoch(pl.Callback):
         self.scores.append(float((predicted == labels).mean()))
         if self.scores[-1] > max(self.scores[:-1], default=-1.0):
             self.best = {name: value.detach().cpu().clone() for name, value in pl_module.encoder.state_dict().items()}
-        epoch, score = step / data.steps_per_epoch, self.scores[-1]
-        say(
-            f"epoch {epoch:.0f} of {trainer.max_steps / data.steps_per_epoch:.0f}: top-1 of held-out images {score:.3f}"
-        )
+        epoch, score = step / steps_per_epoch, self.scores[-1]
+        say(f"epoch {epoch:.0f} of {trainer.max_steps / steps_per_epoch:.0f}: top-1 of held-out images {score:.3f}")
         trainer.should_stop |= self._exhausted()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -197,10 +190,10 @@ class BestEpoch(pl.Callback):
         """Puts the best weights back."""
         encoder.load_state_dict(self.best)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Scores and weights."""
         return {"scores": self.scores, "best": self.best}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         """Continues with them."""
         self.scores, self.best = state_dict["scores"], state_dict["best"]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -147,7 +147,7 @@ def fit_chosen(
     *,
     balanced: bool = False,
     seed: int = 0,
-) -> tuple[LogisticFit, dict[str, Any]]:
+) -> tuple[LogisticFit, dict[str, object]]:
     """Fits on all rows with the l2 that is best on a held-out fifth of them.
 
     Args:
@@ -163,7 +163,7 @@ def fit_chosen(
     """
     targets, moment = torch.from_numpy(labels).to(scaled.device), curvature(scaled)
     weigh = lambda rows: class_weights(labels[rows], num_classes).to(scaled.device) if balanced else None
-    settings: dict[str, Any] = {"l2_candidates": list(candidates)}
+    settings: dict[str, object] = {"l2_candidates": list(candidates)}
     start, best = None, 0
     if len(candidates) > 1:
         fitted, held = holdout(labels, seed=seed)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -179,7 +178,7 @@ class RocCurves:
     recalls: np.ndarray
     auroc: np.ndarray
 
-    def record(self, names: Sequence[str]) -> dict[str, Any]:
+    def record(self, names: Sequence[str]) -> dict[str, object]:
         """For details/roc.json: rates, the macro average, then every class by its name."""
         line = lambda auroc, recalls: {"auroc": round(float(auroc), 5), "recalls": np.round(recalls, 4).tolist()}
         lines = zip(self.classes.tolist(), self.auroc, self.recalls, strict=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 import numpy as np
 
@@ -142,9 +142,18 @@ def knn_rows(
     return results
 
 
+class _Row(TypedDict):
+    """How one score is made."""
+
+    k: int
+    temperature: float | None
+    chosen: bool
+    held_out_top1: NotRequired[float]
+
+
 def _settled(
     gallery: np.ndarray, labels: np.ndarray, num_classes: int, k: int | None, temperature: float | None, *, seed: int
-) -> dict[str, Any]:
+) -> _Row:
     """The k and temperature of one row, chosen here when k is None, and how they came about."""
     if k is not None:
         return {"k": min(k, len(gallery)), "temperature": temperature, "chosen": False}

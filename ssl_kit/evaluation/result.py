@@ -13,12 +13,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.random import random_bits
+from ssl_kit.core.sealed import Entries
 
 if TYPE_CHECKING:
     from ssl_kit.embeddings.embeddings import Embeddings
@@ -49,14 +50,14 @@ class Result:
     evaluation: str
     features: str
     metrics: dict[str, float]
-    settings: dict[str, Any] = field(default_factory=dict)
-    made_by: dict[str, Any] = field(default_factory=dict)
+    settings: Entries = field(default_factory=dict)
+    made_by: Entries = field(default_factory=dict)
     seconds: float = 0.0
     predictions: np.ndarray | None = field(default=None, repr=False, compare=False)
     confidences: np.ndarray | None = field(default=None, repr=False, compare=False)
     probabilities: np.ndarray | None = field(default=None, repr=False, compare=False)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Entries:
         """The saved record, one line of `results.jsonl`: everything but predictions, confidences, probabilities."""
         record = asdict(self)
         for name in _NOT_SAVED:
@@ -65,7 +66,7 @@ class Result:
         return record
 
     @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> Result:
+    def from_json(cls, record: Entries) -> Result:
         """Reads a saved record; a missing or unknown entry is a `UserError` that names it."""
         known = {entry.name for entry in fields(cls)} - _NOT_SAVED
         if set(record) != known:
@@ -97,7 +98,7 @@ class ClassScore:
     mistaken_for: str
 
 
-def made_by(train: Embeddings, test: Embeddings) -> dict[str, Any]:
+def made_by(train: Embeddings, test: Embeddings) -> Entries:
     """The provenance of a score: the encoder's sha256, what `train` and `test` were, and the versions at work."""
     return {
         "encoder_sha256": test.info.get("encoder_sha256"),

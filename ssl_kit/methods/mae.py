@@ -21,7 +21,7 @@ positions are put into that order instead, and only removed patches are predicte
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -213,7 +213,7 @@ class MAE(Method):
         encoder.model.pos_embed.requires_grad_(False)
 
     @classmethod
-    def default_encoder(cls, image_size: tuple[int, int]) -> tuple[str, dict[str, Any]]:
+    def default_encoder(cls, image_size: tuple[int, int]) -> tuple[str, dict[str, object]]:
         """ViTs without class token: 2.7 M parameters and patches of 4 (up to 48 px) or 8 (128 px), ViT-S/16 above."""
         pooling = {"class_token": False, "global_pool": "avg", "fc_norm": False}
         if max(image_size) > 128:

@@ -23,12 +23,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.random import Key
@@ -167,11 +166,17 @@ _BLOCK = 256  # rows
 _SAFE = 60.0  # |s| in base 2 up to which powers, their sums and their reciprocals fit into float32: tau >= 0.024
 
 
+class _Context(FunctionCtx):
+    temperature: float
+    bfloat16: bool
+    saved_tensors: tuple[Tensor, Tensor, Tensor]
+
+
 class _LogNegatives(torch.autograd.Function):
     """(2B, d) unit rows of two images or more, first view above second, to n (2B,)."""
 
     @staticmethod
-    def forward(context: Any, z: Tensor, temperature: float, bfloat16: bool) -> Tensor:
+    def forward(context: _Context, z: Tensor, temperature: float, bfloat16: bool) -> Tensor:
         context.temperature, context.bfloat16 = temperature, bfloat16
         candidates = _own_first(z)
         n = z.new_full((len(z),), -math.inf)  # base 2
@@ -190,7 +195,7 @@ class _LogNegatives(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(context: Any, g: Tensor) -> tuple[Tensor, None, None]:
+    def backward(context: _Context, g: Tensor) -> tuple[Tensor, None, None]:
         z, candidates, n = context.saved_tensors
         temperature, bfloat16 = context.temperature, context.bfloat16
         n, g = _own_first(torch.stack([n, g], dim=1)).unbind(dim=1)  # (M,) each

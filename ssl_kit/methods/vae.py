@@ -24,7 +24,6 @@ goes in, the clean image is what is to be explained, and the KL is left out (`au
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +40,7 @@ from ssl_kit.methods.likelihoods import (
     logistic_log_likelihood,
 )
 from ssl_kit.methods.method import Method, Picture
+from ssl_kit.training.chunked import Batch, data_of
 from ssl_kit.training.distributed import all_gather
 from ssl_kit.training.optim import Optim
 
@@ -253,11 +253,11 @@ class VAE(Method):
         ratio = 0.5 * (epsilon.square() + logvar - z.square()).sum(dim=1)
         return self.log_likelihood(target, self.decode(z)) + ratio
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Sets the weight of the KL for this step; a tensor, so that a compiled step need not be compiled again."""
         if self.anneal_epochs > 0:
-            data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-            epochs = self.trainer.global_step * self.trainer.accumulate_grad_batches / data.steps_per_epoch
+            batches = self.trainer.global_step * self.trainer.accumulate_grad_batches
+            epochs = batches / data_of(self.trainer).steps_per_epoch
             self.kl_weight.fill_(self.beta * min(1.0, epochs / self.anneal_epochs))
 
     def on_train_end(self) -> None:
@@ -374,7 +374,7 @@ class Decoder(nn.Module):
             for ins, out in reversed(list(zip(widths, outs, strict=True)))
         )
         with torch.no_grad():  # begin near the mean image, where a decoder without a code sits
-            self.stages[-1][-1].weight.mul_(0.1)  # type: ignore[index]
+            self.stages[-1].get_parameter("2.weight").mul_(0.1)
 
     def forward(self, z: Tensor) -> Tensor:
         """(B, d) to (B, C, H, W)."""

@@ -7,7 +7,7 @@ the light theme. No toolbar on the curves and no scroll or pan tools: a finger m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from markupsafe import Markup
 
+from ssl_kit.core.sealed import Entries
 from ssl_kit.evaluation.catalog import EVALUATIONS
 from ssl_kit.report.read import Roc, Run, number
 from ssl_kit.report.tables import Line, dimension_lines, few_shot_lines, storage
 
 if TYPE_CHECKING:
+    from bokeh.model import Model
     from bokeh.plotting import figure as Figure
 
 MAX_POINTS = 2_000  # per line
@@ -58,16 +60,16 @@ class Chart:
     title: str
     caption: str
     legend: list[tuple[str, int, int]]
-    model: Any
+    model: Figure
     smoothed: bool = False
     spoken: str = ""
 
 
-def embed(charts: Sequence[Chart], extra: dict[str, Any]) -> tuple[str, dict[str, str]]:
+def embed(charts: Sequence[Chart], extra: Mapping[str, Figure]) -> tuple[str, dict[str, str]]:
     """Bokeh's script (without its tag) and the div of each chart, by name."""
     from bokeh.embed import components
 
-    models = {chart.name: chart.model for chart in charts} | extra
+    models: dict[str, Model] = {**{chart.name: chart.model for chart in charts}, **extra}
     if not models:
         return Markup(""), {}
     script, divs = components(models, wrap_script=False)
@@ -174,7 +176,7 @@ def _score_chart(
             _colour(bars.glyph, place, "line_color")
         scores = list(line.points.values())
         told = [f"{one.text} {one.interval}".strip() for one in scores]
-        data = {"x": list(line.points), "y": [one.value for one in scores], "told": told}
+        data: dict[str, Sequence[object]] = {"x": list(line.points), "y": [one.value for one in scores], "told": told}
         tooltips = [(line.name, "@told"), ("at", "@x{0,0}")]
         _draw_line(fig, data, place, shape, tooltips, dash=_DASHES[line.variant % len(_DASHES)])
         legend.append((line.name, place, shape))
@@ -191,7 +193,7 @@ def _place_of(features: str, lines: Iterable[Line]) -> int:
     return _PLACES[features] if features in _PLACES else _OTHERS[others.index(features) % len(_OTHERS)]
 
 
-def map_model(value: dict[str, Any]) -> Any:
+def map_model(value: Entries) -> Figure:
     """The map: a scatter with the thumbnail in the tooltip; `page.js` pins what is clicked and dims classes."""
     from bokeh.models import ColumnDataSource, HoverTool, PanTool, ResetTool, TapTool, WheelZoomTool
 
@@ -324,7 +326,7 @@ def _draw_curve(fig: Figure, x: np.ndarray, y: np.ndarray, position: int) -> boo
 
 def _draw_line(
     fig: Figure,
-    data: dict[str, Any],
+    data: Mapping[str, Sequence[object] | np.ndarray],
     position: int,
     shape: int,
     tooltips: list[tuple[str, str]],
@@ -361,6 +363,6 @@ def _draw_chance(fig: Figure, chance: float, lines: Sequence[np.ndarray]) -> Non
     fig.y_range = Range1d(low - room / 2, high + room)
 
 
-def _colour(glyph: Any, position: int, *properties: str) -> None:
+def _colour(glyph: Model, position: int, *properties: str) -> None:
     """Has page.js set these properties to the palette's colour at `position`."""
     glyph.tags = [f"{name}=--c{position % NUM_COLOURS}" for name in properties]

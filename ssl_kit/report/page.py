@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from jinja2 import Environment, FunctionLoader, StrictUndefined
@@ -22,6 +22,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from ssl_kit import __version__
 from ssl_kit.core.files import atomic_file
 from ssl_kit.core.owned import check_output
+from ssl_kit.core.sealed import Entries
 from ssl_kit.evaluation.catalog import ENCODER, EVALUATIONS
 from ssl_kit.report import charts
 from ssl_kit.report.head import data_root, facts, next_step, verdict
@@ -58,10 +59,11 @@ _MATRIX = 40  # classes that a matrix shows readably on 1,100 pixels
 _RECALLS = 40
 _PAIRS = 8
 _STRONGEST = 48  # percent of the full colour: the number on it stays readable in both themes
+Context: TypeAlias = dict[str, Any]  # what a template is given
 _SEARCH_SIZE = 160  # pixels of the longer side
 
 
-def write_report(runs: Sequence[Path | str], out: Path | str) -> dict[str, Any]:
+def write_report(runs: Sequence[Path | str], out: Path | str) -> Entries:
     """Writes the report of one run, or of several side by side.
 
     Args:
@@ -133,7 +135,7 @@ def strip_html(
     write_page(path, render("search.html", title=title, rows=rows, note=note))
 
 
-def render(template: str, /, **context: Any) -> str:
+def render(template: str, /, **context: object) -> str:
     """The HTML of a template of this folder; every string of `context` is escaped unless it is `Markup`."""
     folder = files("ssl_kit.report")
     environment = Environment(
@@ -153,7 +155,7 @@ def write_page(path: Path | str, page: str) -> None:
         temporary.write_text(page, encoding="utf-8", errors="replace")
 
 
-def _card(run: Run) -> dict[str, Any]:
+def _card(run: Run) -> Context:
     """What the page says about one run."""
     judged = verdict(run)
     eyebrow = [run.method, str(run.info.get("status") or ""), str(run.info.get("started") or "")]
@@ -173,10 +175,10 @@ def _card(run: Run) -> dict[str, Any]:
     }
 
 
-def _encoders(run: Run) -> list[Any]:
+def _encoders(run: Run) -> list[str]:
     """The sha256 of the encoders that have scores."""
     found = [one["made_by"].get("encoder_sha256") for one in run.results if one["features"] == ENCODER]
-    return [sha256 for sha256 in found if sha256]
+    return [str(sha256) for sha256 in found if sha256]
 
 
 def _stale(run: Run) -> list[str]:
@@ -202,9 +204,9 @@ def _hints(run: Run, lacking: Sequence[str]) -> dict[str, str]:
 def _made(run: Run) -> list[tuple[str, str]]:
     """Rows of "versions, seed, hashes"."""
     info = run.info
-    rows: dict[str, Any] = {name: info.get(name) for name in ("method", "seed", "device", "started", "git", "wandb")}
+    rows: dict[str, object] = {name: info.get(name) for name in ("method", "seed", "device", "started", "git", "wandb")}
     rows |= {"data": run.data.get("root"), "data fingerprint": run.data.get("fingerprint")}
-    rows["encoder sha256"] = (_encoders(run) or [None])[-1]
+    rows["encoder sha256"] = next(reversed(_encoders(run)), None)
     rows |= info["versions"] if isinstance(info.get("versions"), dict) else {}
     return [(str(name), str(value)) for name, value in rows.items() if value is not None]
 
@@ -215,7 +217,7 @@ def _sees(runs: Sequence[Run]) -> str:
     return (told if isinstance(told, str) and told else _SEES) if len({run.method for run in runs}) == 1 else ""
 
 
-def _shown_pictures(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def _shown_pictures(runs: Sequence[Run]) -> list[Context]:
     """The pictures with their titles and captions: all of one run, the first one of each of several."""
     several, places = len(runs) > 1, list(_TITLES)
     # what a method shows of itself says more than its input; that is what the first screen of several has room for
@@ -230,7 +232,7 @@ def _shown_pictures(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return shown
 
 
-def _scores(runs: Sequence[Run]) -> dict[str, Any]:
+def _scores(runs: Sequence[Run]) -> Context:
     """The section of scores: tables alone of several runs; of one also charts and grids, and what is lacking."""
     alone = runs[0] if len(runs) == 1 else Run(runs[0].folder)
     few_shot, dimensions = charts.few_shot_charts(alone), charts.dimension_charts(alone)
@@ -267,7 +269,7 @@ def _suspected(run: Run) -> str:
     return f"Neighbours disagree with the label of {' and '.join(told)}: see details/suspected_*.csv." if told else ""
 
 
-def confusion_grid(confusion: Confusion) -> dict[str, Any]:
+def confusion_grid(confusion: Confusion) -> Context:
     """The matrix as rows of cells: percent of the row's images, and how strongly a cell is coloured.
 
     Of more than 40 classes the 40 with the lowest recall are shown, and what they were taken for beyond these is one
@@ -302,7 +304,7 @@ def _of(errors: np.ndarray, images: np.ndarray, place: int) -> tuple[int, int]:
     return int(errors.flat[place]), int(images[place // len(images)])
 
 
-def _cell(count: int, images: int, right: bool) -> dict[str, Any]:
+def _cell(count: int, images: int, right: bool) -> Context:
     share = float(count / max(images, 1))
     return {
         "text": f"{100 * share:.0f}" if share >= 0.005 else "<1" if count else "",
@@ -312,7 +314,7 @@ def _cell(count: int, images: int, right: bool) -> dict[str, Any]:
     }
 
 
-def _strips(value: dict[str, Any]) -> dict[str, Any]:
+def _strips(value: Entries) -> Context:
     """The query strips as the page shows them: the encoder's row first, ten neighbours, right or wrong where known."""
     labels, names = value["labels"], sorted(value["found"], key=lambda name: name != ENCODER)
     class_of = lambda place, unknown: value["classes"][labels[place]] if labels[place] >= 0 else unknown
@@ -334,7 +336,7 @@ def _strips(value: dict[str, Any]) -> dict[str, Any]:
     return {"queries": queries, "told": f"Of the query's class: {', '.join(sums)}." if sums else ""}
 
 
-def _map_context(value: dict[str, Any]) -> dict[str, Any]:
+def _map_context(value: Entries) -> Context:
     """The classes that have a button above the map, and what the map is."""
     counts = Counter(label for label in value["labels"] if label >= 0)
     shown = sorted(label for label, _ in counts.most_common(_LEGEND))

@@ -16,13 +16,13 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
 
-from ssl_kit.core.errors import UserError
-from ssl_kit.core.files import DamagedError, read_json
+from ssl_kit.core.errors import DamagedError, UserError
+from ssl_kit.core.sealed import Entries, read_object
 from ssl_kit.evaluation.catalog import EVALUATIONS, JUDGED_BY
 from ssl_kit.evaluation.result import ClassScore
 from ssl_kit.report.pictures import DUPLICATES, KINDS, LOOKS, MAP, NEIGHBOURS, WRONG
@@ -87,18 +87,18 @@ class Run:
     """
 
     folder: Path
-    info: dict[str, Any] = field(default_factory=dict)
+    info: Entries = field(default_factory=dict)
     recipe: str = ""
     metrics: dict[str, np.ndarray] = field(default_factory=dict)
-    results: list[dict[str, Any]] = field(default_factory=list)
+    results: list[Entries] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     num_skipped: int = 0
     pictures: list[Picture] = field(default_factory=list)
-    neighbours: dict[str, Any] | None = None
-    map: dict[str, Any] | None = None
-    wrong: dict[str, Any] | None = None
-    looks: dict[str, Any] | None = None
-    duplicates: dict[str, Any] | None = None
+    neighbours: Entries | None = None
+    map: Entries | None = None
+    wrong: Entries | None = None
+    looks: Entries | None = None
+    duplicates: Entries | None = None
     confusion: Confusion | None = None
     classes: list[ClassScore] = field(default_factory=list)
     roc: Roc | None = None
@@ -122,7 +122,7 @@ class Run:
         return tuple(name for name in names if name in EVALUATIONS) or JUDGED_BY
 
     @property
-    def data(self) -> dict[str, Any]:
+    def data(self) -> Entries:
         """What run.json says of the images; may be empty."""
         data = self.info.get("data")
         return data if isinstance(data, dict) else {}
@@ -139,7 +139,7 @@ def read_run(folder: Path | str) -> Run:
         raise UserError(f"{folder} is not a folder: expected the run folder of `ssl-kit pretrain` (runs/NAME)")
     if not any((run.folder / name).exists() for name in KNOWN_FILES):
         raise UserError(f"{folder} holds no run: expected one of {', '.join(KNOWN_FILES)}; is it runs/NAME?")
-    run.info = _attempt(run, "run.json", _json_object, {})
+    run.info = _attempt(run, "run.json", read_object, {})
     run.recipe = _attempt(run, "recipe.yaml", lambda path: _text(path, _MAX_RECIPE), "")
     run.metrics = _attempt(run, "metrics.csv", _metrics, {})
     run.results = _attempt(run, "results.jsonl", lambda path: _results(path, run.problems), [])
@@ -189,7 +189,7 @@ def _share(value: object) -> float:
     return min(max(found, 0.0), 1.0)
 
 
-def _cell(text: Any) -> float:
+def _cell(text: str | float) -> float:
     """A cell of a CSV file, NaN where it holds no finite number: the last line may be half written."""
     try:
         value = float(text)
@@ -198,7 +198,7 @@ def _cell(text: Any) -> float:
     return value if math.isfinite(value) else math.nan
 
 
-def _count(value: Any) -> int:
+def _count(value: str | float) -> int:
     """A number of images: a whole number from 0 on."""
     found = int(value)
     _expect(0 <= found < _MAX_COUNT, f"{str(value)[:40]} is no number of images")
@@ -215,19 +215,13 @@ def _csv_rows(path: Path) -> list[list[str]]:
     return [row for row in csv.reader(io.StringIO(_text(path), newline="")) if row]
 
 
-def _json_object(path: Path) -> dict[str, Any]:
-    value = read_json(path)
-    _expect(isinstance(value, dict), f"expected a JSON object, got {type(value).__name__}")
-    return dict(value)
-
-
 def _metrics(path: Path) -> dict[str, np.ndarray]:
     rows = list(csv.DictReader(io.StringIO(_text(path), newline="")))
     names = [name for name in (rows[0] if rows else {}) if isinstance(name, str)]
-    return {name: np.array([_cell(row.get(name)) for row in rows], dtype=np.float64) for name in names}
+    return {name: np.array([_cell(row[name]) for row in rows], dtype=np.float64) for name in names}
 
 
-def _results(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+def _results(path: Path, problems: list[str]) -> list[Entries]:
     results = []
     for position, line in enumerate(_text(path).splitlines(), start=1):
         if not line.strip():
@@ -273,12 +267,12 @@ def _classes(path: Path) -> list[ClassScore]:
 
 
 def _roc(path: Path) -> Roc:
-    value = _json_object(path)
+    value = read_object(path)
     rates = [_share(one) for one in value["rates"]]
     fits = 2 <= len(rates) <= _MAX_POINTS and rates == sorted(rates)
     _expect(fits, f"`rates` must be 2 to {_MAX_POINTS:,} ascending false-positive rates")
 
-    def line(one: dict[str, Any], name: str) -> RocLine:
+    def line(one: Entries, name: str) -> RocLine:
         recalls = [_share(recall) for recall in one["recalls"]]
         _expect(len(recalls) == len(rates), "each curve needs one recall per rate")
         return RocLine(name, _share(one["auroc"]), recalls)
@@ -286,9 +280,9 @@ def _roc(path: Path) -> Roc:
     return Roc(rates, line(value["macro"], "macro average"), [line(one, str(one["name"])) for one in value["classes"]])
 
 
-def _thumbnails(images: Any) -> list[str]:
-    fits = isinstance(images, list) and all(isinstance(one, str) and _BASE64.fullmatch(one) for one in images)
-    _expect(fits, "`images` must be a list of base64 strings")
+def _thumbnails(images: object) -> list[str]:
+    if not isinstance(images, list) or not all(isinstance(one, str) and _BASE64.fullmatch(one) for one in images):
+        raise ValueError("`images` must be a list of base64 strings")
     return list(images)
 
 
@@ -296,9 +290,9 @@ def _places(places: list[int], images: list[str]) -> None:
     _expect(all(0 <= place < len(images) for place in places), "a strip refers to an image that is not stored")
 
 
-def _shown(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _shown(path: Path) -> tuple[Entries, Entries]:
     """The object of a file, and what all pictures have in it: images with their labels and indices, and the classes."""
-    value = _json_object(path)
+    value = read_object(path)
     images, classes = _thumbnails(value["images"]), [str(name) for name in value["classes"]]
     labels = [int(label) for label in value["labels"]]
     fits = len(labels) == len(images) and all(-1 <= label < len(classes) for label in labels)
@@ -308,7 +302,7 @@ def _shown(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return value, {"images": images, "classes": classes, "labels": labels, "indices": indices}
 
 
-def _neighbours(path: Path) -> dict[str, Any]:
+def _neighbours(path: Path) -> Entries:
     value, common = _shown(path)
     queries = [int(place) for place in value["queries"]]
     found = {str(name): [[int(place) for place in row] for row in rows] for name, rows in value["found"].items()}
@@ -318,7 +312,7 @@ def _neighbours(path: Path) -> dict[str, Any]:
     return {**common, "queries": queries, "found": found}
 
 
-def _map(path: Path) -> dict[str, Any]:
+def _map(path: Path) -> Entries:
     value, common = _shown(path)
     x, y = ([_cell(one) for one in value[axis]] for axis in "xy")
     fits = len(x) == len(y) == len(common["images"]) and not any(map(math.isnan, [*x, *y]))
@@ -326,7 +320,7 @@ def _map(path: Path) -> dict[str, Any]:
     return {**common, "x": x, "y": y, "projection": str(value.get("projection") or "")}
 
 
-def _wrong(path: Path) -> dict[str, Any]:
+def _wrong(path: Path) -> Entries:
     value, common = _shown(path)
     predicted, confidences = [int(one) for one in value["predicted"]], [_share(one) for one in value["confidences"]]
     fits = len(predicted) == len(confidences) == len(common["images"])
@@ -335,14 +329,14 @@ def _wrong(path: Path) -> dict[str, Any]:
     return {**common, "predicted": predicted, "confidences": confidences}
 
 
-def _looks(path: Path) -> dict[str, Any]:
-    value = _json_object(path)
+def _looks(path: Path) -> Entries:
+    value = read_object(path)
     rows = [_look(row) for row in value["rows"] if row["kind"] in KINDS]  # others are of a later version
     _expect(len({len(row["images"]) for row in rows}) == 1, "each row needs one picture per image")
     return {"rows": rows, "prototypes": [_prototype(one) for one in value.get("prototypes", [])]}
 
 
-def _look(row: dict[str, Any]) -> dict[str, Any]:
+def _look(row: Entries) -> Entries:
     images, notes = _thumbnails(row["images"]), [str(note) for note in row["notes"]]
     _expect(len(notes) == len(images), "each picture needs one note")
     numbers = {name: number(row[name]) for name in ("low", "high", "even", "miss") if name in row}
@@ -351,15 +345,15 @@ def _look(row: dict[str, Any]) -> dict[str, Any]:
     return {"kind": str(row["kind"]), "images": images, "notes": notes, "numbers": {**numbers, **counts}}
 
 
-def _prototype(one: dict[str, Any]) -> dict[str, Any]:
+def _prototype(one: Entries) -> Entries:
     _thumbnails([one["image"], one["counter"]])
     cosines = [number(cosine) for cosine in one["cosines"]]
     _expect(len(cosines) == 2 and None not in cosines, "a prototype and its counter-example need one cosine each")
     return {name: str(one[name]) for name in ("name", "image", "counter", "counter_name")} | {"cosines": cosines}
 
 
-def _duplicates(path: Path) -> dict[str, Any]:
-    value = _json_object(path)
+def _duplicates(path: Path) -> Entries:
+    value = read_object(path)
     images, ids = _thumbnails(value["images"]), [str(name) for name in value["ids"]]
     groups = [[int(place) for place in group] for group in value["groups"]]
     outliers = [(int(place), _cell(distance)) for place, distance in value["outliers"]]

@@ -10,12 +10,13 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
+from ssl_kit.core.sealed import Entries
 from ssl_kit.evaluation.catalog import ABOVE, ENCODER, EVALUATIONS, GAIN, METRICS, PRETRAINED
 from ssl_kit.report.read import Run, number
 
-Record = dict[str, Any]  # a line of results.jsonl
+Record: TypeAlias = Entries  # a line of results.jsonl
 FEATURES = {
     ENCODER: "this encoder",
     "random_init": "same network, untrained",
@@ -129,7 +130,7 @@ class Robustness(NamedTuple):
 
     baseline: str
     rows: list[tuple[str, list[Hit]]]
-    k: Any
+    k: object
 
 
 def feature_name(features: str) -> str:

@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired, TypeAlias, TypedDict
 
 import numpy as np
 import pytorch_lightning as pl
@@ -44,6 +44,7 @@ _FORMAT = 2  # 1 had the state of each callback apart
 _TENSORS, _REST = "state.safetensors", "state.json"
 _KEPT = 2
 _BEST = "best"
+State: TypeAlias = dict[str, Any]  # tensors, arrays, numbers, text, and containers of them: all that is stored
 _BESIDE_TENSORS = 2**20  # bytes, about, of the two JSON files and the header
 
 
@@ -57,7 +58,7 @@ class SafeCheckpointIO(CheckpointIO):
     def __init__(self, weights: Callable[[], Mapping[str, Tensor]] | None = None):
         self.weights = weights
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+    def save_checkpoint(self, checkpoint: State, path: str | Path, storage_options: object = None) -> None:
         """Writes the state atomically; `path` is the folder.
 
         Raises:
@@ -70,7 +71,7 @@ class SafeCheckpointIO(CheckpointIO):
             save_file(tensors, folder / _TENSORS)
             write_json(folder / _REST, rest)
 
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(self, path: str | Path, map_location: object = None, weights_only: bool | None = None) -> State:
         """Reads and verifies the state; tensors arrive on the CPU.
 
         Raises:
@@ -89,7 +90,7 @@ class SafeCheckpointIO(CheckpointIO):
             check_weights(state.get("state_dict"), self.weights(), folder)
         return state
 
-    def remove_checkpoint(self, path: Any) -> None:
+    def remove_checkpoint(self, path: str | Path) -> None:
         """Deletes the folder."""
         remove(Path(path))
 
@@ -260,9 +261,18 @@ def _first_of_all(flag: bool) -> bool:
     return bool(counts(int(flag))[0]) if world_size() > 1 else flag
 
 
-def generators() -> dict[str, Any]:
-    """The state of torch's, numpy's and Python's generators."""
-    state: dict[str, Any] = {
+class Generators(TypedDict):
+    """The state of torch's, numpy's and Python's generators, and of those of all GPUs."""
+
+    torch: Tensor
+    numpy: State
+    python: tuple[int, tuple[int, ...], float | None]
+    cuda: NotRequired[list[Tensor]]
+
+
+def generators() -> Generators:
+    """Their state now."""
+    state: Generators = {
         "torch": torch.get_rng_state(),
         "numpy": np.random.get_state(legacy=False),
         "python": random.getstate(),
@@ -272,7 +282,7 @@ def generators() -> dict[str, Any]:
     return state
 
 
-def set_generators(state: dict[str, Any]) -> None:
+def set_generators(state: Generators) -> None:
     """Restores what `generators` gave; of another number of GPUs those that there are, which is said."""
     torch.set_rng_state(state["torch"])
     np.random.set_state(state["numpy"])
@@ -284,7 +294,7 @@ def set_generators(state: dict[str, Any]) -> None:
         say(f"generators: saved with {len(saved)} GPUs, {visible} visible now; dropout may draw otherwise than before")
 
 
-def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+def _encode(value: object, path: str, tensors: dict[str, Tensor]) -> Any:
     """Nested state to JSON; tensors and arrays go to `tensors` under their path. Tags keep tuples and odd keys."""
     if isinstance(value, Tensor | np.ndarray):
         kind = "tensor" if isinstance(value, Tensor) else "array"
@@ -346,7 +356,7 @@ def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
     return value
 
 
-def _key(item: Any) -> Any:
+def _key(item: object) -> bool | int | float | str | None:
     """The key of a stored (key, value)."""
     match item:
         case [None | bool() | int() | float() | str() as key, _]:

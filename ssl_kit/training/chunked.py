@@ -1,9 +1,10 @@
-"""Gradient caching: the gradient of a large contrastive batch in the memory of a small one.
+"""What a training is fed with: its batches, and gradient caching of large ones.
 
-Gao, Zhang, Han & Callan 2021, arXiv:2101.06983. The loss needs the projections of the whole batch, but only those: they
-are small. So each chunk is projected and its activations are thrown away; the backward pass of the loss over all
-projections then walks through the chunks, makes the views of each again from their keys, projects them again and
-backpropagates. That is activation checkpointing, one checkpoint per chunk; it costs one more forward pass.
+Gradient caching is the gradient of a large contrastive batch in the memory of a small one (Gao, Zhang, Han & Callan
+2021, arXiv:2101.06983). The loss needs the projections of the whole batch, but only those: they are small. So each
+chunk is projected and its activations are thrown away; the backward pass of the loss over all projections then walks
+through the chunks, makes the views of each again from their keys, projects them again and backpropagates. That is
+activation checkpointing, one checkpoint per chunk; it costs one more forward pass.
 
 For networks without batch statistics this is the gradient of the large batch, to rounding. With batch norm each chunk
 normalises its own samples, as a process of its own would; the running statistics are updated in the first pass only.
@@ -13,8 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Protocol, runtime_checkable
+from typing import NotRequired, Protocol, TypedDict, runtime_checkable
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -31,6 +33,38 @@ class Chunks(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, number: int, /) -> tuple[list[Tensor], Key]: ...
+
+
+class Batch(TypedDict):
+    """What a step is given: `views`, one (B, C, h, w) float in [0, 1] per view; `label` (B,) int64, -1 = unknown.
+
+    A batch in parts has `chunks` in the place of views.
+    """
+
+    views: list[Tensor]
+    key: Key
+    label: Tensor
+    chunks: NotRequired[Chunks]
+
+
+class Loader(Protocol):
+    """Makes the batches; `waited` are the seconds that were spent waiting for them."""
+
+    waited: float
+
+
+class Data(Protocol):
+    """What a training knows of where its batches come from; see `ImageData`."""
+
+    images_per_step: int
+    steps_per_epoch: int
+    total_steps: int
+    loader: Loader
+
+
+def data_of(trainer: pl.Trainer) -> Data:
+    """Where the batches of a training come from."""
+    return trainer.datamodule  # type: ignore[attr-defined]
 
 
 @runtime_checkable

@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import pytorch_lightning as pl
@@ -22,6 +21,8 @@ from torch import Tensor, nn
 from ssl_kit.core.console import live, say, shows_bars, stderr_console, warn
 from ssl_kit.core.files import atomic_file, if_room, sync
 from ssl_kit.core.spectrum import effective_rank
+from ssl_kit.training.checkpoint import State
+from ssl_kit.training.chunked import data_of
 from ssl_kit.training.distributed import broadcast, counts, mean_of_all, rank
 from ssl_kit.training.guard import Guard
 from ssl_kit.training.verdict import Row, Verdict, angle, sketch
@@ -125,7 +126,7 @@ class Curves:
         if self.measure is not None and self.row and "effective_rank" not in self.history[-1]:
             self._measure(trainer, method)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Seconds trained so far, and what is collected for the next row. The rows so far are on the disk before it."""
         if self.path.exists():
             sync(self.path)
@@ -137,7 +138,7 @@ class Curves:
             "start": self._start,
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         """Continues the clock and the row that was being collected."""
         self.seconds = state_dict["seconds"]
         self._steps = {name: list(values) for name, values in state_dict["collected"].items()}
@@ -166,7 +167,7 @@ class Curves:
 
     def _log(self, trainer: pl.Trainer, guard: Guard, views: Sequence[Tensor] = ()) -> bool:
         """Writes a row; False when no step since the last one was good, so that there is no loss to tell."""
-        data = cast(Any, trainer).datamodule
+        data = data_of(trainer)
         epoch = trainer.global_step * trainer.accumulate_grad_batches / data.steps_per_epoch
         now = time.perf_counter()
         spent = max(now - self._interval_started, 1e-9)
@@ -325,7 +326,7 @@ def feature_health(features: np.ndarray) -> dict[str, float]:
 
 
 def _encoder(module: pl.LightningModule) -> nn.Module:
-    return cast(nn.Module, module.encoder)
+    return module.get_submodule("encoder")
 
 
 def _mean(values: Tensor) -> float:

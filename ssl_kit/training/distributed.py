@@ -28,19 +28,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import lru_cache
-from typing import Any
+from typing import TypeAlias, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from pytorch_lightning.plugins.environments import TorchElasticEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.distributed.rendezvous import rendezvous
 
 from ssl_kit.core.console import configure
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.process import LAUNCHER, LOST, TIMEOUT_SECONDS, on_this_machine, started
 
+Group: TypeAlias = "dist.ProcessGroup"  # a torch without it imports this file, too
+T = TypeVar("T")
 PATIENCE = timedelta(minutes=30)  # for what one process does alone
 
 
@@ -72,7 +75,9 @@ def expect_promptness() -> None:
     """From now on a step's collectives fail after `TIMEOUT`: the first step is over."""
     if world_size() > 1:
         # the public name came after torch 2.11, and the former one warns since
-        limit: Any = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+        limit: Callable[[timedelta, Group], None] = (
+            getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+        )
         for group in (dist.group.WORLD, _host_group(dist.group.WORLD)):
             if group is not None:
                 limit(TIMEOUT, group)
@@ -89,7 +94,7 @@ def leave() -> None:
     dist.destroy_process_group()
 
 
-def counts(count: int, group: Any = None) -> list[int]:
+def counts(count: int, group: Group | None = None) -> list[int]:
     """How many rows each process has, in rank order; `count` is this one's. Every process must call it."""
     if world_size() == 1:
         return [count]
@@ -159,20 +164,24 @@ def sum_of_all(values: Tensor) -> Tensor:
     return total
 
 
+class _Counted(FunctionCtx):
+    counts: list[int]
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(context: Any, rows: Tensor) -> Tensor:
+    def forward(context: _Counted, rows: Tensor) -> Tensor:
         context.counts = counts(len(rows))
         return torch.cat(_all_rows(rows, context.counts))
 
     @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> Tensor:
+    def backward(context: _Counted, *gradients: Tensor) -> Tensor:
         total = gradients[0].contiguous()
         dist.all_reduce(total)  # sum: every process's loss depends on these rows
         return total.split(context.counts)[rank()]
 
 
-def _all_rows(rows: Tensor, everywhere: list[int], group: Any = None) -> list[Tensor]:
+def _all_rows(rows: Tensor, everywhere: list[int], group: Group | None = None) -> list[Tensor]:
     """One tensor per process; shorter ones are padded on the way, because the collective takes equal shapes."""
     most = max(everywhere)
     padded = torch.cat([rows, rows.new_zeros(most - len(rows), *rows.shape[1:])]) if len(rows) < most else rows
@@ -182,18 +191,24 @@ def _all_rows(rows: Tensor, everywhere: list[int], group: Any = None) -> list[Te
 
 
 @lru_cache(maxsize=1)
-def _host_group(everyone: Any) -> Any:
+def _host_group(everyone: Group | None) -> Group | None:
     """A group that carries CPU tensors: the default one, `everyone`, unless that is NCCL's."""
-    return dist.new_group(backend="gloo") if dist.get_backend(everyone) == "nccl" else None
+    if dist.get_backend(everyone) != "nccl":
+        return None
+    group = dist.new_group(backend="gloo")
+    assert not isinstance(group, int), "this process is in it"
+    return group
 
 
 @lru_cache(maxsize=1)
-def patient_group(everyone: Any) -> Any:
+def patient_group(everyone: Group | None) -> Group:
     """A group of all processes of the default one, `everyone`, that waits for the slowest up to `PATIENCE`.
 
     The default group gives up early, because in a step nobody is slow. Who has died is noticed at once by both.
     """
-    return dist.new_group(backend="gloo", timeout=PATIENCE)
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    assert not isinstance(group, int), "this process is in it"
+    return group
 
 
 TIMEOUT = timedelta(seconds=TIMEOUT_SECONDS)  # of a step's collectives, once the first step is over
@@ -297,14 +312,14 @@ def wait() -> None:
         dist.barrier(group=patient_group(dist.group.WORLD))
 
 
-def broadcast(make: Callable[[], Any]) -> Any:
+def broadcast(make: Callable[[], T]) -> T:
     """What `make` gives on the first process, for all of them; JSON-able. The others wait for it."""
     if world_size() == 1:
         return make()
-    return all_gather_object(make() if rank() == 0 else None)[0]
+    return cast(T, all_gather_object(make() if rank() == 0 else None)[0])
 
 
-def all_gather_object(value: Any) -> list[Any]:
+def all_gather_object(value: T) -> list[T]:
     """The JSON-able value of each process, in rank order."""
     if world_size() == 1:
         return [value]
@@ -332,12 +347,12 @@ class Processes(DDPStrategy):
     def __init__(self, unused: bool = False):
         super().__init__(timeout=PATIENCE, find_unused_parameters=unused)
 
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
+    def barrier(self, *args: object, **kwargs: object) -> None:
         """Waits for all, also for a first process that measures or saves."""
         wait()
 
     @staticmethod
-    def arguments(options: dict[str, Any]) -> dict[str, Any]:
+    def arguments(options: dict[str, object]) -> dict[str, object]:
         """The Trainer's arguments for the processes that were started.
 
         Args:

@@ -26,21 +26,21 @@ Only the steps of a row cost anything: hooks are there for those alone, and ever
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ssl_kit.core.console import warn
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import atomic_file, if_room
-from ssl_kit.training.checkpoint import newest
+from ssl_kit.training.checkpoint import State, newest
 from ssl_kit.training.distributed import world_size
 
 _PATIENCE = 3  # bad steps in a row that end a run
@@ -101,7 +101,7 @@ class Guard:
         self._bad = self._bad | ~loss.detach().isfinite()
 
     @torch.no_grad()
-    def decide(self, step: int, optimizer: Optimizer, scaler: Any = None) -> None:
+    def decide(self, step: int, optimizer: Optimizer, scaler: GradScaler | None = None) -> None:
         """Decides whether the step after `step` others counts, puts the buffers back, clips, tells the optimiser."""
         gradients = [
             parameter.grad
@@ -110,8 +110,9 @@ class Guard:
             if parameter.grad is not None
         ]
         norm = torch.nn.utils.get_total_norm(gradients).to(self.held.device)
-        if scaler is not None and _skips(optimizer):  # it divides by the scale itself
-            norm = norm / scaler._get_scale_async()
+        scale = scaler._get_scale_async() if scaler is not None and _skips(optimizer) else None
+        if scale is not None:  # the optimiser divides by it itself
+            norm = norm / scale
         after = [_joined(group) for group in self._buffers]
         bad = self._bad | ~norm.isfinite()
         for values in after:
@@ -134,7 +135,7 @@ class Guard:
         if _skips(optimizer) and scaled:  # the scaler will look at the gradients itself, and lower its scale
             torch._foreach_add_(gradients, torch.where(self.held, torch.nan, 0.0))
         elif _skips(optimizer):
-            optimizer.found_inf = self.held.float()  # type: ignore[attr-defined]
+            vars(optimizer).update(found_inf=self.held.float())
         else:  # a scaler has looked already: NaN that came now would be applied
             for gradient in gradients:
                 gradient.copy_(torch.where(self.held, 0.0, gradient))
@@ -181,11 +182,11 @@ class Guard:
         path = newest(self.checkpoints) if self.checkpoints is not None and self.checkpoints.is_dir() else None
         return f"the last good checkpoint, {path}" if path is not None else "the start: no checkpoint was written yet"
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """The counts."""
         return {"counts": self._state, "seen": self._seen}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         """Continues counting."""
         self._state, self._seen = state_dict["counts"], state_dict["seen"]
 
@@ -256,14 +257,14 @@ class Diagnose:
                 if isinstance(module, nn.ReLU):
                     self._hooks.append(module.register_forward_hook(self._hook(name)))
 
-    def _hook(self, name: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             alive = (output.detach() > 0).transpose(0, 1).flatten(1).any(dim=1)  # (channels,)
             self._alive[name] = alive | self._alive[name] if name in self._alive else alive
 
         return hook
 
-    def take_norms(self, step: int, method: nn.Module, scaler: Any = None) -> None:
+    def take_norms(self, step: int, method: nn.Module, scaler: GradScaler | None = None) -> None:
         """Takes the norms of that step, on the device."""
         if (step + 1) % self.interval:
             return
@@ -282,7 +283,7 @@ class Diagnose:
         for handle in self._hooks:
             handle.remove()
         norms = dict(zip(self._norms, torch.stack(list(self._norms.values())).tolist(), strict=True))
-        rows: list[dict[str, Any]] = [
+        rows: list[dict[str, object]] = [
             {"layer": name, "gradient_norm": f"{gradient:.6g}", "weight_norm": f"{weights:.6g}"}
             for name, (gradient, weights) in norms.items()
         ]

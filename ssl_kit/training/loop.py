@@ -18,18 +18,21 @@ from __future__ import annotations
 import logging
 import signal
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.types import STEP_OUTPUT
 from torch import Tensor
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from ssl_kit.core.console import say
-from ssl_kit.training.checkpoint import Checkpoints, SafeCheckpointIO, generators, set_generators
+from ssl_kit.training.checkpoint import Checkpoints, Generators, SafeCheckpointIO, State, generators, set_generators
+from ssl_kit.training.chunked import Batch
 from ssl_kit.training.curves import Bar, Curves
 from ssl_kit.training.distributed import all_gather_object, expect_promptness, rank, world_size
 from ssl_kit.training.guard import Diagnose, Guard
@@ -39,10 +42,10 @@ from ssl_kit.training.optim import EMA, Duration
 class Stateful(Protocol):
     """A part of a training whose state is in the checkpoints."""
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """What it goes on from."""
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         """Goes on from there."""
 
 
@@ -52,10 +55,10 @@ class Monitor(Stateful, Protocol):
     def start(self) -> None:
         """Before the first step of a sitting."""
 
-    def after_step(self, trainer: pl.Trainer, method: Any) -> None:
+    def after_step(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:
         """After every step."""
 
-    def at_end(self, trainer: pl.Trainer, method: Any) -> None:
+    def at_end(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:
         """After the last one."""
 
 
@@ -91,12 +94,14 @@ class Loop(pl.Callback):
         self.curves, self.bar, self.monitor, self.diagnose, self.seed = curves, bar, monitor, diagnose, seed
         self._first = True  # step of this sitting
         self._progress = 0.0  # fraction of the run that is over, as the method was told
-        self._generators: dict[str, Any] | None = None  # of the first process, from a checkpoint
-        self._others: list[dict[str, Any]] = []  # generators of all processes but the first, from a checkpoint
+        self._generators: Generators | None = None  # of the first process, from a checkpoint
+        self._others: list[State] = []  # generators of all processes but the first, from a checkpoint
 
     # a step
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
         """Before the forward pass."""
         first = batch_idx % trainer.accumulate_grad_batches == 0
         if self.diagnose is not None:
@@ -106,27 +111,32 @@ class Loop(pl.Callback):
         if self.curves is not None and trainer.global_step == 0 and batch_idx == 0:
             self.curves.measure_untrained(trainer, pl_module)
 
-    def on_before_backward(self, trainer: pl.Trainer, pl_module: Any, loss: Tensor) -> None:
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """After the forward pass."""
         self.guard.see(loss)
 
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Optimizer) -> None:
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
         """After the last backward pass of a step."""
-        scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
+        scaler: GradScaler | None = getattr(trainer.precision_plugin, "scaler", None)
         if self.diagnose is not None:
             self.diagnose.take_norms(trainer.global_step, pl_module, scaler)
         self.guard.decide(trainer.global_step, optimizer, scaler)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int
+    ) -> None:
         """After the optimiser, or after a batch that is a part of a step."""
         if self.diagnose is not None:
             self.diagnose.write(trainer)
         if self.curves is not None:
+            assert isinstance(outputs, dict), "training_step gives the scalars of loss"
             self.curves.collect(outputs, len(batch["key"].index), trainer.accumulate_grad_batches)
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self._after_step(trainer, pl_module, batch)
 
-    def _after_step(self, trainer: pl.Trainer, method: Any, batch: Any) -> None:
+    def _after_step(self, trainer: pl.Trainer, method: pl.LightningModule, batch: Batch) -> None:
         step, total = trainer.global_step, self._total(trainer)
         if self._first:
             self._first = False
@@ -134,7 +144,7 @@ class Loop(pl.Callback):
         self._progress = min(1.0, max(self._progress, step / total))
         _move_on(method, self._progress, self.guard.held)
         if self.ema is not None:
-            self.guard.spoilt = self.ema.move(method.encoder, step, total, self.guard.held)
+            self.guard.spoilt = self.ema.move(method.get_submodule("encoder"), step, total, self.guard.held)
         if self.duration is not None:
             self.duration.after_step(trainer)
         if self.curves is not None:
@@ -152,18 +162,18 @@ class Loop(pl.Callback):
 
     # beginning and end
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keeps SIGTERM back while Lightning has it: its handler waits for the other processes, which may not come."""
         if world_size() > 1:
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Before the first step of this sitting, with the state of the checkpoint loaded."""
         if self.diagnose is not None:
             self.diagnose.start(trainer)
         self.guard.start(pl_module, scaled=getattr(trainer.precision_plugin, "scaler", None) is not None)
         if self.ema is not None:
-            self.ema.encoder(pl_module.encoder)
+            self.ema.encoder(pl_module.get_submodule("encoder"))
         if self.duration is not None:
             self.duration.start(trainer)
         if self.curves is not None:
@@ -193,7 +203,7 @@ class Loop(pl.Callback):
             own = np.random.SeedSequence((self.seed, trainer.global_step, rank()))
             torch.manual_seed(int(own.generate_state(1)[0]))
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """After the last step of this sitting."""
         if self.curves is not None and (self.checkpoints is None or self.checkpoints.stopped is None):
             self.curves.at_end(trainer, pl_module, self.guard)
@@ -202,19 +212,19 @@ class Loop(pl.Callback):
         if self.checkpoints is not None:
             self.checkpoints.at_end(trainer)
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leaves signals as they were."""
         if world_size() > 1:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
-    def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Removes the bar."""
         if self.bar is not None:
             self.bar.stop()
 
     # checkpoints
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Everything beside the method, its optimiser and its schedule that the next step depends on."""
         others = [] if world_size() == 1 else all_gather_object(_packed(generators()))[1:]
         return {name: part.state_dict() for name, part in self._stateful().items()} | {
@@ -222,7 +232,7 @@ class Loop(pl.Callback):
             "generators": others,
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         """Continues with it; what the checkpoint knows nothing of begins anew."""
         self._progress, self._others = state_dict["progress"], state_dict["generators"]
         for name, part in self._stateful().items():
@@ -234,11 +244,11 @@ class Loop(pl.Callback):
         parts |= {"curves": self.curves, "monitor": self.monitor}
         return {name: part for name, part in parts.items() if part is not None}
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: State) -> None:
         """Adds the generators that Lightning leaves out."""
         checkpoint["generators"] = generators()
 
-    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: State) -> None:
         """Keeps the generators' state until training starts (setting up draws from them)."""
         self._generators = checkpoint["generators"]
 
@@ -266,7 +276,7 @@ def trainer_of(
         first: callbacks that come before the loop, which saves what they have done.
         options: further ones of Lightning's; `callbacks` and `plugins` come after ours.
     """
-    own: dict[str, Any] = {
+    own: dict[str, object] = {
         "devices": 1,
         "max_epochs": -1,
         "logger": False,
@@ -292,23 +302,24 @@ def quiet_lightning() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def _move_on(method: Any, progress: float, held: Tensor) -> None:
+def _move_on(method: pl.LightningModule, progress: float, held: Tensor) -> None:
     """`method.after_step`, unless the step was held back. On an accelerator nothing waits to know that."""
-    if not hasattr(method, "after_step"):  # fine-tuning
+    after_step: Callable[[float], None] | None = getattr(method, "after_step", None)
+    if after_step is None:  # fine-tuning
         return
     if held.is_cpu:
         if not held:
-            method.after_step(progress)
+            after_step(progress)
         return
     state = [*method.buffers(), *(weight for weight in method.parameters() if not weight.requires_grad)]
     before = [values.clone() for values in state]
-    method.after_step(progress)
+    after_step(progress)
     with torch.no_grad():
         for values, old in zip(state, before, strict=True):
             values.copy_(torch.where(held, old, values))
 
 
-def _packed(state: dict[str, Any]) -> dict[str, Any]:
+def _packed(state: Generators) -> State:
     """Generators as JSON; of GPUs, this process's own."""
     bits = state["numpy"]["state"]
     packed = {
@@ -321,11 +332,11 @@ def _packed(state: dict[str, Any]) -> dict[str, Any]:
     return packed
 
 
-def _unpacked(packed: dict[str, Any]) -> dict[str, Any]:
+def _unpacked(packed: State) -> Generators:
     """What `_packed` was given."""
     version, numbers, gauss = packed["python"]
     bits = packed["numpy"]["state"]
-    state: dict[str, Any] = {
+    state: Generators = {
         "torch": torch.tensor(packed["torch"], dtype=torch.uint8),
         "numpy": {**packed["numpy"], "state": {"key": np.array(bits["key"], np.uint32), "pos": bits["pos"]}},
         "python": (version, tuple(numbers), gauss),

@@ -14,18 +14,25 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, TypeVar, cast
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.optimizer import ParamsT
 
 from ssl_kit.core.console import say
-from ssl_kit.core.errors import UserError
+from ssl_kit.core.errors import UserError, check_numbers
+from ssl_kit.training.checkpoint import State
+from ssl_kit.training.chunked import data_of
 from ssl_kit.training.distributed import largest
+
+E = TypeVar("E", bound=nn.Module)
+ParamGroup: TypeAlias = dict[str, Any]  # of an optimiser: its `params` and their options, as torch has them
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,18 @@ class Optim:
             say(f"fused optimiser: {'on' if kernel else 'off'} ({why})")
         return optimiser, schedule
 
-    def _optimiser(self, groups: list[dict[str, Any]], lr: float, fused: bool) -> Optimizer:
+    def configured(self, module: pl.LightningModule) -> OptimizerLRScheduler:
+        """What Lightning asks a module for: `build`, as its trainer knows the batch, the processes and the steps."""
+        trainer, data = module.trainer, data_of(module.trainer)
+        optimiser, schedule = self.build(
+            module,
+            images_per_step=data.images_per_step * trainer.accumulate_grad_batches,
+            steps_per_epoch=data.steps_per_epoch / trainer.accumulate_grad_batches,
+            total_steps=trainer.max_steps if trainer.max_steps > 0 else data.total_steps,
+        )
+        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _optimiser(self, groups: list[ParamGroup], lr: float, fused: bool) -> Optimizer:
         if self.name == "adamw":
             return AdamW(groups, lr=lr, betas=self.betas, fused=fused)
         if self.name == "sgd":
@@ -123,7 +141,7 @@ def has_fused(parameter: nn.Parameter) -> bool:
     return parameter.is_floating_point() and parameter.device.type in ("cpu", "cuda", "mps", "xpu")
 
 
-def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[ParamGroup]:
     """Two groups: matrices and filters with weight decay; norms, biases and other vectors without."""
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
@@ -144,7 +162,7 @@ def layer_scales(module: nn.Module, decay: float) -> dict[nn.Parameter, float]:
     """
     scales: dict[nn.Parameter, float] = {}
     for model in module.modules():
-        matcher: Any = getattr(model, "group_matcher", None)
+        matcher: Callable[..., dict[str, object]] | None = getattr(model, "group_matcher", None)
         if matcher is not None:
             layers = group_parameters(model, matcher(coarse=False), reverse=True)  # weight's name -> layer
             top = max(layers.values())
@@ -154,7 +172,7 @@ def layer_scales(module: nn.Module, decay: float) -> dict[nn.Parameter, float]:
     return scales
 
 
-def layer_groups(groups: list[dict[str, Any]], scales: dict[nn.Parameter, float], lr: float) -> list[dict[str, Any]]:
+def layer_groups(groups: list[ParamGroup], scales: dict[nn.Parameter, float], lr: float) -> list[ParamGroup]:
     """Splits parameter groups by the scale of their weights, lowest layers first; each gets its own `lr`."""
     split: dict[tuple[float, int], list[nn.Parameter]] = {}
     for number, group in enumerate(groups):
@@ -184,11 +202,11 @@ class Schedule(LambdaLR):
         done = min(1.0, (step - warmup) / max(1, self.total_steps - warmup))
         return self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, int]:
         """Numbers only: the base class would store the function."""
         return {"last_epoch": self.last_epoch, "total_steps": self.total_steps, "warmup_steps": self.warmup_steps}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Continues at the stored step and horizon."""
         self.last_epoch = state_dict["last_epoch"]
         self.total_steps = state_dict["total_steps"]
@@ -211,7 +229,7 @@ class LARS(Optimizer):
     """
 
     def __init__(
-        self, params: Iterable[Any], lr: float, momentum: float = 0.9, trust: float = 0.001, weight_decay: float = 0.0
+        self, params: ParamsT, lr: float, momentum: float = 0.9, trust: float = 0.001, weight_decay: float = 0.0
     ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "trust": trust, "weight_decay": weight_decay})
         self._step_supports_amp_scaling = True
@@ -219,17 +237,15 @@ class LARS(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self._update(parameter, group)
         return loss
 
-    def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+    def _update(self, parameter: nn.Parameter, group: ParamGroup) -> None:
         assert parameter.grad is not None
         scale: Tensor | None = getattr(self, "grad_scale", None)
         held: Tensor | None = getattr(self, "found_inf", None)
@@ -271,14 +287,14 @@ class EMA:
         self._encoder: nn.Module | None = None
         self._stored: dict[str, Tensor] | None = None
 
-    def encoder(self, trained: nn.Module) -> Any:
+    def encoder(self, trained: E) -> E:
         """The averaged encoder, in eval mode, on the device of the trained one; before the first step its copy."""
         if self._encoder is None:
             self._encoder = copy.deepcopy(trained).eval().requires_grad_(False)
             if self._stored is not None:
                 self._encoder.load_state_dict(self._stored)
                 self._stored = None
-        return self._encoder
+        return cast(E, self._encoder)
 
     @torch.no_grad()
     def move(self, trained: nn.Module, step: int, total: int, held: Tensor) -> Tensor:
@@ -289,8 +305,8 @@ class EMA:
         """
         decay = cosine_decay(self.decay, (step - 1) / max(1, total - 1)) if self.cosine else self.decay
         averaged = self.encoder(trained)
-        weights = list(averaged.parameters())
-        difference = torch._foreach_sub(list(trained.parameters()), weights)
+        weights = list[Tensor](averaged.parameters())
+        difference = torch._foreach_sub(list[Tensor](trained.parameters()), weights)
         spoilt = ~torch.nn.utils.get_total_norm(difference).isfinite()
         stay = held | spoilt  # no step, no move
         torch._foreach_mul_(difference, 1 - decay)
@@ -298,12 +314,12 @@ class EMA:
         torch._foreach_copy_(list(averaged.buffers()), list(trained.buffers()))
         return spoilt
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """The averaged weights."""
         stored = self._stored if self._encoder is None else self._encoder.state_dict()
         return {"encoder": dict(stored or {})}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, dict[str, Tensor]]) -> None:
         """Continues with them."""
         self._encoder, self._stored = None, state_dict["encoder"]
 
@@ -327,9 +343,7 @@ class Duration:
     def __init__(self, epochs: float | None, minutes: float | None, steps_per_epoch: float):
         if epochs is not None and minutes is not None:
             raise UserError(f"got --epochs {epochs:g} and --minutes {minutes:g}; give one of them")
-        for name, value in (("epochs", epochs), ("minutes", minutes)):
-            if value is not None and value <= 0:
-                raise UserError(f"got --{name} {value:g}; wanted more than 0")
+        check_numbers({"epochs": epochs, "minutes": minutes})
         self.minutes = minutes
         self.total = max(1, round((_DEFAULT_EPOCHS if epochs is None else epochs) * steps_per_epoch))
         self._first: tuple[int, float] | None = None  # step and seconds where the measured part begins
@@ -346,7 +360,7 @@ class Duration:
         self._began = time.perf_counter()
         self._first = None
         if self.minutes is None:  # a resumed run may have been given another length
-            trainer.lr_scheduler_configs[0].scheduler.total_steps = trainer.max_steps  # type: ignore[union-attr]
+            self._plan(trainer, trainer.max_steps)
         elif self._before >= 60 * self.minutes:
             trainer.should_stop = True
 
@@ -363,19 +377,24 @@ class Duration:
         elif step > self._first[0]:
             speed = (step - self._first[0]) / (seconds - self._first[1])
             self.total = max(step + 1, step + round(speed * (limit - seconds)))
-            trainer.lr_scheduler_configs[0].scheduler.total_steps = self.total  # type: ignore[union-attr]
+            self._plan(trainer, self.total)
         if seconds >= limit or step >= self.total:
             trainer.should_stop = True
+
+    def _plan(self, trainer: pl.Trainer, total: int) -> None:
+        schedule = trainer.lr_scheduler_configs[0].scheduler
+        assert isinstance(schedule, Schedule)
+        schedule.total_steps = total
 
     def seconds(self) -> float:
         """Spent in training, over all sittings."""
         return self._before + (0.0 if self._began is None else time.perf_counter() - self._began)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """The horizon and the time spent."""
         return {"total": self.total, "seconds": self.seconds()}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         """Continues a run limited by minutes; one limited by epochs takes its length from the options."""
         if self.minutes is not None:
             self.total, self._before = state_dict["total"], state_dict["seconds"]

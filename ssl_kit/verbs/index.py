@@ -7,14 +7,13 @@ import shlex
 import time
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any
 
 from ssl_kit.core.console import if_interrupted, next_command, table, warn
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import MANIFEST, atomic_file, read_manifest, verify_file, write_sealed
 from ssl_kit.core.locking import lock
 from ssl_kit.core.machine import available_memory
-from ssl_kit.core.sealed import LARGE_JSON
+from ssl_kit.core.sealed import LARGE_JSON, Entries
 from ssl_kit.core.settings import verb
 from ssl_kit.embeddings.folder import checked, read_rows, read_vectors
 from ssl_kit.embeddings.index import Gallery, build_index
@@ -41,14 +40,14 @@ class Settings:
 
 
 @verb(Settings)
-def index(settings: Settings) -> dict[str, Any]:
+def index(settings: Settings) -> Entries:
     """Build a search index of an embeddings folder, measure its recall and sign it."""
     made = make_index(settings.emb, settings.key, settings.recall, settings.mapped)
     next_command(f"ssl-kit search {shlex.quote(settings.emb)} IMAGE.jpg -k 12")
     return made
 
 
-def make_index(emb: str, key: str = "auto", recall: float = 0.95, mapped: bool = False) -> dict[str, Any]:
+def make_index(emb: str, key: str = "auto", recall: float = 0.95, mapped: bool = False) -> Entries:
     """What `index` does, but for naming the next command."""
     folder = Path(emb)
     if not folder.is_dir():
@@ -109,7 +108,7 @@ def _signing_key(folder: Path) -> bytes | None:
         return None
 
 
-def _embeddings(folder: Path) -> dict[str, Any]:
+def _embeddings(folder: Path) -> Entries:
     """The manifest of the verified embeddings, where an index may be written.
 
     Raises:
@@ -139,7 +138,7 @@ def _announce(folder: Path) -> None:
     write_sealed(folder / MANIFEST, manifest | {"pending": [FILE]})
 
 
-def _list(folder: Path, entry: dict[str, Any], digest: str, key: bytes | None) -> None:
+def _list(folder: Path, entry: Entries, digest: str, key: bytes | None) -> None:
     """Lists the index that was written, signed if there is a key."""
     manifest = read_manifest(folder, verify=False, limit=LARGE_JSON)
     manifest.pop("pending", None)

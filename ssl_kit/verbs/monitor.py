@@ -6,7 +6,6 @@ import itertools
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -325,13 +324,13 @@ class Monitor:
         """Rows of an earlier sitting were looked at then."""
         self._seen = len(self.curves.history)
 
-    def after_step(self, trainer: pl.Trainer, method: Method) -> None:
+    def after_step(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:
         """Exchanges bad files, where files are decoded during training; acts when there is a new measurement."""
         if not self.source.in_memory and trainer.global_step % self.interval == 0:
             self.exchange()
         self._look(trainer, method)
 
-    def at_end(self, trainer: pl.Trainer, method: Method) -> None:
+    def at_end(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:
         """The last bad files, for skipped.csv; the last measurement is made when training ends."""
         self.exchange()
         self._look(trainer, method)
@@ -347,7 +346,7 @@ class Monitor:
             self._told.add(name)
         bad.check()
 
-    def _look(self, trainer: pl.Trainer, method: Method) -> None:
+    def _look(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:
         if len(self.curves.history) == self._seen or not self.curves.history:
             return
         self._seen = len(self.curves.history)
@@ -357,6 +356,7 @@ class Monitor:
         with if_room(self.record.folder), cycles_freed():
             self.record.progress(self.curves)
             if trainer.is_global_zero:
+                assert isinstance(method, Method)
                 self.show(method)
                 write_report([self.record.folder], self.record.folder / "report.html")
         wait()
@@ -364,10 +364,10 @@ class Monitor:
             self.best = row["knn_top1"]
             self.checkpoints.save_best(trainer)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, float]:
         """The best kNN so far."""
         return {"best": self.best}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
         """Continues with it."""
         self.best = state_dict["best"]

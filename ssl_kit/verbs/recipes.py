@@ -12,13 +12,13 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 from jsonargparse import set_parsing_settings
 
 import ssl_kit
 from ssl_kit.core.errors import UserError
+from ssl_kit.core.sealed import Entries
 
 _MAX_BYTES = 2**17  # of a recipe; the longest packaged one has 2 kB
 _DEEPEST = 30  # lists and mappings inside each other
@@ -35,7 +35,7 @@ class _Loader(yaml.SafeLoader):
 
     depth = 0
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """Counts how deep it is."""
         if self.check_event(yaml.events.AliasEvent):
             event = self.peek_event()
@@ -59,7 +59,7 @@ def packaged() -> dict[str, Path]:
     return {path.stem: path for folder in folders() for path in sorted(folder.glob("*.yaml"))}
 
 
-def read_recipe(name: str) -> dict[str, Any]:
+def read_recipe(name: str) -> Entries:
     """The contents of a recipe, by path or by the bare name of a packaged one.
 
     Raises:
@@ -80,7 +80,7 @@ def read_recipe(name: str) -> dict[str, Any]:
     return recipe
 
 
-def places_in(recipe: dict[str, Any]) -> list[str]:
+def places_in(recipe: Entries) -> list[str]:
     """The entries of a recipe that say where, as options; those that ask for nothing (false, null) do not count.
 
     A run's own recipe of an earlier version names them all.
@@ -92,7 +92,7 @@ def places_in(recipe: dict[str, Any]) -> list[str]:
     return [name for name in known if written.get(name) not in (None, False, [], {}, "auto")]
 
 
-def without_places(recipe: dict[str, Any]) -> dict[str, Any]:
+def without_places(recipe: Entries) -> Entries:
     """A recipe without its entries that say where."""
     kept = {key: value for key, value in recipe.items() if str(key).replace("-", "_") not in _PLACES}
     if isinstance(kept.get("trainer"), dict):
@@ -100,7 +100,7 @@ def without_places(recipe: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def read_how(name: str) -> dict[str, Any]:
+def read_how(name: str) -> Entries:
     """A recipe given by `-c`: it says how to train, the command line says where.
 
     Raises:
@@ -112,7 +112,7 @@ def read_how(name: str) -> dict[str, Any]:
     return without_places(recipe)
 
 
-def last_of_each_pair(recipes: Sequence[dict[str, Any]], typed: Sequence[str]) -> None:
+def last_of_each_pair(recipes: Sequence[Entries], typed: Sequence[str]) -> None:
     """Strikes from recipes, given in order, what a later one or an option replaces under another name."""
     named = {argument.removeprefix("--").partition("=")[0] for argument in typed if argument.startswith("--")}
     for pair in _EITHER:
@@ -124,7 +124,7 @@ def last_of_each_pair(recipes: Sequence[dict[str, Any]], typed: Sequence[str]) -
             replaced |= bool(told)
 
 
-def _plain_values(text: str) -> Any:
+def _plain_values(text: str) -> object:
     opened = 0
     for bracket in re.findall(r"[][{}]", text):
         opened = max(0, opened + (1 if bracket in "[{" else -1))
@@ -137,7 +137,7 @@ def _plain_values(text: str) -> Any:
         loader.dispose()
 
 
-def check_class_paths(value: Any, allow: Sequence[str] = ()) -> None:
+def check_class_paths(value: object, allow: Sequence[str] = ()) -> None:
     """Raises `UserError` when a recipe, or an argument, names a class that it may not name. Nothing is imported.
 
     Args:

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 
@@ -25,6 +24,7 @@ from ssl_kit.core.console import say
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import NotOursError, entries, if_room
 from ssl_kit.core.owned import RUN, Former, Record, check_ours, our_files
+from ssl_kit.core.sealed import Entries
 from ssl_kit.report.head import BASELINES, Compared, compared
 from ssl_kit.report.head import verdict as shown
 from ssl_kit.report.read import Run, number, read_run
@@ -63,7 +63,7 @@ class RunRecord(Record):
                 self.update(status="interrupted" if issubclass(kind, SystemExit | KeyboardInterrupt) else "failed")
         super().__exit__(kind, value, trace)
 
-    def begin(self, **entries: Any) -> None:
+    def begin(self, **entries: object) -> None:
         """The first entries of a run, or of a further sitting."""
         self._begun = True
         started = self.entries.get("started", time.strftime("%Y-%m-%d %H:%M:%S"))
@@ -76,7 +76,7 @@ class RunRecord(Record):
             **entries,
         )
 
-    def update(self, **entries: Any) -> None:
+    def update(self, **entries: object) -> None:
         """Sets entries and writes the file, the first of several processes for all."""
         self.entries |= entries
         if rank() == 0:
@@ -112,7 +112,7 @@ class RunRecord(Record):
             waiting_share=float(np.mean(waiting[1:] or waiting)),  # the first interval waits for the first batch
         )
 
-    def provenance(self) -> dict[str, Any]:
+    def provenance(self) -> Entries:
         """What made the encoder, for its folder."""
         keys = ("run", "command", "method", "data", "versions", "started")
         return {key: self.entries[key] for key in keys if key in self.entries}

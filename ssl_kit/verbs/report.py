@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any
 
 from ssl_kit.core.console import next_command, result
 from ssl_kit.core.errors import UserError
+from ssl_kit.core.sealed import Entries
 from ssl_kit.core.settings import verb
 
 
@@ -26,7 +26,7 @@ class Settings:
 
 
 @verb(Settings)
-def report(settings: Settings) -> dict[str, Any]:
+def report(settings: Settings) -> Entries:
     """Writes one self-contained HTML page about a run, or about several side by side.
 
     The page reads only what the run folders hold and loads nothing: it opens offline, in light and dark.

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from ssl_kit.core.console import say
 from ssl_kit.core.errors import UserError
-from ssl_kit.core.files import read_json
 from ssl_kit.core.locking import lock
 from ssl_kit.core.process import on_this_machine, processes_asked, started
+from ssl_kit.core.sealed import read_object
 from ssl_kit.data.sources import Source
 from ssl_kit.training.distributed import FIND_UNUSED, all_gather_object, broadcast, rank, world_size
 
@@ -81,7 +81,7 @@ def images_per_step(settings: Settings, folder: Path) -> tuple[Settings, int]:
     own = settings.contrastive_batch or settings.batch_size
     assert own is not None, "fit_to_data has chosen it"
     planned = own * world_size()
-    begun = lambda: read_json(folder / "run.json").get("images_per_step", planned)
+    begun = lambda: read_object(folder / "run.json").get("images_per_step", planned)
     kept = int(broadcast(begun)) if settings.resume else planned
     if kept == planned:
         return settings, kept

@@ -6,7 +6,7 @@ import pytest
 
 from ssl_kit.core.errors import DamagedError
 from ssl_kit.core.files import write_sealed
-from ssl_kit.core.sealed import fingerprint, parse_json, read_json, read_sealed
+from ssl_kit.core.sealed import fingerprint, parse_json, read_json, read_object, read_sealed
 
 ENTRIES = {
     "rows": 3,
@@ -46,6 +46,13 @@ def test_what_was_not_sealed_is_refused(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(DamagedError):
         read_sealed(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("text", ["[]", "5", "null", '"files"'])
+def test_what_is_no_object_is_refused_where_one_has_to_be(tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(DamagedError, match="expected a JSON object"):
+        read_object(tmp_path / "a.json")
 
 
 @pytest.mark.parametrize(
