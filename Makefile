@@ -24,7 +24,7 @@ demo: .venv/demo
 	$(BIN)/ssl-kit evaluate $(RUN) mnist5k --dims '[8]'
 	$(BIN)/ssl-kit embed $(RUN) mnist5k:train --out $(EMB)
 	$(BIN)/ssl-kit index $(EMB)
-	$(BIN)/python -c "from ssl_kit.data.sources import open_source as o; from PIL import Image; Image.fromarray(o('mnist5k:test').read([7])[0]).save('demo/query.png')"
+	$(BIN)/python -c "from ssl_kit.data.opening import open_source as o; from PIL import Image; Image.fromarray(o('mnist5k:test').read([7])[0]).save('demo/query.png')"
 	$(BIN)/ssl-kit search $(EMB) demo/query.png -k 5 --html demo/search.html
 	$(BIN)/ssl-kit report $(RUN)
 

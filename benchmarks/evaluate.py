@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ssl_kit.core.console import say, table
 from ssl_kit.core.machine import available_cores
-from ssl_kit.data.sources import open_labelled
+from ssl_kit.data.opening import open_labelled
 from ssl_kit.embeddings.embeddings import Embeddings, embed
 from ssl_kit.encoders.encoder import Encoder, find_encoder
 from ssl_kit.evaluation import knn, linear_probe

@@ -19,7 +19,8 @@ import timm
 import torch
 
 from ssl_kit.data.loader import ViewLoader
-from ssl_kit.data.sources import Source, open_source, pixels
+from ssl_kit.data.opening import open_source
+from ssl_kit.data.sources import Source, pixels
 from ssl_kit.embeddings.embeddings import embed
 from ssl_kit.embeddings.exact import normalised, search
 from ssl_kit.encoders.encoder import Encoder, find_encoder

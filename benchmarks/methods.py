@@ -29,7 +29,7 @@ from typing import Any
 import yaml
 from record import RECORDS, commit_now, machine, tell
 
-from ssl_kit.data.sources import open_labelled
+from ssl_kit.data.opening import open_labelled
 from ssl_kit.embeddings.embeddings import embed
 from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.evaluation.attentive import Tokens, attentive_probe

@@ -29,8 +29,9 @@ from torch import Tensor
 
 from ssl_kit.core.random import Key
 from ssl_kit.data.manifests import stratified
+from ssl_kit.data.opening import open_source
 from ssl_kit.data.plan import TrainingPlan
-from ssl_kit.data.sources import Source, open_source
+from ssl_kit.data.sources import Source
 from ssl_kit.embeddings.embeddings import embed
 from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.evaluation.neighbours import knn_accuracy

@@ -51,12 +51,12 @@ def augmented(encoder: str, data: str, count: int) -> np.ndarray:
 
     from ssl_kit.core.console import progress
     from ssl_kit.data.loader import ViewLoader
-    from ssl_kit.data.sources import open_source
+    from ssl_kit.data.opening import open_source
     from ssl_kit.encoders.encoder import Encoder, find_encoder
     from ssl_kit.views.recipe import View
 
     loaded = Encoder.load(find_encoder(encoder))
-    source = open_source(data, channels=loaded.channels)
+    source = open_source(data, reading=loaded.reading)
     view = View(size=loaded.image_size, crop=1.0, scale=(0.3, 1.0), flip_x=0.5)
     plan = [np.arange(start, min(start + 256, len(source))) for start in range(0, len(source), 256)]
     made, done, epoch = np.empty((count, loaded.dim), dtype=np.float32), 0, 0

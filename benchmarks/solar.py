@@ -37,7 +37,7 @@ from record import tell
 
 from ssl_kit.core.errors import UserError
 from ssl_kit.data.manifests import stratified
-from ssl_kit.data.sources import open_labelled
+from ssl_kit.data.opening import open_labelled
 from ssl_kit.embeddings.embeddings import Embeddings
 from ssl_kit.embeddings.exact import normalised, search
 from ssl_kit.encoders.encoder import Encoder
@@ -127,7 +127,7 @@ def some(part: Embeddings, rows: np.ndarray) -> Embeddings:
 def few_labels(run: Path, cells: Path, seed: int, limit: int | None) -> dict[str, dict[str, float]]:
     """The balanced linear probe on `FRACTION` of the labels of each class, the mean of `DRAWS` draws, per features."""
     encoder = Encoder.load(run / "encoder")
-    train, test = open_labelled(str(cells), channels=encoder.channels, limit=limit)
+    train, test = open_labelled(str(cells), reading=encoder.reading, limit=limit)
     found = {}
     for features in feature_sets(encoder, train, test, run / "features", layers=LAYERS, seed=seed):
         drawn = [draw_rows(features.train.labels, fraction=FRACTION, seed=seed, draw=draw) for draw in range(DRAWS)]
@@ -184,7 +184,7 @@ def draw_nearest(path: Path, run: Path, cells: Path) -> None:
     with open(cells / "train.csv") as one, open(cells / "test.csv") as two:
         probability = {row["path"]: float(row["probability"]) for file in (one, two) for row in csv.DictReader(file)}
     encoder = Encoder.load(run / "encoder")
-    train, test = open_labelled(str(cells), channels=encoder.channels)
+    train, test = open_labelled(str(cells), reading=encoder.reading)
     rows = []
     for features in feature_sets(encoder, train, test, run / "features", baselines=("pixels",), layers=LAYERS):
         asked = [features.test.ids.index(query) for query in QUERIES]

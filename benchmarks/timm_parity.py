@@ -19,7 +19,7 @@ import torch
 from record import tell
 
 from ssl_kit.data.loader import ViewLoader
-from ssl_kit.data.sources import open_source
+from ssl_kit.data.opening import open_source
 from ssl_kit.encoders import Encoder, find_encoder
 from ssl_kit.views.recipe import plain
 

@@ -32,7 +32,8 @@ from PIL import Image
 
 from ssl_kit.core.console import table
 from ssl_kit.data.loader import ViewLoader
-from ssl_kit.data.sources import Source, open_source
+from ssl_kit.data.opening import open_source
+from ssl_kit.data.sources import Source
 from ssl_kit.views.device import apply_device
 from ssl_kit.views.host import apply_host
 from ssl_kit.views.recipe import ViewRecipe

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ssl_kit.core.errors import UserError
-from ssl_kit.data.decode import BadImageError
+from ssl_kit.data.limits import BadImageError
 
 MIB = 2**20
 PROCESSES = multiprocessing.get_context("forkserver")

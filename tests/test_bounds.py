@@ -16,7 +16,7 @@ from ssl_kit.core.errors import DamagedError, UserError
 from ssl_kit.core.files import sha256, write_sealed
 from ssl_kit.core.sealed import read_sealed
 from ssl_kit.data.manifests import read_table
-from ssl_kit.data.sources import open_source
+from ssl_kit.data.opening import open_source
 from ssl_kit.embeddings.embeddings import Embeddings, embed
 from ssl_kit.embeddings.folder import find_ids, read_rows, read_vectors
 from ssl_kit.encoders.encoder import CONFIG, RECORD, Encoder

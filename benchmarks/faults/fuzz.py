@@ -26,7 +26,7 @@ from mutate import damaged, damaged_text
 
 from ssl_kit.core.files import MANIFEST, json_text, sha256
 from ssl_kit.core.sealed import SEAL, fingerprint, read_json, read_sealed, sealed
-from ssl_kit.data.sources import open_source
+from ssl_kit.data.opening import open_source
 from ssl_kit.embeddings.embeddings import Embeddings
 from ssl_kit.embeddings.folder import find_ids, read_rows, read_vectors
 from ssl_kit.encoders.encoder import CONFIG, RECORD, WEIGHTS, Encoder

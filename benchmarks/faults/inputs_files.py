@@ -14,7 +14,8 @@ from inputs_pixels import encoded, picture
 from isolated import told
 
 from ssl_kit.data.loader import ViewLoader
-from ssl_kit.data.sources import Source, open_source
+from ssl_kit.data.opening import open_source
+from ssl_kit.data.sources import Source
 from ssl_kit.embeddings.embeddings import Embeddings
 from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.verbs.embed import embed

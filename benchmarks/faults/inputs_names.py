@@ -17,7 +17,7 @@ from inputs_pixels import encoded, picture
 from isolated import told
 
 from ssl_kit.data.listing import EXTENSIONS, list_images, unescape, write_skipped
-from ssl_kit.data.sources import open_labelled, open_source
+from ssl_kit.data.opening import open_labelled, open_source
 from ssl_kit.embeddings.embeddings import Embeddings
 from ssl_kit.embeddings.search import Index
 from ssl_kit.verbs.embed import embed

@@ -13,8 +13,10 @@ import numpy as np
 from isolated import isolated
 from PIL import Image, ImageOps
 
-from ssl_kit.data.decode import BadImageError, decode, image_size
-from ssl_kit.data.sources import open_source
+from ssl_kit.core.reading import GREY
+from ssl_kit.data.decode import decode, image_size
+from ssl_kit.data.limits import BadImageError
+from ssl_kit.data.opening import open_source
 
 Cases = dict[str, str | None]
 SECONDS, GROWTH = 0.050, 64 * 2**20
@@ -210,14 +212,14 @@ def modes(place: Path, quick: bool) -> Cases:
     cases["P with transparency"] = close(decode(encoded(palette, "PNG", transparency=0)).image, wanted, 0)
     ramp = np.arange(65_536, dtype=np.uint16).reshape(256, 256)
     for kind in ("PNG", "TIFF"):
-        got = decode(encoded(ramp, kind), 1).image
+        got = decode(encoded(ramp, kind), GREY).image
         cases[f"I;16 in {kind}"] = close(got, np.rint(ramp / 257)[..., None])
         cases[f"I;16 in {kind}: levels"] = None if len(np.unique(got)) >= 255 else f"{len(np.unique(got))} levels"
     whole = np.array([[0, 257, 65_535]], np.int32)
-    cases["I in TIFF"] = close(decode(encoded(whole, "TIFF"), 1).image, np.array([[[0], [1], [255]]]), 0)
+    cases["I in TIFF"] = close(decode(encoded(whole, "TIFF"), GREY).image, np.array([[[0], [1], [255]]]), 0)
     for name, factor, shift in (("F in [0, 1]", 1, 0), ("F in its own range", 1_000, -500)):
         values = np.array([[0, 0.25, 1]], np.float32) * factor + shift
-        cases[name] = close(decode(encoded(values, "TIFF"), 1).image, np.array([[[0], [64], [255]]]), 0)
+        cases[name] = close(decode(encoded(values, "TIFF"), GREY).image, np.array([[[0], [64], [255]]]), 0)
     return cases
 
 

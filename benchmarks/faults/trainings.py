@@ -19,7 +19,7 @@ from PIL import Image
 
 from ssl_kit.core.files import MANIFEST, read_json
 from ssl_kit.data.loader import ViewLoader
-from ssl_kit.data.sources import open_source
+from ssl_kit.data.opening import open_source
 from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.training import curves
 from ssl_kit.training.curves import Curves

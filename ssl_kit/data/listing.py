@@ -25,14 +25,20 @@ from ssl_kit.core.files import write_csv
 # Files with these endings are taken for images (decoding tells); others only if their first bytes say so.
 EXTENSIONS = frozenset(
     f".{name}"
-    for names in ("jpg jpeg jpe jfif mpo png apng gif webp avif", "jp2 j2k tif tiff bmp dib ppm pgm pbm pnm")
+    for names in (
+        "jpg jpeg jpe jfif mpo png apng gif webp avif",
+        "jp2 j2k j2c tif tiff bmp dib ppm pgm pbm pnm",
+        "npz dcm dicom",
+    )
     for name in names.split()
 )
+# An array may be anything, such as features that lie beside the images: it is one if it has 2 or 3 dimensions.
+_ARRAY = re.compile(rb"\x93NUMPY.{4,6}\{.*'shape': \(\d+, \d+(, \d+)?\)", re.DOTALL)
 # No signature for TIFF (raw camera files share it), BMP and PPM (two letters that any text may begin with).
 _SIGNATURES = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|\0\0\0\x0cjP  |....ftypavi[fs]", re.DOTALL
 )
-_SIGNATURE_BYTES = 16
+_BEGINNING = 128  # bytes
 _ESCAPE = re.compile(r"%(?=[0-9A-Fa-f]{2})")
 _ESCAPED = re.compile(rb"%([0-9A-Fa-f]{2})")
 MAX_FILE_BYTES = 2 * 2**30  # more than the largest image that is decoded takes uncompressed
@@ -136,15 +142,15 @@ class _Walk:
 
     def file(self, relative: bytes, entry: os.DirEntry[bytes], identity: tuple[int, int], by_link: bool) -> None:
         extension = os.path.splitext(entry.name)[1].decode("utf-8", "replace").lower()
-        if extension in EXTENSIONS or _has_signature(entry.path):
+        if extension in EXTENSIONS or _begins(entry.path, _SIGNATURES if extension != ".npy" else _ARRAY):
             self.files.append((by_link, escape(relative), identity))
         else:
             self.listing.others[extension or "(no extension)"] += 1
 
 
-def _has_signature(path: bytes) -> bool:
+def _begins(path: bytes, pattern: re.Pattern[bytes]) -> bool:
     try:
-        return _SIGNATURES.match(read_regular(path, _SIGNATURE_BYTES)) is not None
+        return pattern.match(read_regular(path, _BEGINNING)) is not None
     except OSError:
         return False
 

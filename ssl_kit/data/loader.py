@@ -22,7 +22,8 @@ from torch import Tensor
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.machine import available_cores, in_order
 from ssl_kit.core.random import Key
-from ssl_kit.data.decode import BadImageError, decode
+from ssl_kit.data.decode import decode
+from ssl_kit.data.limits import BadImageError
 from ssl_kit.data.plan import Planned, following
 from ssl_kit.data.sources import Source, Stored, size_of
 from ssl_kit.views.host import apply_host
@@ -144,7 +145,7 @@ class ViewLoader:
         rows, views = np.array(planned.rows, np.int64), views_at(self.views, planned.epoch)
         heights, widths = (np.full(len(rows), side) for side in images.shape[1:3])
         params = self._sample(views, planned.epoch, rows, heights, widths)
-        if self.on_device:  # pixels stay uint8 until they are there: a quarter of the traffic, once for all views
+        if self.on_device:  # pixels stay as stored until they are there: a quarter of the traffic, once for all views
             return rows, [np.ascontiguousarray(images[places[rows]].transpose(0, 3, 1, 2)), *params]
         threads = self.threads // self._producers
         made = self._empty(len(rows), views)
@@ -197,7 +198,7 @@ class ViewLoader:
             own = [param[number : number + 1] for param in params]
             try:
                 image, scale_y, scale_x = decode(
-                    stored, self.source.channels, smallest=_needed(own, kinds, height, width)
+                    stored, self.source.reading, smallest=_needed(own, kinds, height, width)
                 )
             except BadImageError as error:
                 self.source.skip(int(rows[found[number]]), str(error))  # stops the run when there are too many

@@ -172,42 +172,6 @@ def builtin(name: str) -> tuple[np.ndarray, np.ndarray]:
     return images.reshape(-1, 28, 28).astype(np.uint8), labels
 
 
-def from_arrays(
-    images: np.ndarray, names: np.ndarray | None, channels: int, name: str
-) -> tuple[np.ndarray, list[str], np.ndarray, tuple[str, ...]]:
-    """Arrays as a source holds them: images (N, H, W, C) uint8, ids, labels (N,) and classes.
-
-    Args:
-        images: (N, H, W) or (N, H, W, C), uint8 or uint16.
-        names: (N,) a label each, if they are known.
-        channels: grey becomes colour, or colour grey, where that gives so many.
-        name: for messages.
-
-    Raises:
-        UserError: other shapes or types.
-    """
-    if images.ndim not in (3, 4) or images.dtype not in (np.uint8, np.uint16):
-        raise UserError(
-            f"{name}: got {images.dtype} of shape {images.shape}; wanted uint8 or uint16, (N, H, W) or (N, H, W, C)"
-        )
-    if names is not None and names.shape != (len(images),):
-        raise UserError(f"{name}: {len(images):,} images but labels of shape {names.shape}; wanted one label per image")
-    images = images[..., None] if images.ndim == 3 else images
-    if images.dtype == np.uint16:
-        images = ((images.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    if images.shape[-1] == 1 and channels == 3:
-        images = np.repeat(images, 3, axis=-1)
-    elif images.shape[-1] == 3 and channels == 1:
-        luma = images @ np.array([19595, 38470, 7471], dtype=np.uint32)  # ITU-R 601 in 16 bits, as Pillow computes it
-        images = ((luma + 32768) >> 16).astype(np.uint8)[..., None]
-    elif images.shape[-1] != channels:
-        raise UserError(f"{name}: images of {images.shape[-1]} channels; wanted {channels} (or 1 or 3)")
-    labels, classes = encode([None] * len(images) if names is None else [str(value) for value in names])
-    width = len(str(max(len(images) - 1, 0)))
-    ids = [f"{row:0{width}d}" for row in range(len(images))]
-    return images, ids, labels, classes
-
-
 def encode(names: Sequence[str | None]) -> tuple[np.ndarray, tuple[str, ...]]:
     """Label names (None = unknown) to positions (N,) int64, -1 = unknown, in the sorted class names.
 

@@ -1,41 +1,26 @@
-"""Sources: images as stored, with stable ids and, where known, labels. A source knows nothing of augmentation.
-
-open_source("photos")             a folder, any nesting
-open_source("list.csv")           or .parquet: a column `path`, relative to the file, and perhaps `label`
-open_source((images, labels))     (N, H, W) or (N, H, W, C) uint8 or uint16 arrays
-open_source("digits"), "mnist5k"  built-in, no download; "mnist5k:train" is the part that evaluation trains on
-open_labelled("cifar10")          train/ + test/ sub-folders or manifests as given, else a seeded stratified split
-"""
+"""Sources: images as stored, with stable ids and, where known, labels. A source knows nothing of augmentation."""
 
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 
-from ssl_kit.core.console import progress, say, warn
-from ssl_kit.core.errors import UserError
-from ssl_kit.core.machine import available_cores, fits_in_memory, in_order
-from ssl_kit.core.random import permutation
-from ssl_kit.data import manifests
-from ssl_kit.data.decode import BadImageError, decode, image_size
-from ssl_kit.data.listing import Skipped, folder_of_images, folders_without, read_regular, unescape
+from ssl_kit.core.reading import Reading
+from ssl_kit.data.decode import decode, image_size
+from ssl_kit.data.limits import BadImageError
+from ssl_kit.data.listing import Skipped, read_regular, unescape
 
-Data: TypeAlias = str | Path | np.ndarray | tuple[np.ndarray, np.ndarray]
 Rows: TypeAlias = np.ndarray | Sequence[int] | slice  # positions in a source, or a mask of them
-Stored: TypeAlias = bytes | np.ndarray | BadImageError  # a file, pixels (H, W, C) uint8, or why neither can be had
+Stored: TypeAlias = (
+    bytes | np.ndarray | BadImageError
+)  # a file, pixels (H, W, C) uint8 or uint16, or why neither can be had
 
 _ALL = slice(None)
-_TEST_FRACTION = 0.2  # of a labelled source that has no test folder
-_SAMPLE = 256  # files whose headers are read to estimate what all take
-_TASK = 4 * 2**20, 256  # bytes and files that are decoded at a time: of 1 ms of work the hand-over shows
 
 
 class Source(Protocol):
@@ -44,18 +29,22 @@ class Source(Protocol):
     Attributes:
         name: what it was opened from.
         classes: names, sorted; empty when nothing is labelled.
-        channels: 3 (RGB) or 1 (grey); built from arrays, as many as they have.
+        reading: which channels and values of the images are taken.
+        channels: of the images as they are taken.
         root: the folder that ids are relative to; None when the images never were files.
         bad: files that could not be decoded so far; shared by the subsets of a source.
         in_memory: whether `read` gives pixels.
-        stack: where all pixels lie in one array (M, H, W, C) uint8, that and the place (N,) of each image in it.
+        stack: where all pixels lie in one array (M, H, W, C), that and the place (N,) of each image in it.
     """
 
     name: str
     classes: tuple[str, ...]
-    channels: int
+    reading: Reading
     root: Path | None
     bad: Skipped
+
+    @property
+    def channels(self) -> int: ...  # noqa: D102
 
     @property
     def in_memory(self) -> bool: ...  # noqa: D102
@@ -94,7 +83,7 @@ class Listed:
     Attributes:
         names: ids of all M images.
         targets: (M,) int64 labels of all.
-        images: pixels of all, (M, H, W, C) uint8 or a list of (H_i, W_i, C); None = files, decoded when needed.
+        images: pixels of all, (M, H, W, C) or a list of (H_i, W_i, C), uint8 or uint16; None = files, read when needed.
         rows: (N,) int64, which of them this source has.
     """
 
@@ -102,7 +91,7 @@ class Listed:
     names: list[str] = field(repr=False)
     targets: np.ndarray = field(repr=False)
     classes: tuple[str, ...]
-    channels: int
+    reading: Reading
     root: Path | None
     bad: Skipped = field(repr=False)
     rows: np.ndarray = field(repr=False)
@@ -110,6 +99,11 @@ class Listed:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def channels(self) -> int:
+        """Of a pixel."""
+        return self.reading.channels
 
     @property
     def in_memory(self) -> bool:
@@ -183,7 +177,7 @@ def size_of(stored: Stored) -> tuple[int, int]:
 
 
 def pixels(source: Source, row: int, smallest: tuple[int, int] | None = None) -> np.ndarray:
-    """(H, W, C) uint8 of one image; a file may be decoded to fewer pixels, but at least `smallest`.
+    """(H, W, C) uint8 or uint16 of one image; a file may be decoded to fewer pixels, but at least `smallest`.
 
     Raises:
         BadImageError: it cannot be decoded.
@@ -191,210 +185,4 @@ def pixels(source: Source, row: int, smallest: tuple[int, int] | None = None) ->
     stored = source.read([row])[0]
     if isinstance(stored, BadImageError):
         raise stored
-    return decode(stored, source.channels, smallest=smallest).image if isinstance(stored, bytes) else stored
-
-
-def open_source(
-    data: Data,
-    *,
-    limit: int | None = None,
-    channels: int = 3,
-    in_memory: Literal["auto"] | bool | Callable[[bool], bool] = "auto",
-    max_bad: float = 0.05,
-    labelled: bool = False,
-    threads: int | None = None,
-) -> Source:
-    """Opens a folder, a manifest, arrays or a built-in set.
-
-    Args:
-        data: see the top of this file.
-        limit: use only so many images: a fixed pseudo-random choice, spread over the source, in its order.
-        channels: 3 = RGB, 1 = grey.
-        in_memory: decode everything now; "auto" = when that takes less than a quarter of the available memory; a
-            function is asked, given whether it does.
-        max_bad: fraction of files in [0, 1] that may be undecodable; 0 is strict: the first one is an error.
-        labelled: labels are needed: folders directly below `data` are classes whatever they look like. Otherwise they
-            are taken for classes only when every image lies in `class/file` and each class has two images on average.
-        threads: for decoding; None = all cores of this process.
-
-    Raises:
-        UserError: nothing there, no images, too few, too many bad ones, or no labels where they are needed.
-    """
-    if channels not in (1, 3) and not isinstance(data, np.ndarray | tuple):
-        raise UserError(f"channels {channels}: files are decoded to 3 (RGB) or 1 (grey); other numbers need arrays")
-    if limit is not None and limit < 2:
-        raise UserError(f"--limit {limit}: at least 2 images are needed")
-    source = _listed(data, channels, max_bad, labelled)
-    if limit is not None and limit < len(source):
-        source = source.subset(np.sort(permutation(0, 0, len(source))[:limit]))
-        source.bad = Skipped(len(source), max_bad)
-    _at_least_two(source)
-    if labelled:
-        _needs_labels(source)
-    if not source.in_memory:
-        source = _decoded(source, in_memory, threads or available_cores())
-    say(_found(source))
-    return source
-
-
-def open_labelled(
-    data: Data,
-    *,
-    limit: int | None = None,
-    channels: int = 3,
-    in_memory: Literal["auto"] | bool = "auto",
-    max_bad: float = 0.05,
-    threads: int | None = None,
-) -> tuple[Source, Source]:
-    """Opens a labelled source as (train, test); arguments as `open_source`, `limit` is for both parts together.
-
-    A folder with `train/` and `test/` (or `val/`, `valid/`, `validation/`) gives those, with the class names of both;
-    so does one with `train.csv` and `test.csv` (or `.parquet`), whose paths are relative to the folder.
-    Everything else is split 80 : 20, stratified, by a fixed seed: the same rows in every run. Images without a label
-    are left out.
-    """
-    opened = partial(
-        open_source, channels=channels, in_memory=in_memory, max_bad=max_bad, labelled=True, threads=threads
-    )
-    pair = manifests.split_parts(Path(data)) if isinstance(data, str | Path) else None
-    if pair is None:
-        whole = opened(data, limit=limit)
-        test, known = manifests.stratified(whole.labels(), _TEST_FRACTION), whole.labels() >= 0
-        return whole.subset(known & ~test, f"{whole.name}:train"), whole.subset(known & test, f"{whole.name}:test")
-    if limit is None:
-        return _shared_classes(opened(pair[0]), opened(pair[1]))
-    sizes = [len(manifests.read_table(part)[0] if part.is_file() else folder_of_images(part).ids) for part in pair]
-    shares = [max(2, round(limit * size / sum(sizes))) for size in sizes]
-    return _shared_classes(opened(pair[0], limit=shares[0]), opened(pair[1], limit=shares[1]))
-
-
-def _listed(data: Data, channels: int, max_bad: float, labelled: bool) -> Listed:
-    """The source with nothing decoded yet (arrays and built-in sets are in memory as they come)."""
-    if not isinstance(data, str | Path):
-        images, labels = data if isinstance(data, tuple) else (data, None)
-        return _of_arrays(images, None if labels is None else np.asarray(labels), channels, "arrays")
-    text, path = str(data), Path(data)
-    if "://" in text:
-        raise UserError(f"{text}: addresses are not read yet; wanted a folder, a .csv or .parquet, or 'mnist5k'")
-    if path.suffix == ".tar" or ".tar." in path.name or ("{" in text and ".." in text and not path.exists()):
-        raise UserError(f"{text}: tar shards are not read yet; unpack them into a folder, or list the files in a .csv")
-    name, _, part = text.partition(":")
-    if manifests.is_builtin(name) and not path.exists():
-        whole = builtin_source(name, channels)
-        if part not in ("", "train", "test"):
-            raise UserError(f"{text}: a built-in set has the parts train and test")
-        test = manifests.stratified(whole.labels(), _TEST_FRACTION)  # as `open_labelled` splits them
-        return whole.subset(test if part == "test" else ~test, text) if part else whole
-    if path.suffix.lower() in manifests.TABLES and path.is_file():
-        ids, names = manifests.read_table(path)
-        labels, classes = manifests.encode(names)
-        bad = Skipped(len(ids), max_bad)
-        return Listed(text, ids, labels, classes, channels, path.parent, bad, np.arange(len(ids)))
-    if path.is_file():
-        raise UserError(f"{path} is a file; wanted a folder, a .csv or .parquet with a column 'path', or 'mnist5k'")
-    ids = folder_of_images(path).ids
-    labels, classes = manifests.folder_labels(ids, asked=labelled)
-    if labelled and (empty := folders_without(path, classes)):
-        warn(f"{path}: no images in {', '.join(map(repr, empty[:5]))}; {len(empty)} folders are no classes")
-    return Listed(text, ids, labels, classes, channels, path, Skipped(len(ids), max_bad), np.arange(len(ids)))
-
-
-def builtin_source(name: str, channels: int) -> Listed:
-    """A whole built-in set, in memory; see `manifests.builtin`."""
-    return _of_arrays(*manifests.builtin(name), channels, name)
-
-
-def _of_arrays(images: np.ndarray, names: np.ndarray | None, channels: int, name: str) -> Listed:
-    images, ids, labels, classes = manifests.from_arrays(images, names, channels, name)
-    return Listed(name, ids, labels, classes, channels, None, Skipped(len(ids), 0.0), np.arange(len(ids)), images)
-
-
-def _decoded(source: Listed, in_memory: Literal["auto"] | bool | Callable[[bool], bool], threads: int) -> Listed:
-    """Decodes into memory if asked to, or if it fits."""
-    heights, widths = source.sizes(np.sort(permutation(0, 0, len(source))[:_SAMPLE])).T
-    areas = (heights * widths)[heights > 0]
-    mean_bytes = float(np.mean(areas * source.channels)) if len(areas) else 0.0
-    fits, why = fits_in_memory(len(source) * mean_bytes)
-    keep = in_memory(fits) if callable(in_memory) else fits if in_memory == "auto" else in_memory
-    say(f"{source.name}: {why}: images are {'decoded once, into RAM' if keep else 'decoded when needed'}")
-    if not keep:
-        return source
-    images, bad = _load(source, threads, mean_bytes)
-    for name, reason in zip(source.ids(list(bad)), bad.values(), strict=True):
-        source.bad.add(name, reason)
-    source.bad.check()
-    rows = np.setdiff1d(np.arange(len(source)), list(bad))
-    source = replace(source, names=source.ids(), targets=source.labels(), images=images, rows=rows)
-    _at_least_two(source)
-    return source
-
-
-def _load(source: Listed, threads: int, mean_bytes: float) -> tuple[np.ndarray | list[np.ndarray], dict[int, str]]:
-    """Pixels of all images, an array where they have one size, else a list; and why those that lack them do, by row."""
-    together = int(np.clip(_TASK[0] / max(mean_bytes, 1), 1, _TASK[1]))
-    array, others, bad = np.empty((0, 0, 0, 0), np.uint8), dict[int, np.ndarray](), dict[int, str]()
-
-    some = lambda start: [_tried(source, row) for row in range(start, min(start + together, len(source)))]
-    starts = range(0, len(source), together)
-    with progress(len(source), "decode") as bar, ThreadPoolExecutor(threads, "decode") as pool:
-        # a few tasks wait for their turn, so that memory holds the images once
-        for start, found in zip(
-            starts, in_order(lambda start: pool.submit(some, start), starts, 2 * threads + 1), strict=True
-        ):
-            for row, image in enumerate(found, start):
-                if isinstance(image, BadImageError):
-                    bad[row] = str(image)
-                    continue
-                if not len(array):
-                    array = np.empty((len(source), *image.shape), np.uint8)  # pages are taken when written
-                if image.shape == array.shape[1:]:
-                    array[row] = image
-                else:
-                    others[row] = image
-            bar.advance(bar.task_ids[0], len(found))
-    return [others.get(row, array[row]) for row in range(len(array))] if others else array, bad
-
-
-def _tried(source: Source, row: int) -> np.ndarray | BadImageError:
-    try:
-        return pixels(source, row)
-    except BadImageError as error:
-        return error
-
-
-def _shared_classes(train: Source, test: Source) -> tuple[Source, Source]:
-    """Both parts with the classes of train, so that one number means one class in both, and without unknown labels."""
-    if missing := [name for name in test.classes if name not in train.classes]:
-        raise UserError(f"{test.name}: classes {missing[:5]} do not occur in {train.name}; wanted the same classes")
-    assert isinstance(test, Listed), "what was opened here"
-    place = {name: row for row, name in enumerate(train.classes)}
-    table = np.array([*map(place.get, test.classes), -1], dtype=np.int64)  # label -1 stays -1
-    test = replace(test, targets=table[test.targets], classes=train.classes)
-    return train.subset(train.labels() >= 0), test.subset(test.labels() >= 0)
-
-
-def _needs_labels(source: Source) -> None:
-    if len(source.classes) >= 2:
-        return
-    got = f"only the class {source.classes[0]!r}" if source.classes else "no labels"
-    raise UserError(
-        f"{source.name} has {got}; wanted at least two classes: a sub-folder per class ({source.name}/cat/1.jpg,"
-        " perhaps below train/ and test/), or a .csv or .parquet with the columns path and label"
-    )
-
-
-def _at_least_two(source: Source) -> None:
-    if len(source) < 2:
-        bad = f" ({len(source.bad.rows):,} could not be decoded)" if source.bad.rows else ""
-        raise UserError(f"{source.name}: {len(source)} image{bad}; at least 2 are needed")
-
-
-def _found(source: Source) -> str:
-    size = " of " + "x".join(map(str, source.stack[0].shape[1:3])) if source.stack is not None else ""
-    labels = source.labels()
-    per_class = Counter(labels[labels >= 0].tolist()).values()
-    told = f", {len(source.classes)} classes of {min(per_class):,}..{max(per_class):,}" if per_class else ""
-    unknown = int((labels < 0).sum()) if per_class else 0
-    without = f", {unknown:,} without a label" if unknown else ""
-    bad = f", {len(source.bad.rows):,} skipped" if source.bad.rows else ""
-    return f"{source.name}: {len(source):,} images{size}{told}{without}{bad}"
+    return decode(stored, source.reading, smallest=smallest).image if isinstance(stored, bytes) else stored

@@ -29,11 +29,15 @@ from ssl_kit.core.console import warn
 from ssl_kit.core.errors import DamagedError, UserError
 from ssl_kit.core.files import MANIFEST, read_manifest, verify_file
 from ssl_kit.core.machine import available_cores, available_memory
+from ssl_kit.core.reading import GREY, Reading, reading_in
 from ssl_kit.core.sealed import LARGE_JSON, fingerprint
-from ssl_kit.data.decode import BadImageError, decode
+from ssl_kit.data.decode import decode
+from ssl_kit.data.given import pixels_given
+from ssl_kit.data.limits import BadImageError
 from ssl_kit.data.listing import read_regular, unescape
 from ssl_kit.data.manifests import is_builtin
-from ssl_kit.data.sources import Source, builtin_source, pixels
+from ssl_kit.data.opening import builtin_source
+from ssl_kit.data.sources import Source, pixels
 from ssl_kit.embeddings.exact import normalised
 from ssl_kit.embeddings.folder import PART_ROWS, checked, find_ids, part_names, read_rows, read_vectors
 from ssl_kit.embeddings.index import SEARCHED_ROWS, Gallery, search_index
@@ -51,7 +55,7 @@ _COPIES = 6  # of a part as float32 that are in memory while the next one is rea
 # of a manifest: what the vectors are, beside the parts that hold them
 _VECTORS = ("rows", "dims", "dtype", "layers", "metric", "normalised", "precision", "encoder_sha256", "preprocessing")
 
-Image: TypeAlias = str | Path | np.ndarray
+Image: TypeAlias = str | Path | np.ndarray | PIL.Image.Image
 
 
 class Neighbour(NamedTuple):
@@ -187,18 +191,18 @@ class Index:
         return [found[name] for name in ids]
 
     def pixels(self, images: Iterable[Image]) -> list[np.ndarray]:
-        """(H, W, C) uint8 of each image, decoded by several threads."""
-        channels = self.encoder.channels
+        """(H, W, C) uint8 or uint16 of each image, read as the encoder says, by several threads."""
+        reading = self.encoder.reading
         with ThreadPoolExecutor(available_cores(), "decode") as pool:
-            return list(pool.map(lambda image: _pixels(image, channels), images))
+            return list(pool.map(lambda image: _pixels(image, reading), images))
 
     def encode(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
-        """(Q, D) float32 features of images (H, W, C) uint8, the way the embeddings were made."""
+        """(Q, D) float32 features of images (H, W, C), as `pixels` gives them, the way the embeddings were made."""
         return encoded(self.encoder, self.info, pixels)
 
 
 def encoded(encoder: Encoder, info: dict[str, Any], images: Sequence[np.ndarray]) -> np.ndarray:
-    """(Q, D) float32 features of images (H, W, C) uint8, as those of the folder with this manifest were made."""
+    """(Q, D) float32 features of images (H, W, C), as those of the folder with this manifest were made."""
     seen = torch.from_numpy(plain_views(images, encoder.image_size)).to(next(encoder.parameters()).device)
     reduced = info.get("precision") == "bfloat16"
     with torch.inference_mode(), torch.autocast(seen.device.type, dtype=torch.bfloat16, enabled=reduced):
@@ -326,33 +330,28 @@ def load_encoder(folder: Path, info: dict[str, Any], given: str | None = None) -
     return loaded.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _pixels(image: Image, channels: int) -> np.ndarray:
-    """(H, W, C) uint8."""
-    if isinstance(image, np.ndarray):
-        image = image[..., None] if image.ndim == 2 else image
-        if image.ndim != 3 or image.dtype != np.uint8 or image.shape[2] not in (1, channels):
-            raise UserError(
-                f"got an image of {image.dtype} {image.shape}; wanted uint8 (height, width, {channels}) or a file"
-            )
-        return np.ascontiguousarray(np.broadcast_to(image, (*image.shape[:2], channels)))
+def _pixels(image: Image, reading: Reading) -> np.ndarray:
+    """(H, W, C) uint8 or uint16."""
+    if not isinstance(image, str | Path):
+        return pixels_given(image, reading, "the image")
     path = Path(image)
     if path.is_dir() or not path.exists():
         raise UserError(f"{path} is {'a folder' if path.is_dir() else 'not there'}: give image files")
     try:
-        return decode(read_regular(os.fsencode(path)), channels).image
+        return decode(read_regular(os.fsencode(path)), reading).image
     except (BadImageError, OSError) as error:
         raise UserError(f"{path} cannot be decoded: {error}; give an image file") from error
 
 
-def picture(info: dict[str, Any], name: str, channels: int, size: tuple[int, int] | None) -> np.ndarray | None:
-    """The image behind an id, decoded to at least `size` pixels if it is as large; None = to all it has.
+def picture(info: dict[str, Any], name: str, size: tuple[int, int] | None) -> np.ndarray | None:
+    """The image behind an id, read as for its embedding, at `size` pixels or more if it has them; None = with all.
 
     None when it is not there any more, or never was a file below its root.
     """
     try:
         data = read_file(info, name)
-        return None if data is None else decode(data, channels, smallest=size).image
-    except BadImageError:
+        return None if data is None else decode(data, reading_in(info.get("preprocessing")), smallest=size).image
+    except (BadImageError, ValueError):
         return None
 
 
@@ -391,4 +390,4 @@ def _builtin(named: object) -> Source | None:
 
 @lru_cache(maxsize=2)
 def _builtin_kept(name: str) -> Source:
-    return builtin_source(name, 1)
+    return builtin_source(name, GREY)

@@ -183,7 +183,9 @@ def _fingerprint(source: Source) -> str:
 
     Files are not looked at: 10^7 of them on a network drive would take an hour for each shard.
     """
-    digest = hashlib.sha256(json.dumps([len(source), source.classes, source.channels]).encode())
+    digest = hashlib.sha256(
+        json.dumps([len(source), source.classes, source.channels, source.reading.to_json()]).encode()
+    )
     digest.update(source.labels().data)
     for start in range(0, len(source), _LISTED):
         digest.update(json.dumps(source.ids(slice(start, start + _LISTED))).encode())

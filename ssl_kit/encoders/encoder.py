@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ssl_kit.core.errors import DamagedError, UserError
 from ssl_kit.core.files import atomic_folder, settle, sha256, verify_file, write_json, write_sealed
 from ssl_kit.core.machine import choose_device, convolves
+from ssl_kit.core.reading import Reading
 from ssl_kit.core.sealed import read_sealed
 from ssl_kit.core.tensors import check_finite, read_tensors
 from ssl_kit.encoders.weights import (
@@ -55,6 +56,7 @@ class Encoder(nn.Module):
 
     Attributes:
         dim: length of a feature vector: of the code where the model has a classifier (`args.num_classes`).
+        reading: which channels and values of stored images are meant; set by who has looked at the images.
         num_features: width of the pooled features.
         sha256: of the weights file that this encoder was loaded from or last saved to, else None.
     """
@@ -76,6 +78,7 @@ class Encoder(nn.Module):
         self.args = {"num_classes": 0, **usual, **(args or {})}
         self.image_size = (int(image_size[0]), int(image_size[1]))
         self.channels = channels
+        self.reading = Reading(channels)
         model = _create_timm(self.name, self.args, self.image_size, channels)
         self.model: Any = model
         self.dim: int = self.args["num_classes"] or model.num_features
@@ -180,6 +183,7 @@ class Encoder(nn.Module):
             "resize": "shorter side, antialiased bilinear, centre crop",
             "mean": self.mean.flatten().tolist(),
             "std": self.std.flatten().tolist(),
+            **self.reading.to_json(),
         }
 
     def _timm_config(self) -> dict[str, Any]:
@@ -212,7 +216,7 @@ class Encoder(nn.Module):
         """
         folder = Path(folder)
         stored = read_stored(folder)
-        build = lambda: cls(*stored[:-2])
+        build = lambda: cls(*stored[:6])
         check_fits(lambda: build().model, folder / WEIGHTS)
         weights = read_tensors(folder / WEIGHTS)
         check_finite(weights, folder / WEIGHTS)
@@ -220,7 +224,7 @@ class Encoder(nn.Module):
         encoder.model.load_state_dict(weights, strict=True)
         if encoder.dim != stored.dim:
             raise DamagedError(f"{folder / RECORD} says {stored.dim} features, the model has {encoder.dim}")
-        encoder.sha256 = stored.sha256
+        encoder.sha256, encoder.reading = stored.sha256, stored.reading
         return encoder.eval()
 
     def fresh(self, seed: int = 0) -> Encoder:
@@ -228,7 +232,9 @@ class Encoder(nn.Module):
         mean, std = tuple(self.mean.flatten().tolist()), tuple(self.std.flatten().tolist())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return Encoder(self.name, self.args, self.image_size, self.channels, mean, std).eval()
+            made = Encoder(self.name, self.args, self.image_size, self.channels, mean, std).eval()
+        made.reading = self.reading
+        return made
 
 
 def initialise(encoder: Encoder, init: str) -> float:

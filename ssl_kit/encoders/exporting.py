@@ -16,9 +16,23 @@ from torch import Tensor, nn
 
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.process import prepare
+from ssl_kit.core.reading import Range
 from ssl_kit.encoders.encoder import Encoder
 
 IMAGES, PIXELS, FEATURES = "images", "pixels", "features"  # names of inputs and of the output
+
+
+def _range(encoder: Encoder) -> Range:
+    """The values of images that are 0 and 1: those of the kind that the encoder was trained on."""
+    return next(iter(encoder.reading.ranges.values()), ((0.0, 255.0),))
+
+
+def stored_values(pixels: np.ndarray, encoder: Encoder) -> np.ndarray:
+    """What `FromPixels` takes for pixels (B, H, W, C) as they are read: uint8, or float32 values in the range."""
+    if not encoder.reading.ranges:
+        return pixels
+    low, high = np.array(_range(encoder)).T
+    return (low + pixels / np.iinfo(pixels.dtype).max * (high - low)).astype(np.float32)
 
 
 class FromPixels(nn.Module):
@@ -28,18 +42,24 @@ class FromPixels(nn.Module):
     they are computed from the size of the input, which may be any.
     """
 
+    low: Tensor
+    high: Tensor
+
     def __init__(self, encoder: Encoder):
         super().__init__()
         self.encoder = encoder
+        low, high = torch.tensor(_range(encoder)).T
+        self.register_buffer("low", low)  # (C,) or (1,)
+        self.register_buffer("high", high)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(B, H, W, C) uint8 to (B, D)."""
+        """(B, H, W, C) uint8, or values as stored where the encoder knows their range, to (B, D)."""
         height, width = (torch.scalar_tensor(pixels.shape[axis], dtype=torch.float32) for axis in (1, 2))
         aspect = self.encoder.image_size[1] / self.encoder.image_size[0]
         kept = torch.minimum(height, width / aspect)
         rows = _resizing(pixels.shape[1], torch.round(kept), height, self.encoder.image_size[0])
         columns = _resizing(pixels.shape[2], torch.round(kept * aspect), width, self.encoder.image_size[1])
-        images = pixels.permute(0, 3, 1, 2).float() / 255  # (B, C, H, W)
+        images = torch.clamp((pixels.float() - self.low) / (self.high - self.low), 0, 1).permute(0, 3, 1, 2)
         return self.encoder(rows @ images @ columns.T)
 
 
@@ -62,7 +82,7 @@ def write_onnx(encoder: Encoder, path: Path, *, from_pixels: bool = False) -> No
     Args:
         encoder: on the CPU, in evaluation mode.
         path: of the file.
-        from_pixels: take `pixels` (B, H, W, C) uint8 of any size instead of `images` (B, C, h, w) float in [0, 1].
+        from_pixels: take `pixels` (B, H, W, C) of any size, uint8 or as stored, not `images` (B, C, h, w) in [0, 1].
 
     Raises:
         UserError: the `onnx` extra is missing, or the model cannot be exported.
@@ -78,7 +98,8 @@ def write_onnx(encoder: Encoder, path: Path, *, from_pixels: bool = False) -> No
     example: Tensor
     if from_pixels:
         model: nn.Module = FromPixels(encoder).eval()
-        example = torch.zeros(2, height + 3, width + 5, encoder.channels, dtype=torch.uint8)  # no size like another
+        example = torch.zeros(2, height + 3, width + 5, encoder.channels)  # no size like another
+        example = example if encoder.reading.ranges else example.to(torch.uint8)
         shapes: dict[str, Any] = {PIXELS: {0: dynamic, 1: dynamic, 2: dynamic}}
     else:
         model, example, shapes = encoder, torch.zeros(2, encoder.channels, height, width), {IMAGES: {0: dynamic}}

@@ -21,6 +21,7 @@ from torch.nn.modules import module as hooks
 
 from ssl_kit.core.errors import DamagedError, UserError
 from ssl_kit.core.files import verify_file
+from ssl_kit.core.reading import MAX_CHANNELS, Reading, read_reading
 from ssl_kit.core.sealed import read_json, read_sealed
 from ssl_kit.core.tensors import count_values, tensor_shapes
 
@@ -36,7 +37,7 @@ _ELSEWHERE = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "sour
 _LARGEST = 2**16  # of any number among the arguments: timm has no width, depth or count near it
 _SPARE = 2**23  # numbers that a model may register beside those that it keeps: masks and positions of few MB
 _MOST_ARGUMENTS, _LONGEST_TEXT, _DEEPEST = 1_000, 200, 4
-MAX_SIDE, _MAX_CHANNELS = 4_096, 1_024
+MAX_SIDE = 4_096
 _TRAINED = 16  # bytes of a parameter: itself, its gradient and two moments of Adam in float32
 _MOST_MODULES = 5_000  # the deepest models of timm have 1,800
 # What timm's models raise for arguments that make no sense (there is no common base class)
@@ -64,6 +65,7 @@ class Stored(NamedTuple):
     std: tuple[float, ...]
     dim: int
     sha256: str
+    reading: Reading
 
 
 def read_stored(folder: Path) -> Stored:
@@ -92,7 +94,11 @@ def read_stored(folder: Path) -> Stored:
     if min(std) <= 0:
         raise DamagedError(f"{folder / RECORD}: a standard deviation of {min(std)}; wanted more than 0")
     args = {key: value for key, value in args.items() if key not in _OURS}
-    return Stored(name, args, image_size, channels, mean, std, dim, record["sha256"])
+    try:
+        reading = read_reading(channels, seen.get("bands"), seen.get("range"))
+    except ValueError as error:
+        raise DamagedError(f"{folder / RECORD}: {error}") from error
+    return Stored(name, args, image_size, channels, mean, std, dim, record["sha256"], reading)
 
 
 def check_arguments(args: dict[str, Any], where: str) -> None:
@@ -138,8 +144,8 @@ def check_sizes(image_size: tuple[int, int], channels: int) -> None:
     if not 0 < min(image_size) <= max(image_size) <= MAX_SIDE:
         height, width = image_size
         raise UserError(f"images of {height:,} x {width:,} pixels; wanted 1 to {MAX_SIDE:,}, see --image_size")
-    if not 0 < channels <= _MAX_CHANNELS:
-        raise UserError(f"images of {channels:,} channels; wanted 1 to {_MAX_CHANNELS:,}, see --channels")
+    if not 0 < channels <= MAX_CHANNELS:
+        raise UserError(f"images of {channels:,} channels; wanted 1 to {MAX_CHANNELS:,}, see --channels")
 
 
 def _statistics(seen: dict[str, Any], key: str, channels: int, path: Path) -> tuple[float, ...]:

@@ -32,6 +32,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from ssl_kit.core.random import uniform_array
+from ssl_kit.core.reading import eight_bits
 from ssl_kit.data.sources import Source
 from ssl_kit.embeddings.embeddings import Embeddings, embed
 from ssl_kit.embeddings.exact import search
@@ -97,7 +98,8 @@ def isolation(cosines: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def thumbnail(image: np.ndarray) -> np.ndarray:
-    """(H, W, C) uint8 to (S, S) float32: grey, squeezed to a square."""
+    """(H, W, C) uint8 or uint16 to (S, S) float32: grey, squeezed to a square."""
+    image = eight_bits(image)
     grey = Image.fromarray(image if image.shape[2] == 3 else image[:, :, 0]).convert("L")
     return np.asarray(grey.resize((SIDE, SIDE), Image.Resampling.BILINEAR), dtype=np.float32)
 

@@ -185,7 +185,9 @@ def reduced(features: FeatureSet, dims: Sequence[int], seed: int = 0) -> Iterato
 
 def fingerprint(source: Source) -> str:
     """Hex sha256 of ids, labels and images: pixels when they are in memory, otherwise file sizes and times."""
-    digest = hashlib.sha256(json.dumps([source.ids(), source.classes, source.channels]).encode())
+    digest = hashlib.sha256(
+        json.dumps([source.ids(), source.classes, source.channels, source.reading.to_json()]).encode()
+    )
     digest.update(source.labels().data)
     if source.in_memory:
         for image in (pixels(source, row) for row in range(len(source))):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -128,8 +128,7 @@ def augmented(network: Network, source: Source, count: int = 1_000, *, num_views
     from ssl_kit.views.recipe import ViewRecipe
 
     rows = sample_rows(np.arange(len(source)), count, seed)
-    preset: Literal["simclr", "gray"] = "simclr" if network.channels == 3 else "gray"
-    views = ViewRecipe(preset, strength=0.5, blur=0.0).build(network.image_size, network.channels, num_views)
+    views = ViewRecipe("simclr", strength=0.5, blur=0.0).build(network.image_size, network.channels, num_views)
     return view_features(network, source, views, rows, seed)
 
 

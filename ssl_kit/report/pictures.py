@@ -5,7 +5,6 @@ view is float (C, h, w) in [0, 1]. Every file appears whole or not at all (`core
 bright for amounts, blue to orange for signed ones: the scales of style.css (.heat, .signed).
 
 `folder` is RUN/pictures, `classes[i]` the name of label i, -1 an unknown label. Images become thumbnails of 64 pixels.
-
 Letters: N images, Q queries, k neighbours, C channels, (H, W) stored size, (h, w) size of a view or map, in pixels.
 """
 
@@ -22,6 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from ssl_kit.core.files import atomic_file
+from ssl_kit.core.reading import eight_bits
 
 NEIGHBOURS = "neighbours.json"
 MAP = "map.json"
@@ -312,7 +312,7 @@ def to_image(image: np.ndarray) -> Image.Image:
     """(H, W), (H, W, 1) or (H, W, 3) uint8 -> RGB picture; of other channel counts the first is shown as grey."""
     if image.ndim == 3 and image.shape[2] != 3:
         image = image[:, :, 0]
-    return Image.fromarray(np.ascontiguousarray(image)).convert("RGB")
+    return Image.fromarray(np.ascontiguousarray(eight_bits(image))).convert("RGB")
 
 
 def _to_uint8(pixels: np.ndarray) -> np.ndarray:

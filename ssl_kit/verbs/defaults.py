@@ -210,7 +210,18 @@ def fit_to_machine(
 SIMCLR = "ssl_kit.methods.simclr.SimCLR"
 _ENCODER = "ssl_kit.encoders.encoder.Encoder"
 # what makes a step what it is: a resumed run keeps it
-_FIXED = ("method", "views", "grow", "image_size", "channels", "limit", "batch_size", "contrastive_batch", "seed")
+_FIXED = (
+    "method",
+    "views",
+    "grow",
+    "image_size",
+    "channels",
+    "range",
+    "limit",
+    "batch_size",
+    "contrastive_batch",
+    "seed",
+)
 _WORDS = (str, int, float, bool, type(None))  # what a recipe is written in
 _FROM_IMAGES = ("image_size", "channels", "mean", "std")  # encoder arguments that come from the images
 

@@ -19,8 +19,10 @@ from ssl_kit.core.locking import lock
 from ssl_kit.core.machine import available_cores
 from ssl_kit.core.owned import check_output, record_in
 from ssl_kit.core.random import permutation
+from ssl_kit.core.reading import reading_in
 from ssl_kit.core.settings import verb
-from ssl_kit.data.decode import BadImageError, decode
+from ssl_kit.data.decode import decode
+from ssl_kit.data.limits import BadImageError
 from ssl_kit.data.listing import unescape
 from ssl_kit.embeddings.embeddings import Embeddings
 from ssl_kit.embeddings.exact import normalised, search
@@ -162,7 +164,7 @@ def _neighbours(a: Embeddings, b: Embeddings) -> tuple[np.ndarray, np.ndarray]:
 def _limits(folder: Path, a: Embeddings, threshold: float | None, encoder: str | None) -> tuple[Limits, dict[str, Any]]:
     """The limits and how they were found: from planted copies of a sample of the images."""
     sample = np.sort(permutation(0, 0, len(a), _STREAM_SAMPLE)[:_PLANTED])
-    originals = {int(row): picture(a.info, a.ids[row], _channels(a), None) for row in sample}
+    originals = {int(row): picture(a.info, a.ids[row], None) for row in sample}
     readable = {row: image for row, image in originals.items() if image is not None}
     if len(readable) < len(sample) / 2:
         say(f"{folder}: the images are not where they were embedded from: features alone decide")
@@ -182,10 +184,6 @@ def _limits(folder: Path, a: Embeddings, threshold: float | None, encoder: str |
     limit = limits(cosines, correlated)
     both = float(((cosines >= limit.cosine) & (correlated >= limit.correlation)).mean())
     return limit, {"planted": len(copies), "planted_found": round(both, 4), "by": "pictures"}
-
-
-def _channels(embeddings: Embeddings) -> int:
-    return embeddings.info["preprocessing"]["channels"]
 
 
 def _same_pictures(a: Embeddings, b: Embeddings, cosines: np.ndarray, rows: np.ndarray, limit: Limits) -> list[Pair]:
@@ -244,7 +242,7 @@ def _look(embeddings: Embeddings, rows: np.ndarray) -> dict[int, _Look]:
 def _look_at(embeddings: Embeddings, row: int) -> _Look | None:
     data = read_file(embeddings.info, embeddings.ids[row])
     try:
-        image = None if data is None else decode(data, _channels(embeddings)).image
+        image = None if data is None else decode(data, reading_in(embeddings.info.get("preprocessing"))).image
     except BadImageError:
         image = None
     if data is None or image is None:
@@ -324,7 +322,7 @@ def _draw(path: Path, a: Embeddings, b: Embeddings, record: dict[str, Any]) -> N
     """A strip per group or leak, then one of the outliers."""
     from ssl_kit.report.page import strip_html
 
-    show = lambda part, name: picture(part.info, name, _channels(part), _PIXELS)
+    show = lambda part, name: picture(part.info, name, _PIXELS)
     if record["other"] is not None:
         strips = [(one["id"], [(one["other"], one["cosine"])]) for one in record["leaks"][:_SHOWN]]
     else:
@@ -364,7 +362,7 @@ def _draw_for_report(run: Path, a: Embeddings, record: dict[str, Any]) -> None:
         run / "pictures",
         [[one["id"] for one in members[:_OF_GROUP]] for members in groups],
         [(one["id"], one["distance"]) for one in record["outliers"][:_IN_REPORT]],
-        lambda name: picture(a.info, name, _channels(a), _PIXELS),
+        lambda name: picture(a.info, name, _PIXELS),
         num_images=record["images"],
         num_groups=len(record["groups"]),
         superfluous=record["superfluous"],

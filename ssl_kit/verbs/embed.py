@@ -19,7 +19,8 @@ from ssl_kit.core.owned import Former, check_place
 from ssl_kit.core.sealed import LARGE_JSON
 from ssl_kit.core.settings import verb
 from ssl_kit.data.listing import escape_path
-from ssl_kit.data.sources import Source, open_source
+from ssl_kit.data.opening import open_source
+from ssl_kit.data.sources import Source
 from ssl_kit.embeddings.embeddings import Precision, Storage
 from ssl_kit.embeddings.store import Embedded, embed_to, former, is_ours, parse_shard
 from ssl_kit.encoders.encoder import Encoder, find_encoder
@@ -70,7 +71,7 @@ def embed(settings: Settings) -> dict[str, Any]:
     _may_write(folder, settings.overwrite, settings.shard)
     # decoded when needed: each image is looked at once, and rows do not depend on how much memory is free
     source = open_source(
-        settings.data, limit=settings.limit, channels=loaded.channels, max_bad=settings.max_bad, in_memory=False
+        settings.data, limit=settings.limit, reading=loaded.reading, max_bad=settings.max_bad, in_memory=False
     )
 
     whole = torch.zeros(1, loaded.channels, *loaded.image_size, device=next(loaded.parameters()).device)

@@ -17,8 +17,10 @@ from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import append_line, write_csv
 from ssl_kit.core.locking import lock
 from ssl_kit.core.owned import check_place, record_in
+from ssl_kit.core.reading import Reading
 from ssl_kit.core.settings import verb
-from ssl_kit.data.sources import Source, open_labelled
+from ssl_kit.data.opening import open_labelled
+from ssl_kit.data.sources import Source
 from ssl_kit.encoders.encoder import Encoder, find_encoder
 from ssl_kit.encoders.pretrained import load_pretrained
 from ssl_kit.evaluation.catalog import EVALUATIONS, ONLY, resolve
@@ -154,26 +156,25 @@ class _Options:
 
 
 class _Opened:
-    """The labelled images, opened and checked for leaks once for all encoders of the same channels."""
+    """The labelled images, opened and checked for leaks once for all encoders that read them alike."""
 
     def __init__(self, options: _Options):
         self.options = options
-        self._parts: dict[int, tuple[Source, Source, Leaks | None]] = {}
+        self._parts: dict[str, tuple[Source, Source, Leaks | None]] = {}
 
-    def parts(self, channels: int) -> tuple[Source, Source, Leaks | None]:
+    def parts(self, reading: Reading) -> tuple[Source, Source, Leaks | None]:
         """Train, test (without leaks, if that is asked for) and the leaks between them."""
-        if channels not in self._parts:
+        key = str(reading)
+        if key not in self._parts:
             options = self.options
-            train, test = open_labelled(
-                options.labelled, limit=options.limit, channels=channels, max_bad=options.max_bad
-            )
+            train, test = open_labelled(options.labelled, limit=options.limit, reading=reading, max_bad=options.max_bad)
             found = find_leaks(train, test) if self.options.leaks or self.options.drop_leaks else None
             if found is not None:
                 _say_leaks(found, self.options.drop_leaks)
             if found is not None and self.options.drop_leaks:
                 test = _without(test, found)
-            self._parts[channels] = train, test, found
-        return self._parts[channels]
+            self._parts[key] = train, test, found
+        return self._parts[key]
 
 
 def _one(name: str, path: Path, folder: Path, opened: _Opened, options: _Options) -> tuple[Scored, dict[str, Any]]:
@@ -185,7 +186,7 @@ def _one(name: str, path: Path, folder: Path, opened: _Opened, options: _Options
         name: load_pretrained(given, loaded.channels).to(device) for name, given in options.pretrained.items()
     }
     wanted = options.only or default_names(loaded)
-    train, test, leaks = opened.parts(loaded.channels)
+    train, test, leaks = opened.parts(loaded.reading)
     nested = bool(loaded.args["num_classes"]) and options.layers == 1
     task = Task(train, test, folder, options.dims, nested, options.balanced, seed, options.batch_size)
     results: list[Result] = []

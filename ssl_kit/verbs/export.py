@@ -19,12 +19,14 @@ from ssl_kit.core.console import next_command, say, table
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import MANIFEST, DamagedError, atomic_folder, read_json, read_manifest
 from ssl_kit.core.owned import check_place
+from ssl_kit.core.reading import Reading, eight_bits
 from ssl_kit.core.settings import verb
-from ssl_kit.data.decode import BadImageError
+from ssl_kit.data.limits import BadImageError
 from ssl_kit.data.listing import escape_path
-from ssl_kit.data.sources import Source, open_source, pixels
+from ssl_kit.data.opening import open_source
+from ssl_kit.data.sources import Source, pixels
 from ssl_kit.encoders.encoder import Encoder, find_encoder
-from ssl_kit.encoders.exporting import IMAGES, PIXELS, run_onnx, write_onnx
+from ssl_kit.encoders.exporting import IMAGES, PIXELS, run_onnx, stored_values, write_onnx
 from ssl_kit.report.head import verdict
 from ssl_kit.report.read import read_run
 from ssl_kit.views.host import plain_views
@@ -116,14 +118,16 @@ def export(settings: Settings) -> dict[str, Any]:
 
 
 def _images(asked: str | None, record: dict[str, Any], encoder: Encoder) -> tuple[list[np.ndarray], str]:
-    """A few images (H_i, W_i, C) uint8 to check with, and where they are from."""
+    """A few images (H_i, W_i, C) to check with, and where they are from."""
     trained = record.get("data")
     root = trained.get("root") if isinstance(trained, dict) else None
     chosen = asked if asked is not None else root if isinstance(root, str) and Path(root).exists() else _WITHOUT_DATA
     if asked is None and chosen == _WITHOUT_DATA:
         say("the training images are not there: checked on the built-in digits; --images FOLDER names others")
-    source = open_source(chosen, limit=_CHECKED, channels=encoder.channels, in_memory=False, max_bad=1.0)
+    source = open_source(chosen, limit=_CHECKED, reading=encoder.reading, in_memory=False, max_bad=1.0)
     images = [image for row in range(len(source)) if (image := _decoded(source, row)) is not None]
+    if not encoder.reading.ranges:
+        images = [eight_bits(image) for image in images]  # what a file with preprocessing takes
     if not images:
         raise UserError(f"none of the images of {chosen} could be decoded: give others with --images FOLDER")
     return images, chosen
@@ -159,7 +163,7 @@ def _by_onnx(path: Path, encoder: Encoder, images: list[np.ndarray], preprocess:
     """(B, D): what ONNX Runtime makes of the file; images of several sizes one by one."""
     if not preprocess:
         return run_onnx(path, _views(encoder, images).numpy())
-    return run_onnx(path, *(image[None] for image in images))
+    return run_onnx(path, *(stored_values(image[None], encoder) for image in images))
 
 
 def _compared(got: np.ndarray, wanted: np.ndarray, checked_on: str, format: str) -> dict[str, Any]:
@@ -228,6 +232,7 @@ def card_text(encoder: Encoder, entries: dict[str, Any], run: Path | None, name:
         ("architecture", f"{encoder.name} (timm), {sum(one.numel() for one in encoder.parameters()):,} parameters"),
         ("features", f"{encoder.dim} numbers per image; compare by cosine"),
         ("images", f"{height} x {width} pixels, {encoder.channels} channels; {encoder.preprocessing()['resize']}"),
+        *_read_by(encoder.reading),
         ("weights", f"sha256 {entries['encoder_sha256']}"),
         (
             "checked",
@@ -242,13 +247,21 @@ def card_text(encoder: Encoder, entries: dict[str, Any], run: Path | None, name:
     return "\n\n".join(parts) + "\n"
 
 
+def _read_by(reading: Reading) -> list[tuple[str, str]]:
+    """Which bands and values of stored images are meant, where that is not all of them."""
+    ends = lambda pairs: ", ".join(f"{low:g} to {high:g}" for low, high in pairs)
+    said = [(f"0 to 1 of {kind}", f"values {ends(pairs)}") for kind, pairs in reading.ranges.items()]
+    return [("bands", ", ".join(reading.bands)), *said] if reading.bands else said
+
+
 def _use(encoder: Encoder, entries: dict[str, Any], name: str) -> str:
     if entries["kind"] == "timm":
         own = encoder.name.endswith("_small")  # registered by ssl_kit.encoders, not known to timm alone
         return _TIMM.format(register="import ssl_kit.encoders\n" if own else "", name=name, dim=encoder.dim)
     height, width = encoder.image_size
+    kind = "float32, values as stored," if encoder.reading.ranges else "uint8"
     shapes = {
-        True: f"`pixels` is uint8 (images, height, width, {encoder.channels}) of any height and width.",
+        True: f"`pixels` is {kind} (images, height, width, {encoder.channels}) of any height and width.",
         False: f"`images` is float32 (images, {encoder.channels}, {height}, {width}) in [0, 1]; the file normalises.",
     }
     shape = shapes[entries["input"] == PIXELS]

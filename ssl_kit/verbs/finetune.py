@@ -34,7 +34,8 @@ from ssl_kit.core.process import Signals
 from ssl_kit.core.random import permutation
 from ssl_kit.core.settings import verb
 from ssl_kit.data.module import ImageData
-from ssl_kit.data.sources import Source, open_labelled
+from ssl_kit.data.opening import open_labelled
+from ssl_kit.data.sources import Source
 from ssl_kit.encoders.encoder import Encoder, find_encoder
 from ssl_kit.evaluation.finetune import BestEpoch, FineTune, check_lora, merge_lora, probabilities
 from ssl_kit.evaluation.metrics import probability_metrics
@@ -131,7 +132,7 @@ def finetune(settings: Settings) -> dict[str, Any]:
     check_place(folder, settings.labelled)
     if settings.lora:
         check_lora(loaded)
-    train, test = open_labelled(settings.labelled, limit=settings.limit, channels=loaded.channels)
+    train, test = open_labelled(settings.labelled, limit=settings.limit, reading=loaded.reading)
     train = _share(train, settings.fraction, seed)
     fitted, held = holdout(train.labels(), _HELD_OUT, seed)
     parts = train.subset(fitted), train.subset(held)

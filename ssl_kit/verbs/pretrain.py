@@ -17,11 +17,13 @@ from ssl_kit.core.errors import UserError
 from ssl_kit.core.machine import Precision, Switch, keep_memory, lightning_precision
 from ssl_kit.core.owned import check_place
 from ssl_kit.core.process import Signals
+from ssl_kit.core.reading import reading_of
 from ssl_kit.core.settings import verb
 from ssl_kit.data.listing import write_skipped
 from ssl_kit.data.loader import ViewLoader
 from ssl_kit.data.module import ImageData
-from ssl_kit.data.sources import Source, open_source
+from ssl_kit.data.opening import open_source
+from ssl_kit.data.sources import Source
 from ssl_kit.encoders.encoder import Encoder, initialise
 from ssl_kit.methods.method import Method
 from ssl_kit.report.page import write_report
@@ -70,7 +72,9 @@ class Settings:
         image_size: side of a view in pixels, or height and width; chosen from the images by default.
         grow: sides of the training views from an epoch on, as {0: 16, 10: 24}; the encoder and its evaluation keep
             image_size. Small views cost a fraction of the time and teach nearly as much; convolutional encoders only.
-        channels: 3 for colour, 1 for grey.
+        channels: 3 for colour, 1 for grey, as many as a TIFF or array has bands, or names of bands: red,nir.
+        range: values of images of more than 8 bits that become 0 and 1: LOW,HIGH, a pair for each channel with spaces
+            between, full for the ends of their depth; auto measures them where they fill under a quarter of it.
         epochs: passes over the images; by default 100, more where that is under 2,000 steps.
         minutes: train for so long instead; the schedule is fitted to the measured speed.
         batch_size: images per process and step; by default 256, fewer where that leaves under 8 steps an epoch.
@@ -105,7 +109,8 @@ class Settings:
     limit: int | None = None
     image_size: int | tuple[int, int] | None = None
     grow: dict[int, int] | None = None
-    channels: int = 3
+    channels: int | str = 3
+    range: str = "auto"
     epochs: float | None = None
     minutes: float | None = None
     batch_size: int | None = None
@@ -158,10 +163,12 @@ def pretrain(settings: Settings) -> dict[str, Any]:
         reused = keep_memory()
         say(f"freed memory: {'kept (page faults cost 10 % of a step)' if reused else 'given back (not glibc)'}")
         pl.seed_everything(settings.seed, verbose=False)
+        reading, measured = reading_of(settings.channels, settings.range)
         source = open_source(
             settings.data,
             limit=settings.limit,
-            channels=settings.channels,
+            reading=reading,
+            measure=measured,
             in_memory=all_fit,
             max_bad=settings.max_bad,
             threads=settings.threads,
@@ -207,7 +214,8 @@ def _method(settings: Settings, source: Source) -> tuple[Settings, Method]:
     """The method with its encoder, made for these images; the settings with what follows from both."""
     size = view_size(settings.image_size, source)
     mean, std = channel_statistics(source, size)
-    learner = build_method(settings.method, image_size=size, channels=settings.channels, mean=mean, std=std)
+    learner = build_method(settings.method, image_size=size, channels=source.channels, mean=mean, std=std)
+    learner.encoder.reading = source.reading
     if settings.contrastive_batch is not None and not isinstance(learner, Chunkable):
         raise UserError(no_chunks(type(learner).__name__))
     if learner.uses_labels:
@@ -216,7 +224,7 @@ def _method(settings: Settings, source: Source) -> tuple[Settings, Method]:
         found = initialise(learner.encoder, settings.init)
         learner.after_init()
         say(f"initialised from {settings.init}: {found:.1%} of the weights matched")
-    views = settings.views.fitted(learner.preset, size, settings.channels)
+    views = settings.views.fitted(learner.preset, size, source.channels)
     return replace(settings, image_size=size, views=views), learner
 
 

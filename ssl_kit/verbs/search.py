@@ -170,8 +170,7 @@ def _strip(path: Path, index: Index, answers: Sequence[Answer]) -> None:
     from ssl_kit.report.page import strip_html
 
     drawn = answers[:_DRAWN]
-    channels = index.info["preprocessing"]["channels"]
-    thumbnail = lambda name: picture(index.info, name, channels, _THUMBNAIL)
+    thumbnail = lambda name: picture(index.info, name, _THUMBNAIL)
     asked = [(query.name, thumbnail(query.name) if pixels is None else pixels) for query, pixels, _ in drawn]
     shown = [[(one.id, one.score, thumbnail(one.id)) for one in found] for _, _, found in drawn]
     strip_html(path, f"Nearest images in {index.folder.name}", asked, shown)

@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from ssl_kit.core.console import next_command, result
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import atomic_file
 from ssl_kit.core.owned import check_output
 from ssl_kit.core.random import permutation
+from ssl_kit.core.reading import reading_of
 from ssl_kit.core.settings import verb
-from ssl_kit.data.decode import BadImageError
-from ssl_kit.data.sources import Source, open_source, pixels
-from ssl_kit.report.pictures import made_here
+from ssl_kit.data.limits import BadImageError
+from ssl_kit.data.opening import open_source
+from ssl_kit.data.sources import Source, pixels
+from ssl_kit.report.pictures import made_here, to_image
 from ssl_kit.views.host import apply_host
 from ssl_kit.views.recipe import View, ViewRecipe
 from ssl_kit.views.sample import sample
@@ -36,7 +37,8 @@ class Settings:
         out: the picture to write.
         views: what may happen to an image, as in a recipe.
         image_size: side of a view in pixels; default: the shorter side of the first image, at most 224.
-        channels: of the images, 3 or 1.
+        channels: of the images: 3, 1, as many as a TIFF or array has bands, or names of bands: red,nir.
+        range: of images of more than 8 bits: auto, full or LOW,HIGH; see `ssl-kit pretrain --help`.
         count: originals, one row each.
         views_per_image: views beside each original, 1 to 10.
         seed: of the run that would see these views.
@@ -48,7 +50,8 @@ class Settings:
     out: str = "views.png"
     views: ViewRecipe = ViewRecipe()  # noqa: RUF009 (frozen)
     image_size: int | None = None
-    channels: int = 3
+    channels: int | str = 3
+    range: str = "auto"
     count: int = 8
     views_per_image: int = 8
     seed: int = 0
@@ -60,7 +63,8 @@ def views(settings: Settings) -> dict[str, Any]:
     """Draw originals and their views, as the method will see them."""
     views = settings.views
     check_output(settings.out, settings.data)
-    source = open_source(settings.data, channels=settings.channels, in_memory=False)
+    reading, measure = reading_of(settings.channels, settings.range)
+    source = open_source(settings.data, reading=reading, measure=measure, in_memory=False)
     chosen = _decodable(source, settings.count)
     images, rows = list(chosen.values()), np.array(list(chosen), np.int64)
     side = settings.image_size or min(_LARGEST_DEFAULT, *images[0].shape[:2])
@@ -68,7 +72,7 @@ def views(settings: Settings) -> dict[str, Any]:
     drawn = views.build((side, side), source.channels, settings.views_per_image)
     grid = _grid(images, rows, drawn, side, settings.seed, settings.epoch)
     with atomic_file(settings.out) as temporary:
-        image = Image.fromarray(grid[..., 0] if grid.shape[2] == 1 else grid)
+        image = to_image(grid)
         image.save(temporary, format="PNG", pnginfo=made_here())
     result(
         f"{settings.out}: {len(images)} originals (left), {settings.views_per_image} views of each, {side} x {side} "
@@ -87,7 +91,7 @@ def views(settings: Settings) -> dict[str, Any]:
 
 
 def _decodable(source: Source, count: int) -> dict[int, np.ndarray]:
-    """Up to `count` images (H, W, C) uint8 by their position in the source, which their views depend on; spread out."""
+    """Up to `count` images (H, W, C) by their position in the source, which their views depend on; spread out."""
     found: dict[int, np.ndarray] = {}
     for row in permutation(0, 0, len(source)).tolist():
         try:

@@ -26,8 +26,8 @@ def apply_device(images: Tensor, params: Params | Tensor, size: tuple[int, int])
     """Makes one view per image, on the device of `images`.
 
     Args:
-        images: (N, C, H, W) uint8.
-        params: (N, COLUMNS) float32 of `sample`, as an array or a tensor.
+        images: (N, C, H, W) uint8 or uint16.
+        params: (N, COLUMNS) float32 of `sample`, or more columns, as an array or a tensor.
         size: (h, w) of the views.
 
     Returns:
@@ -37,19 +37,20 @@ def apply_device(images: Tensor, params: Params | Tensor, size: tuple[int, int])
         UserError: a shape or dtype that does not fit, colour operations for C != 3 (checked for arrays only: looking
             into a tensor would make the host wait for the device).
     """
-    if images.ndim != 4 or images.dtype != torch.uint8 or 0 in images.shape[1:]:
+    if images.ndim != 4 or images.dtype not in (torch.uint8, torch.uint16) or 0 in images.shape[1:]:
         got = f"{images.dtype} {tuple(images.shape)}"
-        raise UserError(f"images are {got}; wanted uint8 (images, channels, height, width)")
-    if tuple(params.shape) != (len(images), col.COLUMNS):
-        raise UserError(f"params have the shape {tuple(params.shape)}; wanted {(len(images), col.COLUMNS)}")
+        raise UserError(f"images are {got}; wanted uint8 or uint16 (images, channels, height, width)")
     channels = images.shape[1]
+    col.check_shape(tuple(params.shape), len(images), channels)
     if isinstance(params, np.ndarray):
         col.check_colour(params, channels)
         params = torch.from_numpy(params)
     p = params.to(images.device, torch.float32, non_blocking=True)
 
     x = _resample(images, p, size)
-    if channels == 3:
+    if p.shape[1] > col.COLUMNS:
+        x = _jitter_apart(x, p)
+    elif channels == 3:
         x = _jitter_colour(x, p)
     else:
         for position in range(4):
@@ -67,14 +68,14 @@ def _wide(column: Tensor) -> Tensor:
 
 
 def _resample(images: Tensor, p: Tensor, size: tuple[int, int]) -> Tensor:
-    """Crop, resize and mirrors: (N, C, H, W) uint8 to (N, C, h, w)."""
+    """Crop, resize and mirrors: (N, C, H, W) as stored to (N, C, h, w)."""
     turns = p[:, col.TURNS]
     # a quarter turn is a mirror and a transposition, which comes last
     flip_y = (p[:, col.FLIP_Y] != 0) ^ (turns == 2) ^ (turns == 3)
     flip_x = (p[:, col.FLIP_X] != 0) ^ (turns == 1) ^ (turns == 2)
     rows = _triangle(p[:, col.TOP], p[:, col.HEIGHT], images.shape[2], size[0], flip_y)  # (N, h, H)
     columns = _triangle(p[:, col.LEFT], p[:, col.WIDTH], images.shape[3], size[1], flip_x)  # (N, w, W)
-    x = images.to(torch.float32) / 255
+    x = images.to(torch.float32) / torch.iinfo(images.dtype).max
     # (N, 1, h, H) @ (N, C, H, W) @ (N, 1, W, w)
     return rows[:, None] @ (x @ columns[:, None].transpose(2, 3))
 
@@ -128,6 +129,19 @@ def _jitter_colour(x: Tensor, p: Tensor) -> Tensor:
     for position in range(1, 4):
         x = _linear(x, *_linear_step(p, torch.where(position > place, order[:, position], nothing)))
     return torch.where(_wide(p[:, col.GRAY]) != 0, _gray(x), x)
+
+
+def _jitter_apart(x: Tensor, p: Tensor) -> Tensor:
+    """Brightness and contrast of each channel in the drawn order, then the loss of one; (N, C, h, w)."""
+    factors = p[:, col.DROPPED + 1 :].unflatten(1, (-1, 2))[..., None, None]  # (N, C, 2, 1, 1)
+    for position in range(4):
+        operation = _wide(p[:, col.ORDER + position])
+        bright, contrast = factors[:, :, 0], factors[:, :, 1]
+        scaled = torch.where(operation == 0, bright, torch.where(operation == 1, contrast, torch.ones_like(contrast)))
+        offset = torch.where(operation == 1, 1 - contrast, torch.zeros_like(contrast))
+        x = (scaled * x + offset * x.mean((2, 3), keepdim=True)).clamp(0, 1)
+    channel = torch.arange(x.shape[1], device=x.device)[None, :, None, None]
+    return torch.where(channel == _wide(p[:, col.DROPPED]), torch.zeros_like(x), x)
 
 
 def _turn_hue(x: Tensor, turns: Tensor) -> Tensor:

@@ -28,9 +28,10 @@ def apply_host(
     """Makes one view per image.
 
     Args:
-        images: (N, H, W, C) uint8; or a list of (H_i, W_i, C) uint8; or `(array, rows)`, the images `array[rows]`
-            of a big array without the copy.
-        params: (N, COLUMNS) float32 of `sample`; boxes may be fractional (images decoded at a reduced scale).
+        images: (N, H, W, C) uint8 or uint16; or a list of (H_i, W_i, C) of either; or `(array, rows)`, the images
+            `array[rows]` of a big array without the copy.
+        params: (N, COLUMNS) float32 of `sample`, or more columns; boxes may be fractional (of images decoded at a
+            reduced scale).
         size: (h, w) of the views.
         out: (N, C, h, w) float32 to write to, or uint8 for rounded 0..255.
         threads: the images are split over so many threads; the result does not depend on it.
@@ -41,7 +42,7 @@ def apply_host(
     Raises:
         UserError: a shape or dtype that does not fit, a box outside its image, colour operations for C != 3.
     """
-    addresses, heights, widths, channels, kept = _describe(images)
+    addresses, heights, widths, deep, channels, kept = _describe(images)
     params = np.require(params, np.float32, ["C", "W"])
     _check(params, heights, widths, channels, size)
     shape = (len(addresses), channels, *size)
@@ -52,27 +53,39 @@ def apply_host(
     count = len(addresses)
     parts = 1 if threads <= 1 else min(count, 4 * threads)
     edges = [count * part // max(1, parts) for part in range(parts + 1)]
-    jobs = [(addresses[a:b], heights[a:b], widths[a:b], channels, params[a:b], out[a:b]) for a, b in pairwise(edges)]
-    if len(jobs) == 1 and count:
-        _run(*jobs[0])
-    elif count:
+    edges = sorted({*edges, *(np.flatnonzero(np.diff(deep)) + 1).tolist()})  # the kernel takes one type at a time
+    jobs = [
+        (addresses[a:b], heights[a:b], widths[a:b], channels, params[a:b], out[a:b], deep[a])
+        for a, b in pairwise(edges)
+    ]
+    if threads > 1 and len(jobs) > 1:
         list(_pool(os.getpid(), threads).map(lambda job: _run(*job), jobs))
+    else:
+        for job in jobs:
+            _run(*job)
     del kept  # the addresses above point into it
     return out
 
 
 def plain_views(images: Sequence[np.ndarray], size: tuple[int, int]) -> np.ndarray:
-    """(N, C, h, w) float32 in [0, 1]: what evaluation sees of images (H_i, W_i, C) uint8."""
+    """(N, C, h, w) float32 in [0, 1]: what evaluation sees of images (H_i, W_i, C) uint8 or uint16."""
     heights, widths = np.array([image.shape[:2] for image in images]).T
     view = plain(size)
     return apply_host(list(images), columns.sample(view, 0, 0, np.arange(len(images)), 0, heights, widths), view.size)
 
 
+_KINDS = np.empty(0, np.uint8), np.empty(0, np.uint16)  # what tells the kernel the type of the images
 _ROUNDED_AT_ONCE = 16  # images; uint8 output goes through a float buffer of this many
 
 
 def _run(
-    addresses: np.ndarray, heights: np.ndarray, widths: np.ndarray, channels: int, params: Params, out: np.ndarray
+    addresses: np.ndarray,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    channels: int,
+    params: Params,
+    out: np.ndarray,
+    deep: bool,
 ) -> None:
     from ssl_kit.views.kernel import make_views  # numba takes a second to import
 
@@ -83,7 +96,7 @@ def _run(
         part = slice(a, a + at_once)
         views = out[part] if out.dtype == np.float32 else np.empty(out[part].shape, np.float32)
         planes = views.reshape(len(views), channels, h * w)
-        make_views(addresses[part], heights[part], widths[part], params[part], h, w, scratch, planes)
+        make_views(addresses[part], heights[part], widths[part], params[part], h, w, scratch, planes, _KINDS[int(deep)])
         if out.dtype == np.uint8:
             views *= 255
             views += 0.5
@@ -119,39 +132,46 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="views")
 
 
-def _describe(images: Images) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, object]:
-    """Addresses, heights, widths (N,) int64 and the channels of images, and what must stay alive meanwhile."""
+_Described = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int, object]
+
+
+def _describe(images: Images) -> _Described:
+    """Addresses, heights, widths (N,) int64, deep (N,) bool: uint16, and the channels of images, and what must live."""
     if isinstance(images, np.ndarray):
         return _describe_rows(images, np.arange(len(images)))
     if isinstance(images, tuple) and len(images) == 2 and images[0].ndim == 4:
         return _describe_rows(images[0], np.asarray(images[1], np.int64))
     kept = []
     for position, image in enumerate(images):
-        if image.ndim != 3 or image.dtype != np.uint8 or image.size == 0:
-            raise UserError(f"image {position} is {image.dtype} {image.shape}; wanted uint8 (height, width, channels)")
+        if image.ndim != 3 or image.dtype not in (np.uint8, np.uint16) or image.size == 0:
+            raise UserError(
+                f"image {position} is {image.dtype} {image.shape}; wanted uint8 or uint16 (height, width, channels)"
+            )
         kept.append(np.ascontiguousarray(image))
     channels = {image.shape[2] for image in kept}
     if len(channels) > 1:
         raise UserError(f"the images have {sorted(channels)} channels; wanted one number for all of them")
     sizes = np.array([image.shape[:2] for image in kept], np.int64).reshape(-1, 2)
     addresses = np.array([image.ctypes.data for image in kept], np.int64)
-    return addresses, sizes[:, 0].copy(), sizes[:, 1].copy(), channels.pop() if channels else 3, kept
+    deep = np.array([image.dtype == np.uint16 for image in kept], bool)
+    return addresses, sizes[:, 0].copy(), sizes[:, 1].copy(), deep, channels.pop() if channels else 3, kept
 
 
-def _describe_rows(array: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, object]:
-    if array.ndim != 4 or array.dtype != np.uint8 or 0 in array.shape[1:]:
-        raise UserError(f"images are {array.dtype} {array.shape}; wanted uint8 (images, height, width, channels)")
+def _describe_rows(array: np.ndarray, rows: np.ndarray) -> _Described:
+    if array.ndim != 4 or array.dtype not in (np.uint8, np.uint16) or 0 in array.shape[1:]:
+        raise UserError(
+            f"images are {array.dtype} {array.shape}; wanted uint8 or uint16 (images, height, width, channels)"
+        )
     if len(rows) and not 0 <= rows.min() <= rows.max() < len(array):
         raise UserError(f"rows {rows.min()} to {rows.max()} were asked for; the array has {len(array)} images")
     array = np.ascontiguousarray(array)
     addresses = array.ctypes.data + rows.astype(np.int64) * array.strides[0]
     heights, widths = (np.full(len(rows), side, np.int64) for side in array.shape[1:3])
-    return addresses, heights, widths, array.shape[3], array
+    return addresses, heights, widths, np.full(len(rows), array.dtype == np.uint16), array.shape[3], array
 
 
 def _check(params: Params, heights: np.ndarray, widths: np.ndarray, channels: int, size: tuple[int, int]) -> None:
-    if params.shape != (len(heights), columns.COLUMNS):
-        raise UserError(f"params have the shape {params.shape}; wanted {(len(heights), columns.COLUMNS)}")
+    columns.check_shape(params.shape, len(heights), channels)
     if min(size) < 1:
         raise UserError(f"size is {size}; wanted (height, width) of at least 1 pixel")
     if not np.isfinite(params).all():

@@ -1,8 +1,8 @@
 """The fused kernel of the host executor: one image at a time through all operations, in numba.
 
 Letters: C channels, H x W the stored image, h x w the view, K taps of the resampling filter. Stored images are uint8
-HWC; inside everything is float32. Resampling works on interleaved pixels, because one tap then is one load of all
-channels; what follows works on planes, one channel after the other, because such loops vectorise.
+or uint16 HWC; inside everything is float32. Resampling works on interleaved pixels, because one tap then is one load of
+all channels; what follows works on planes, one channel after the other, because such loops vectorise.
 
 Why it looks as it does:
 - Images are given by address, so that one compiled signature serves arrays, rows of arrays and lists.
@@ -20,47 +20,44 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import carray, njit, types
-from numba.extending import intrinsic
+from numba import carray, njit
 
-from ssl_kit.views.kernel_cache import cached
+from ssl_kit.views.kernel_cache import cached, pointer
 
 _FAST = {"nnan", "ninf", "nsz", "arcp", "contract", "reassoc"}
 _inner = njit(error_model="numpy", fastmath=_FAST, no_cpython_wrapper=True, no_cfunc_wrapper=True)  # type: ignore[call-overload]
 
 
-@intrinsic
-def _pointer(typing_context, address):
-    """An integer address as the void pointer that `carray` takes."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
-
-    return types.voidptr(address), generate
-
-
 @cached(nogil=True, error_model="numpy")
-def make_views(addresses, heights, widths, params, h, w, scratch, out):
+def make_views(addresses, heights, widths, params, h, w, scratch, out, kind):
     """Makes one view per image.
 
     Args:
-        addresses: (N,) int64, of uint8 C-contiguous (H_i, W_i, C) images.
+        addresses: (N,) int64, of C-contiguous (H_i, W_i, C) images.
         heights: (N,) int64.
         widths: (N,) int64.
-        params: (N, COLUMNS) float32, see `ssl_kit.views.sample`.
+        params: (N, COLUMNS) float32, or with the columns of each channel; see `ssl_kit.views.sample`.
         h: height of the views.
         w: width of the views.
         scratch: what the call works in; see `_scratch` in `ssl_kit/views/host.py`.
         out: (N, C, h * w) float32, written, in [0, 1].
+        kind: an empty array of the images' type, uint8 or uint16; each is compiled when it is first met.
     """
     maps, buffers = scratch
     channels = out.shape[1]
+    gain = 1 / np.iinfo(kind.dtype).max
     for n in range(out.shape[0]):
-        address: int = _pointer(addresses[n])  # type: ignore[call-arg]
-        image = carray(address, (heights[n], widths[n] * channels), np.uint8)
+        address: int = pointer(addresses[n])  # type: ignore[call-arg]
+        image = carray(address, (heights[n], widths[n] * channels), kind.dtype)
         p, planes = params[n], out[n]
-        _resample(image, p, h, w, maps, buffers[0], planes)
-        _colour(planes, p)
+        _resample(image, p, h, w, gain, maps, buffers[0], planes)
+        apart = p.size > 22  # each channel has its own brightness and contrast
+        for c in range(channels if apart else 1):
+            _colour(planes[c : c + 1 if apart else channels], p, 23 + 2 * c if apart else 7)
+        if apart and p[22] >= 0:
+            plane = planes[int(p[22])]
+            for x in range(plane.size):
+                plane[x] = np.float32(0)
         if p[16] > 0:
             _blur(planes, p, h, w, buffers)
         if p[17] <= 1:
@@ -72,16 +69,16 @@ def make_views(addresses, heights, widths, params, h, w, scratch, out):
 
 
 @_inner
-def _resample(image, p, h, w, maps, flat, planes):
-    """Crop, resize and mirrors: image (H, W * C) uint8 to planes (C, h * w)."""
+def _resample(image, p, h, w, gain, maps, flat, planes):
+    """Crop, resize and mirrors: image (H, W * C) to planes (C, h * w); the values are multiplied by `gain`."""
     box, index, weight, rows = maps
     channels = planes.shape[0]
     for axis in range(2):
         turned = p[6] == 2 or p[6] == (3 if axis == 0 else 1)  # a quarter turn is a mirror and a transposition
         flip = (p[5 - axis] != 0) != turned
-        step, size, gain = (channels, w, 1.0) if axis else (1, h, 1 / 255)
+        step, size, share = (channels, w, 1.0) if axis else (1, h, gain)
         limit = image.shape[axis] // step
-        _taps(p[axis], p[2 + axis], limit, flip, step, gain, box[axis], index[axis][:size], weight[axis])
+        _taps(p[axis], p[2 + axis], limit, flip, step, share, box[axis], index[axis][:size], weight[axis])
     top, taps_y, covered_y = box[0, 0], box[0, 1], box[0, 2]
     left, taps_x, length = box[1, 0] * channels, box[1, 1], box[1, 2] * channels
     spread_first = covered_y <= h + 2  # spread out each stored row once, then mix rows; else mix stored rows first
@@ -201,10 +198,13 @@ def _split(row, start, w, planes):
 
 
 @_inner
-def _colour(planes, p):
-    """Jitter in its drawn order with a clamp after each operation, then the loss of colour; planes (C, h * w)."""
+def _colour(planes, p, at):
+    """Jitter in its drawn order with a clamp after each operation, then the loss of colour; planes (C, h * w).
+
+    Brightness and contrast are the columns `at` and `at + 1`.
+    """
     channels, size = planes.shape
-    contrast, gray = p[8] != 1, p[15] != 0 and channels == 3
+    contrast, gray = p[at + 1] != 1, p[15] != 0 and channels == 3
     split = 0  # position of contrast: what stands before it is done before the mean is taken
     for position in range(4):
         split = position if contrast and p[11 + position] == 1 else split
@@ -212,7 +212,7 @@ def _colour(planes, p):
     for last in range(0 if contrast else 1, 2):
         for start in range(0, size, 1024):
             stop = min(size, start + 1024)
-            _operations(planes, start, stop, p, split if last else 0, 4 if last else split, mean)
+            _operations(planes, start, stop, p, at, split if last else 0, 4 if last else split, mean)
             if not last:
                 total += _gray_sum(planes, start, stop)
             elif gray:
@@ -244,12 +244,12 @@ def _gray_sum(planes, start, stop):
 
 
 @_inner
-def _operations(planes, start, stop, p, begin, end, mean):
+def _operations(planes, start, stop, p, at, begin, end, mean):
     """The jitter's operations at the positions begin .. end - 1, on the pixels start .. stop - 1 (in the cache)."""
     for position in range(begin, end):
         operation = int(p[11 + position])
         if operation <= 1:
-            factor = p[7 + operation]
+            factor = p[at + operation]
             if factor != 1:
                 offset = (np.float32(1) - factor) * mean if operation == 1 else np.float32(0)
                 for c in range(planes.shape[0]):

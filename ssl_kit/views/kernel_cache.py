@@ -10,11 +10,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from numba import config, njit
+from numba import config, njit, types
 from numba.core import caching
+from numba.extending import intrinsic
 
 from ssl_kit.core.console import warn
 from ssl_kit.core.process import prepare
+
+
+@intrinsic
+def pointer(typing_context: Any, address: Any) -> Any:
+    """An integer address as the void pointer that `carray` takes."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
+
+    return types.voidptr(address), generate
 
 
 def cached(**options: Any) -> Callable[[Callable[..., Any]], Any]:

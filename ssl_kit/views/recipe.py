@@ -10,17 +10,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
+from ssl_kit.core.console import say
 from ssl_kit.core.errors import UserError
 
-Preset = Literal["simclr", "byol", "dino", "mae", "vae", "aavae", "aavae_gray", "gray", "overhead", "plain"]
+Preset = Literal["simclr", "byol", "dino", "mae", "vae", "aavae", "gray", "overhead", "plain"]
 
-_PROBABILITIES = ("crop", "flip_x", "flip_y", "turn", "jitter", "gray", "blur", "solarize", "erase")
+_PROBABILITIES = ("crop", "flip_x", "flip_y", "turn", "jitter", "gray", "blur", "solarize", "erase", "drop")
 _COLOUR = ("saturation", "hue", "gray")  # operations that mean something for red, green and blue only
 _SMALL = 96  # pixels: below it SimCLR halves the colour jitter and does not blur (arXiv:2002.05709, appendix B.9)
-# presets whose colour operations need red, green and blue, and what stands in for other channels
-_COLOURFUL: dict[Preset, Preset] = {"simclr": "gray", "byol": "gray", "dino": "gray", "aavae": "aavae_gray"}
-_CLEAN_TARGET = ("aavae", "aavae_gray")
 _LOCAL = 96 / 224  # side of DINO's local crops as a share of the global ones
+_COLOURFUL = ("simclr", "byol", "dino", "aavae")  # presets that change saturation and hue
 MAX_VIEWS = 10  # a view owns 100 of the 1,000 random streams that belong to views; see ssl_kit/core/random.py
 
 
@@ -50,6 +49,8 @@ class View:
         erase: probability of setting a random box of the view to 0.
         erase_scale: area of the erased box as a fraction of the view.
         erase_ratio: height / width of the erased box, drawn log-uniformly.
+        bands: channels whose brightness and contrast are each drawn apart; 0 = those of all together.
+        drop: probability of setting one of the bands to 0.
     """
 
     size: tuple[int, int]
@@ -73,6 +74,8 @@ class View:
     erase: float = 0.0
     erase_scale: tuple[float, float] = (0.02, 0.33)
     erase_ratio: tuple[float, float] = (0.3, 3.3)
+    bands: int = 0
+    drop: float = 0.0
 
     def __post_init__(self) -> None:
         for name in _PROBABILITIES:
@@ -89,6 +92,10 @@ class View:
             _want(0 < low <= high, f"{name} is ({low}, {high}); wanted (smallest, largest), both above 0")
         _want(0 < self.fraction <= 1, f"fraction is {self.fraction}; wanted a share in (0, 1]")
         _want(0 <= self.threshold <= 1, f"threshold is {self.threshold}; pixels are in [0, 1]")
+        _want(
+            self.bands >= 0 and (self.bands > 1 or not self.drop),
+            "drop leaves out one of many channels; the images have 1 or 3: set it to 0",
+        )
         square = self.size[0] == self.size[1]
         _want(square or self.turn == 0, f"turn needs a square view, size is {self.size}; set turn to 0")
 
@@ -97,9 +104,12 @@ class View:
         used = [name for name in _COLOUR if getattr(self, name) > 0 and (name == "gray" or self.jitter > 0)]
         _want(
             channels == 3 or not used,
-            f"{', '.join(used)} need 3 channels (red, green, blue), the images have {channels}; "
-            "set them to 0 or choose views.preset gray",
+            f"{', '.join(used)} need 3 channels (red, green, blue), the images have {channels}; set them to 0",
         )
+
+    def without_colour(self, channels: int) -> View:
+        """The same for other images than RGB: no saturation, hue or loss of colour."""
+        return self if channels == 3 else replace(self, saturation=0.0, hue=0.0, gray=0.0)
 
 
 @dataclass(frozen=True)
@@ -109,7 +119,7 @@ class ViewRecipe:
     Args:
         preset: where the numbers come from: simclr, byol (asymmetric pair, also MoCo v3), dino (two global and
             further local crops), mae, vae, aavae (simclr's view, then the clean image, which no setting below touches),
-            aavae_gray (likewise for one channel), gray (one channel), overhead (no up and down, no hue), plain
+            gray (simclr's without colour), overhead (no up and down, no hue), plain
             (evaluation).
             None stands for the method's own in training, and for simclr elsewhere.
         strength: factor on the colour jitter (SimCLR's s); None is 1, in training 0.5 below 96 px.
@@ -122,6 +132,7 @@ class ViewRecipe:
         solarize: probability of solarizing.
         turn: probability of a quarter, half or three-quarter turn.
         erase: probability of erasing a box.
+        drop: probability of dropping one channel of many.
         local_size: side of the local crops of `dino` in pixels; the default is 96/224 of the view.
     """
 
@@ -136,13 +147,14 @@ class ViewRecipe:
     solarize: float | None = None
     turn: float | None = None
     erase: float | None = None
+    drop: float | None = None
     local_size: int | None = None
 
     def fitted(self, preset: Preset, size: tuple[int, int], channels: int) -> ViewRecipe:
         """What is left open here, chosen for a method's `preset` and images of `size` (height, width), `channels`."""
         chosen = self.preset or preset
-        if self.preset is None and channels != 3:
-            chosen = _COLOURFUL.get(chosen, chosen)
+        if channels != 3 and chosen in _COLOURFUL:
+            say(f"views: saturation, hue and loss of colour are left out of {chosen} (no red, green and blue)")
         if min(size) >= _SMALL:
             return replace(self, preset=chosen)
         strength = 0.5 if self.strength is None else self.strength
@@ -161,13 +173,13 @@ class ViewRecipe:
         local = [round(side * _LOCAL) if self.local_size is None else self.local_size for side in size]
         views = _PRESETS[preset](size, (max(1, local[0]), max(1, local[1])))
         made = [views[min(which, len(views) - 1)] for which in range(count)]
-        made = [self._changed(view) for view in made]
+        made = [self._changed(view.without_colour(channels), channels) for view in made]
         for view in made:
             view.check_channels(channels)
         return tuple(made)
 
-    def _changed(self, view: View) -> View:
-        if self.preset in _CLEAN_TARGET and view == plain(view.size):
+    def _changed(self, view: View, channels: int) -> View:
+        if self.preset == "aavae" and view == plain(view.size):
             return view
         s = 1.0 if self.strength is None else self.strength
         changes: dict[str, float | tuple[float, float]] = {
@@ -178,6 +190,8 @@ class ViewRecipe:
         }
         own = {field.name for field in fields(self)} - {"preset", "strength", "hue", "local_size"}
         changes |= {name: getattr(self, name) for name in sorted(own) if getattr(self, name) is not None}
+        if channels not in (1, 3) and (view.jitter > 0 or self.drop):
+            changes["bands"] = channels
         if self.preset == "dino" and "scale" in changes and view.scale == _DINO_LOCAL:
             del changes["scale"]  # `scale` speaks of the global crops
         return replace(view, **changes)  # type: ignore[arg-type]
@@ -230,13 +244,8 @@ def _aavae(size: tuple[int, int], local: tuple[int, int]) -> _Views:
     return *_simclr(size, local), plain(size)
 
 
-def _aavae_gray(size: tuple[int, int], local: tuple[int, int]) -> _Views:
-    """The same for any number of channels."""
-    return *_gray(size, local), plain(size)
-
-
 def _gray(size: tuple[int, int], local: tuple[int, int]) -> _Views:
-    """SimCLR's for any number of channels: no saturation, hue or loss of colour."""
+    """SimCLR's without saturation, hue and loss of colour."""
     return (View(size, crop=1, flip_x=0.5, jitter=0.8, brightness=0.8, contrast=0.8, blur=0.5),)
 
 
@@ -259,7 +268,6 @@ _PRESETS: dict[str, Callable[[tuple[int, int], tuple[int, int]], _Views]] = {
     "mae": _mae,
     "vae": _vae,
     "aavae": _aavae,
-    "aavae_gray": _aavae_gray,
     "gray": _gray,
     "overhead": _overhead,
     "plain": _plain,

@@ -3,7 +3,8 @@
 The numbers are a pure function of (seed, epoch, image index, view number); `tests/views/test_sample.py` holds golden
 values. View number `which` owns the streams 100 * which .. 100 * which + 99 of `ssl_kit.core.random`:
 stream + 0 holds `_DRAWS` draws in the order of the constants below, stream + 1 .. 10 the ten tries of the crop (area,
-aspect), stream + 11 the erased box's place and stream + 12 .. 21 its ten tries. Tries are drawn only for the images
+aspect), stream + 11 the erased box's place and stream + 12 .. 21 its ten tries, and
+stream + 22 what changes channels apart. Tries are drawn only for the images
 that still need one, which changes no number because every draw has its own counter.
 """
 
@@ -29,6 +30,8 @@ SIGMA = 16  # of the blur, in pixels of the view; 0 = off
 SOLARIZE = 17  # threshold in [0, 1]; 2 = off
 ERASE_TOP, ERASE_LEFT, ERASE_HEIGHT, ERASE_WIDTH = 18, 19, 20, 21  # in pixels of the view; height 0 = off
 COLUMNS = 22
+# where the view changes channels apart, and then brightness and contrast of each channel, in turn
+DROPPED = 22  # the channel that is set to 0; -1 = none
 
 NAMES = (
     *("top", "left", "height", "width", "flip_x", "flip_y", "turns"),
@@ -40,6 +43,7 @@ NAMES = (
 _D_CROP, _D_TOP, _D_LEFT, _D_FLIP_X, _D_FLIP_Y, _D_TURN, _D_TURNS = range(7)
 _D_JITTER, _D_FACTORS, _D_ORDER, _D_GRAY, _D_BLUR, _D_SIGMA, _D_SOLARIZE, _D_ERASE = 7, 8, 12, 13, 14, 15, 16, 17
 _DRAWS = 18
+_S_APART = 22  # the stream of what changes channels apart: whether one is dropped, which, and two factors for each
 _TRIES = 10  # torchvision gives up after ten boxes that do not fit
 _CHUNK = 16384  # images; keeps the temporaries in the cache
 
@@ -61,7 +65,7 @@ def sample(
         widths: (N,).
 
     Returns:
-        (N, COLUMNS) float32; the columns are the constants of this module.
+        (N, COLUMNS) float32; the columns are the constants of this module; with `view.bands` 1 + 2 * bands more.
     """
     if not 0 <= which < MAX_VIEWS:
         raise UserError(f"view number {which} was asked for; wanted 0 to {MAX_VIEWS - 1}")
@@ -69,12 +73,23 @@ def sample(
     if not index.shape == heights.shape == widths.shape or index.ndim != 1:
         shapes = f"{index.shape}, {heights.shape}, {widths.shape}"
         raise UserError(f"index, heights and widths have the shapes {shapes}; wanted one entry per image, (N,) each")
-    params = np.empty((len(index), COLUMNS), np.float32)
+    params = np.empty((len(index), columns_of(view.bands)), np.float32)
     for start in range(0, len(index), _CHUNK):
         part = slice(start, start + _CHUNK)
         key = (seed, epoch, index[part], 100 * which)
         _sample(view, key, heights[part].astype(np.float64), widths[part].astype(np.float64), params[part])
     return params
+
+
+def columns_of(bands: int) -> int:
+    """How many columns views have that change so many channels apart."""
+    return COLUMNS + (1 + 2 * bands if bands else 0)
+
+
+def check_shape(shape: tuple[int, ...], count: int, channels: int) -> None:
+    """Raises `UserError` unless parameters are (count, COLUMNS), or have the columns of each channel too."""
+    if shape not in ((count, COLUMNS), (count, columns_of(channels))):
+        raise UserError(f"params have the shape {shape}; wanted {(count, COLUMNS)}, or {(count, columns_of(channels))}")
 
 
 def check_colour(params: Params, channels: int) -> None:
@@ -106,9 +121,7 @@ def _sample(view: View, key: _Key, heights: np.ndarray, widths: np.ndarray, para
 
     jittered = u[:, _D_JITTER] < view.jitter
     for column, half in enumerate((view.brightness, view.contrast, view.saturation)):
-        low = max(0.0, 1 - half)
-        factor = low + u[:, _D_FACTORS + column] * (1 + half - low)
-        params[:, BRIGHTNESS + column] = np.where(jittered, factor, 1)
+        params[:, BRIGHTNESS + column] = np.where(jittered, _factor(u[:, _D_FACTORS + column], half), 1)
     params[:, HUE] = np.where(jittered, (2 * u[:, _D_FACTORS + 3] - 1) * view.hue, 0)
     orders = np.array(_ORDERS, np.float32)
     params[:, ORDER : ORDER + 4] = orders[(u[:, _D_ORDER].astype(np.float64) * len(orders)).astype(np.int64)]
@@ -118,10 +131,30 @@ def _sample(view: View, key: _Key, heights: np.ndarray, widths: np.ndarray, para
     params[:, SIGMA] = np.where(u[:, _D_BLUR] < view.blur, sigma, 0)
     params[:, SOLARIZE] = np.where(u[:, _D_SOLARIZE] < view.solarize, view.threshold, 2)
 
-    params[:, ERASE_TOP:] = 0
+    if view.bands:
+        _apart(view, key, jittered, params)
+    params[:, ERASE_TOP:COLUMNS] = 0
     erased = np.flatnonzero(u[:, _D_ERASE] < view.erase)
     if len(erased):
-        params[erased, ERASE_TOP:] = _erased(view, (seed, epoch, index[erased], stream))
+        params[erased, ERASE_TOP:COLUMNS] = _erased(view, (seed, epoch, index[erased], stream))
+
+
+def _factor(u: np.ndarray, half: float) -> np.ndarray:
+    """Uniform draws to [max(0, 1 - half), 1 + half]."""
+    low = max(0.0, 1 - half)
+    return low + u * (1 + half - low)
+
+
+def _apart(view: View, key: _Key, jittered: np.ndarray, params: Params) -> None:
+    """Which channel is dropped, and brightness and contrast of each."""
+    seed, epoch, index, stream = key
+    u = uniform_array(seed, epoch, index, stream + _S_APART, 2 + 2 * view.bands)
+    which = np.floor(u[:, 1].astype(np.float64) * view.bands)
+    params[:, DROPPED] = np.where(u[:, 0] < view.drop, which, -1)
+    for column, half in enumerate((view.brightness, view.contrast)):
+        factors = np.where(jittered[:, None], _factor(u[:, 2 + column :: 2], half), 1)
+        params[:, DROPPED + 1 + column :: 2] = factors
+        params[:, BRIGHTNESS + column] = 1  # of all together
 
 
 def centre_boxes(view: View, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageOps
 
-from ssl_kit.data.decode import MAX_PIXELS, BadImageError, decode, image_size, jpeg_header
+from ssl_kit.core.reading import ANY, GREY, Reading
+from ssl_kit.data.decode import decode, image_size
+from ssl_kit.data.limits import MAX_PIXELS, BadImageError, jpeg_header
 
 ORIENTATION = 0x0112
 
@@ -48,8 +50,8 @@ def test_jpeg_equals_pillow(options):
     assert np.array_equal(decode(data).image, expected)
     assert decode(data).image.flags.c_contiguous
     grey = np.asarray(Image.open(io.BytesIO(data)).convert("L"))
-    assert decode(data, channels=1).image.shape == (48, 64, 1)
-    assert difference(decode(data, channels=1).image[:, :, 0], grey) <= 4  # stored luma against luma of clipped RGB
+    assert decode(data, reading=GREY).image.shape == (48, 64, 1)
+    assert difference(decode(data, reading=GREY).image[:, :, 0], grey) <= 4  # stored luma against luma of clipped RGB
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "HSV", "RGB"])
@@ -63,7 +65,7 @@ def test_modes_equal_pillow(mode, kind):
     opened = Image.open(io.BytesIO(data))
     for channels, target in ((3, "RGB"), (1, "L")):
         expected = np.asarray(opened.convert("RGB").convert(target))
-        got = decode(data, channels).image
+        got = decode(data, Reading(channels)).image
         assert got.shape == (48, 64, channels) and got.dtype == np.uint8
         assert difference(got.squeeze(), expected) <= (4 if kind == "JPEG" else 0)
 
@@ -86,7 +88,7 @@ def test_transparency_is_composited_on_white(kind, mode):
     share = alpha[..., None] / 255
     expected = share * np.asarray(colour.convert("RGB")) + (1 - share) * 255
     assert np.abs(got - expected).max() <= 1
-    grey = decode(encoded(with_alpha, kind, **options), channels=1).image
+    grey = decode(encoded(with_alpha, kind, **options), reading=GREY).image
     assert grey[0, 0, 0] == 255  # alpha 0
 
 
@@ -99,23 +101,23 @@ def test_palette_transparency():
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_16_bits_are_rescaled_not_clipped(kind):
+def test_16_bits_stay(kind):
     ramp = np.arange(65536, dtype=np.uint16).reshape(256, 256)
     for channels in (1, 3):
-        got = decode(encoded(Image.fromarray(ramp), kind), channels).image
-        expected = np.rint(ramp / 257)
-        assert np.array_equal(got, np.repeat(expected[..., None], channels, axis=2))
-    assert len(np.unique(got)) == 256
+        got = decode(encoded(Image.fromarray(ramp), kind), Reading(channels)).image
+        assert got.dtype == np.uint16 and np.array_equal(got, np.repeat(ramp[..., None], channels, axis=2))
 
 
 def test_32_bits_and_floats():
     values = np.array([[0.0, 0.25, 1.0]], dtype=np.float32)
-    tiff = lambda array: decode(encoded(Image.fromarray(array), "TIFF"), 1).image[0, :, 0].tolist()
-    assert tiff(values) == [0, 64, 255]
-    assert tiff(values * 1000 - 500) == [0, 64, 255]  # by its own range
-    assert tiff(np.array([[0, 257, 65535]], dtype=np.int32)) == [0, 1, 255]  # 16 bits in 32
-    assert tiff(np.array([[-(10**6), 0, 10**6]], dtype=np.int32)) == [0, 128, 255]
-    assert tiff(np.full((1, 2), 7e9, dtype=np.float32)) == [0, 0]
+    tiff = lambda array, reading=GREY: decode(encoded(Image.fromarray(array), "TIFF"), reading).image[0, :, 0].tolist()
+    within = lambda *ends: GREY.within({ANY: (ends,)})
+    assert tiff(values) == [0, 16384, 65535]
+    assert tiff(values * 1000 - 500, within(-500, 500)) == [0, 16384, 65535]
+    assert tiff(np.array([[0, 257, 65535]], dtype=np.int32), within(0, 65535)) == [0, 257, 65535]  # 16 bits in 32
+    assert tiff(np.array([[-(2**31), 0, 2**31 - 1]], dtype=np.int32)) == [0, 32768, 65535]
+    with pytest.raises(BadImageError, match=r"floats from -500 to 500, which have no full depth: --range -500,500"):
+        tiff(values * 1000 - 500)
     with pytest.raises(BadImageError, match="NaN"):
         tiff(np.array([[0, np.nan]], dtype=np.float32))
 
@@ -273,16 +275,21 @@ def test_a_png_is_turned_wherever_it_says_so():
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "I;16", "I", "F"])
 def test_bands_of_rows_are_the_whole(mode, monkeypatch):
-    ramp = np.linspace(-300, 70_000, 48 * 64).reshape(48, 64)
-    values = {"I;16": ramp.clip(0).astype(np.uint16), "I": ramp.astype(np.int32), "F": ramp.astype(np.float32)}
+    ramp = np.linspace(0, 1, 48 * 64).reshape(48, 64)
+    values = {
+        "I;16": (65_535 * ramp).astype(np.uint16),
+        "I": (2e9 * ramp).astype(np.int32),
+        "F": ramp.astype(np.float32),
+    }
     image = Image.fromarray(values[mode]) if mode in values else Image.fromarray(picture()).convert(mode)
     file = encoded(
         image, "PNG" if mode in ("1", "P", "LA", "RGBA") else "TIFF", **({"transparency": 3} if mode == "P" else {})
     )
-    whole = [decode(file, channels).image for channels in (1, 3)]
+    whole = [decode(file, Reading(channels)).image for channels in (1, 3)]
     for band in (1, 64 * 5, 64 * 48 - 1):
         monkeypatch.setattr("ssl_kit.data.decode._BAND", band)
-        assert all(np.array_equal(decode(file, image.shape[2]).image, image) for image in whole)
+        monkeypatch.setattr("ssl_kit.data.samples._BAND", band)
+        assert all(np.array_equal(decode(file, Reading(image.shape[2])).image, image) for image in whole)
 
 
 def test_a_jpeg_says_how_it_is_coded_whatever_pads_it():

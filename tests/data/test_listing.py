@@ -8,7 +8,7 @@ import numpy as np
 from stripes import make, pixels, png
 
 from ssl_kit.data.listing import escape, list_images, unescape
-from ssl_kit.data.sources import open_source
+from ssl_kit.data.opening import open_source
 
 NAMES = [
     "b.png",

@@ -7,8 +7,8 @@ from PIL import Image
 from ssl_kit.core.errors import UserError
 from ssl_kit.data.loader import ViewLoader
 from ssl_kit.data.module import ImageData
+from ssl_kit.data.opening import open_source
 from ssl_kit.data.plan import TrainingPlan
-from ssl_kit.data.sources import open_source
 from ssl_kit.views.recipe import ViewRecipe
 
 VIEWS = ViewRecipe(blur=0.5).build((12, 12), 3, 2)

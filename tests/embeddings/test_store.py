@@ -18,7 +18,7 @@ import ssl_kit.embeddings.embeddings as module
 from ssl_kit.core import files
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import DamagedError, read_json
-from ssl_kit.data.sources import open_source
+from ssl_kit.data.opening import open_source
 from ssl_kit.embeddings.embeddings import Embeddings
 from ssl_kit.embeddings.embeddings import embed as embed_at_once
 from ssl_kit.embeddings.folder import find_ids, part_names, read_rows, read_vectors

@@ -6,7 +6,8 @@ On digits, pixels as features: what is chosen must come from train alone, whatev
 import numpy as np
 import pytest
 
-from ssl_kit.data.sources import open_labelled
+from ssl_kit.core.reading import GREY
+from ssl_kit.data.opening import open_labelled
 from ssl_kit.embeddings.embeddings import Embeddings, embed
 from ssl_kit.evaluation import attentive_probe, dimension_curve, few_shot, knn, knn_rows, linear_probe, sgd_probe
 from ssl_kit.evaluation.features import FeatureSet, Pixels
@@ -26,7 +27,7 @@ EVALUATIONS = {
 @pytest.fixture(scope="module")
 def digits():
     """1,437 training and 360 test digits of 8 x 8 grey pixels, 64 dimensions."""
-    return [embed(Pixels((8, 8), 1), part, view=plain((8, 8))) for part in open_labelled("digits", channels=1)]
+    return [embed(Pixels((8, 8), 1), part, view=plain((8, 8))) for part in open_labelled("digits", reading=GREY)]
 
 
 def relabelled(part, seed):

@@ -8,7 +8,7 @@ import torch
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 
 from ssl_kit.core.errors import UserError
-from ssl_kit.data.sources import open_source
+from ssl_kit.data.opening import open_source
 from ssl_kit.evaluation.features import Network, Pixels
 from ssl_kit.evaluation.retrieval import TwoCrops, _ranks, crops_top1, instance_retrieval, retrieval
 

@@ -9,7 +9,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import rotate
 
 from ssl_kit.core.errors import UserError
-from ssl_kit.data.sources import open_source
+from ssl_kit.data.opening import open_source
 from ssl_kit.embeddings.embeddings import embed
 from ssl_kit.evaluation.features import Network, Pixels
 from ssl_kit.evaluation.neighbours import knn_accuracy

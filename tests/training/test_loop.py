@@ -6,7 +6,7 @@ import torch
 from tiny_runs import Tiny, train
 from torch import nn
 
-from ssl_kit.data.sources import open_source
+from ssl_kit.data.opening import open_source
 from ssl_kit.training.checkpoint import Checkpoints, SafeCheckpointIO, newest
 from ssl_kit.training.curves import Bar, Curves
 from ssl_kit.training.guard import Diagnose, Guard

@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 from ssl_kit import cli
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.locking import lock
-from ssl_kit.data.sources import open_labelled, open_source
+from ssl_kit.data.opening import open_labelled, open_source
 from ssl_kit.encoders import Encoder
 from ssl_kit.evaluation.finetune import BestEpoch, FineTune
 from ssl_kit.training.checkpoint import Checkpoints, SafeCheckpointIO, newest

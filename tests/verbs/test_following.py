@@ -12,7 +12,7 @@ from sklearn.decomposition import PCA
 from sklearn.neighbors import KNeighborsClassifier
 from stripes import pattern
 
-from ssl_kit.data.sources import open_source
+from ssl_kit.data.opening import open_source
 from ssl_kit.encoders import Encoder
 from ssl_kit.methods.mae import MAE
 from ssl_kit.methods.method import Method

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ssl_kit.data.sources import open_labelled, open_source
+from ssl_kit.data.opening import open_labelled, open_source
 from ssl_kit.encoders import Encoder
 from ssl_kit.evaluation.finetune import BestEpoch, FineTune
 from ssl_kit.methods.simclr import SimCLR

@@ -21,7 +21,7 @@ import ssl_kit
 from ssl_kit import cli
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.machine import Choice
-from ssl_kit.data.sources import open_source
+from ssl_kit.data.opening import open_source
 from ssl_kit.encoders import Encoder, encoder
 from ssl_kit.encoders.encoder import choose_architecture
 from ssl_kit.training import curves, optim

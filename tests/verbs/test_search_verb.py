@@ -20,9 +20,10 @@ from ssl_kit import cli
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import write_sealed
 from ssl_kit.core.locking import lock
+from ssl_kit.core.reading import GREY
 from ssl_kit.core.sealed import read_sealed
 from ssl_kit.data import manifests
-from ssl_kit.data.sources import open_source
+from ssl_kit.data.opening import open_source
 from ssl_kit.embeddings.search import read_file
 from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.verbs import index as index_verb
@@ -129,13 +130,13 @@ def test_pages_show_the_images_of_built_in_sets(tmp_path, monkeypatch, data, sid
     torch.manual_seed(0)
     encoder = Encoder("resnet18_small", {"channels": [4, 4, 8, 8]}, (16, 16), channels).save(tmp_path / "encoder")
     embed(str(encoder), f"{data}:train", out=str(tmp_path / "emb"), precision="float32", limit=120)
-    held = open_source(f"{data}:test", channels=1)
+    held = open_source(f"{data}:test", reading=GREY)
     Image.fromarray(held.read([7])[0][:, :, 0]).save(tmp_path / "query.png")
     found = search(str(tmp_path / "emb"), [str(tmp_path / "query.png")], k=5, html=str(tmp_path / "search.html"))
     groups = duplicates(str(tmp_path / "emb"), outliers=4, threshold=0.9, html=str(tmp_path / "duplicates.html"))
     ids = [one["id"] for one in found["queries"][0]["results"]]
     assert not set(ids) & set(held.ids())  # the query is not among them
-    whole = open_source(data, channels=1)
+    whole = open_source(data, reading=GREY)
     images = {name: image[..., 0] for name, image in zip(whole.ids(), whole.read(slice(None)), strict=True)}
     shown = pictures((tmp_path / "search.html").read_text())
     assert [name for name, _ in shown[1:]] == ids

@@ -25,7 +25,7 @@ from ssl_kit.core.errors import UserError
 from ssl_kit.core.process import LOST
 from ssl_kit.data import sources
 from ssl_kit.data.listing import Skipped
-from ssl_kit.data.sources import open_source
+from ssl_kit.data.opening import open_source
 from ssl_kit.encoders import Encoder
 from ssl_kit.evaluation.neighbours import knn_accuracy
 from ssl_kit.methods.mae import MAE as Method

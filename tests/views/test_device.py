@@ -16,6 +16,7 @@ from ssl_kit.views.sample import sample
 def policy(size: tuple[int, int], channels: int) -> View:
     turn = 0.5 if size[0] == size[1] else 0.0
     colour = {"saturation": 0.8, "hue": 0.2, "gray": 0.2} if channels == 3 else {}
+    colour |= {"bands": channels, "drop": 0.5} if channels > 3 else {}
     rest = {"flip_x": 0.5, "flip_y": 0.5, "blur": 0.5, "solarize": 0.3, "erase": 0.3, "turn": turn}
     return View(size, crop=1, jitter=0.9, brightness=0.8, contrast=0.8, **rest, **colour)
 
@@ -48,6 +49,33 @@ def test_host_and_device_agree_on_the_whole_policy(
     difference = np.abs(host - device)
     assert difference.max() <= 0.1 * LEVEL
     assert difference.mean() <= 0.01 * LEVEL
+
+
+def test_16_bits_are_the_same_picture_on_both() -> None:
+    images = np.stack([photo(40, 50, channels=5, seed=n) for n in range(12)])
+    deep = images.astype(np.uint16) * 257
+    params = sample(policy((24, 24), 5), 1, 0, np.arange(12), 0, np.full(12, 40), np.full(12, 50))
+    host, device = both(deep, params, (24, 24))
+    assert np.abs(host - device).max() <= 0.1 * LEVEL
+    assert np.abs(host - apply_host(images, params, (24, 24))).max() < 1e-6
+    mixed = [deep[n] if n % 3 else images[n] for n in range(12)]  # one call, two depths
+    assert np.array_equal(apply_host(mixed, params, (24, 24), threads=2)[1::3], host[1::3])
+
+
+def test_channels_change_apart_and_one_is_dropped() -> None:
+    images = np.stack([photo(16, 16, channels=4, seed=n) for n in range(400)])
+    view = View((16, 16), jitter=1.0, brightness=0.5, bands=4, drop=0.5)
+    params = sample(view, 0, 0, np.arange(400), 0, np.full(400, 16), np.full(400, 16))
+    made = apply_host(images, params, (16, 16))
+    stored = images.transpose(0, 3, 1, 2) / 255
+    dropped = params[:, col.DROPPED].astype(int)
+    assert 150 < (dropped >= 0).sum() < 250 and set(dropped) == {-1, 0, 1, 2, 3}
+    for n, channel in enumerate(dropped.tolist()):
+        for c in range(4):
+            expected = 0 * stored[n, c] if c == channel else np.clip(stored[n, c] * params[n, 23 + 2 * c], 0, 1)
+            assert np.abs(made[n, c] - expected).max() < 1e-5
+    factors = params[:, [23, 25, 27, 29]]
+    assert factors.min() >= 0.5 and factors.max() <= 1.5 and np.abs(np.corrcoef(factors.T) - np.eye(4)).max() < 0.2
 
 
 def test_fractional_boxes_agree() -> None:

@@ -211,7 +211,7 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
     fine[:, col.SATURATION] = 0.5
     refused = {
         "float32": lambda: apply_host(images.astype(np.float32), params, (8, 8)),
-        "wanted uint8 .images, height": lambda: apply_host(images[0], params, (8, 8)),
+        "wanted uint8 or uint16 .images, height": lambda: apply_host(images[0], params, (8, 8)),
         "shape .1, 22.; wanted .2, 22": lambda: apply_host(images, params[:1], (8, 8)),
         "of image 1 .top, left, height, width. leaves": lambda: apply_host(images, wrong, (8, 8)),
         "NaN": lambda: apply_host(images, params * np.nan, (8, 8)),

@@ -32,9 +32,9 @@ def test_dino_has_two_global_and_further_local_crops() -> None:
         (ViewRecipe(), "simclr", 224, 3, ("simclr", None, None)),
         (ViewRecipe(), "simclr", 32, 3, ("simclr", 0.5, 0.0)),
         (ViewRecipe(strength=1.0, blur=0.5), "simclr", 32, 3, ("simclr", 1.0, 0.5)),
-        (ViewRecipe(), "simclr", 224, 1, ("gray", None, None)),
+        (ViewRecipe(), "simclr", 224, 1, ("simclr", None, None)),
         (ViewRecipe(), "mae", 224, 1, ("mae", None, None)),
-        (ViewRecipe(preset="simclr"), "mae", 224, 1, ("simclr", None, None)),  # asked for, and refused by build
+        (ViewRecipe(preset="simclr"), "mae", 224, 1, ("simclr", None, None)),
     ],
 )
 def test_what_a_recipe_leaves_open_follows_method_and_images(recipe, preset, side, channels, wanted) -> None:
@@ -75,10 +75,26 @@ def test_presets_without_colour_take_any_channels(preset: str, channels: int) ->
 
 
 def test_colour_is_refused_by_name_for_other_channels() -> None:
-    with pytest.raises(UserError, match=r"saturation, hue, gray need 3 channels .* the images have 1"):
-        ViewRecipe().build((32, 32), 1, 2)
+    refused = (({"hue": 0.1}, "hue need"), ({"gray": 0.2}, "gray need"), ({"drop": 0.5}, "drop leaves out"))
+    for asked, message in refused:
+        with pytest.raises(UserError, match=message):
+            ViewRecipe(**asked).build((32, 32), 1, 2)
     with pytest.raises(UserError, match=r"views: gray need"):
         View((8, 8), gray=0.1).check_channels(4)
+
+
+def test_a_preset_leaves_colour_out_of_other_images_and_says_so(capsys) -> None:
+    assert ViewRecipe("simclr").build((32, 32), 1, 2) == ViewRecipe("gray").build((32, 32), 1, 2)
+    many = ViewRecipe("simclr", drop=0.3).build((32, 32), 5, 2)[0]
+    assert (many.saturation, many.hue, many.gray, many.bands, many.drop) == (0, 0, 0, 5, 0.3)
+    assert many.brightness == ViewRecipe("simclr").build((32, 32), 3, 1)[0].brightness
+    assert ViewRecipe("mae").build((32, 32), 5, 1)[0].bands == 0  # it jitters nothing
+    local = ViewRecipe("dino").build((32, 32), 5, 4)
+    assert [view.size[0] for view in local] == [32, 32, 14, 14] and all(view.hue == 0 for view in local)
+    ViewRecipe().fitted("simclr", (224, 224), 5)
+    assert "left out of simclr" in capsys.readouterr().out
+    ViewRecipe().fitted("mae", (224, 224), 5)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,112 @@
+"""Which values of deep images become 0 and 1, found from the images themselves.
+
+A camera of 12 bits fills a sixteenth of its 16-bit files, a height map a hundredth: over the full depth they would be
+nearly black. Where a set fills less than a quarter of its depth, the range is that of its values instead.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+
+from ssl_kit.core.console import say
+from ssl_kit.core.machine import available_cores
+from ssl_kit.core.random import permutation
+from ssl_kit.core.reading import Range, Reading
+from ssl_kit.data.decode import samples_of
+from ssl_kit.data.limits import BadImageError
+from ssl_kit.data.samples import Samples, depth, measured
+from ssl_kit.data.sources import Source
+
+_IMAGES, _FIRST = 2_048, 256  # that are looked at; so many tell whether there are deep ones at all
+_PIXELS = 2**14  # of each of them
+_CUT = (0.1, 99.9)  # percentiles that become 0 and 1
+_FILLED = 1 / 4  # of the depth: from here on the full depth is the range
+
+
+class _Seen(NamedTuple):
+    """Values (M, C) of one image, the ends of its depth, and what was left out of it."""
+
+    kind: str
+    values: np.ndarray
+    full: tuple[float, float]
+    note: str
+
+
+def of_source(source: Source) -> Reading:
+    """The source's reading with the range that its images fill, by at most 2,048 of them; says what it has found."""
+    rows = permutation(0, 0, len(source))[:_IMAGES]
+    reading = source.reading
+
+    def look(row: int) -> _Seen | None:
+        stored = source.read([row])[0]
+        try:
+            samples = samples_of(stored, reading) if isinstance(stored, bytes) else None
+            return None if samples is None else _seen(samples, reading)
+        except BadImageError:  # it is counted when it is decoded
+            return None
+
+    with ThreadPoolExecutor(available_cores(), "range") as pool:
+        seen = list(pool.map(look, rows[:_FIRST].tolist()))
+        if any(seen):
+            seen += pool.map(look, rows[_FIRST:].tolist())
+    return _told(source.name, [one for one in seen if one is not None], reading)
+
+
+def of_images(name: str, images: Iterable[Samples], reading: Reading) -> Reading:
+    """As `of_source`, of images in memory."""
+    return _told(name, [_seen(samples, reading) for samples in images], reading)
+
+
+def spread(count: int) -> np.ndarray:
+    """(R,) positions of the images that are looked at, of so many."""
+    return np.sort(permutation(0, 0, count)[:_IMAGES])
+
+
+def _seen(samples: Samples, reading: Reading) -> _Seen:
+    values = measured(samples, reading, _PIXELS)
+    dtype = samples.values.dtype
+    full = samples.full or ((0.0, 1.0) if dtype.kind == "f" else depth(dtype, samples.bits))
+    return _Seen(samples.kind, values, full, f"{samples.what}: {samples.note}" if samples.note else "")
+
+
+def _told(name: str, seen: list[_Seen], reading: Reading) -> Reading:
+    for note, count in Counter(one.note for one in seen if one.note).items():
+        say(f"{name}: {note}, in {count:,} of {len(seen):,} images looked at")
+    by_kind = defaultdict(list)
+    for one in seen:
+        if one.kind != "uint8":  # of 8 bits nothing is lost; the encoder normalises by mean and std
+            by_kind[one.kind].append(one)
+    ranges = {}
+    for kind, images in sorted(by_kind.items()):
+        found = _range(images)
+        low, high = images[0].full
+        if found is None:
+            say(f"range of {kind}: {low:g} to {high:g}, the full depth (--range LOW,HIGH changes it)")
+            continue
+        ranges[kind] = found
+        ends = min(low for low, _ in found), max(high for _, high in found)
+        each = f", each of {len(found)} channels its own" if len(found) > 1 else ""
+        say(
+            f"range of {kind}: {ends[0]:g} to {ends[1]:g}{each} (0.1 and 99.9 percentile of {len(images):,} images, "
+            "which fill under a quarter of their depth; --range full or LOW,HIGH changes it)"
+        )
+    return reading.within(ranges)
+
+
+def _range(images: list[_Seen]) -> Range | None:
+    """(low, high) of each channel, or None where the images fill their depth."""
+    values = np.concatenate([one.values for one in images])
+    if not len(values):
+        return None
+    low, high = np.percentile(values, _CUT, axis=0)
+    ends = min(one.full[0] for one in images), max(one.full[1] for one in images)
+    inside = ends[0] <= values.min() and values.max() <= ends[1]  # floats may not be
+    if inside and float((high - low).max()) >= _FILLED * (ends[1] - ends[0]):
+        return None
+    high = np.where(high > low, high, low + 1)  # a constant channel
+    return tuple(zip(low.tolist(), high.tolist(), strict=True))
