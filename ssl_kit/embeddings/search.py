@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import PIL.Image
@@ -30,7 +30,7 @@ from ssl_kit.core.errors import DamagedError, UserError
 from ssl_kit.core.files import MANIFEST, read_manifest, verify_file
 from ssl_kit.core.machine import available_cores, available_memory
 from ssl_kit.core.reading import GREY, Reading, reading_in
-from ssl_kit.core.sealed import LARGE_JSON, fingerprint
+from ssl_kit.core.sealed import LARGE_JSON, Entries, fingerprint
 from ssl_kit.data.decode import decode
 from ssl_kit.data.given import pixels_given
 from ssl_kit.data.limits import BadImageError
@@ -41,7 +41,7 @@ from ssl_kit.data.sources import Source, pixels
 from ssl_kit.embeddings.exact import normalised
 from ssl_kit.embeddings.folder import PART_ROWS, checked, find_ids, part_names, read_rows, read_vectors
 from ssl_kit.embeddings.index import SEARCHED_ROWS, Gallery, search_index
-from ssl_kit.embeddings.signing import find_key, is_signed, read_index, signature
+from ssl_kit.embeddings.signing import FaissIndex, find_key, is_signed, read_index, signature
 from ssl_kit.encoders.encoder import Encoder, find_encoder
 from ssl_kit.views.host import plain_views
 
@@ -76,8 +76,8 @@ class Index:
     """
 
     folder: Path
-    info: dict[str, Any]
-    _index: Any  # of FAISS, or a Gallery
+    info: Entries
+    _index: FaissIndex | Gallery
     _encoder_path: str | None = None
     _encoder: Encoder | None = None
 
@@ -114,6 +114,7 @@ class Index:
         if type(layers) is not int or not 0 < layers < _MOST_LAYERS:
             raise DamagedError(f"{folder / MANIFEST} lacks layers; expected what ssl_kit writes")
         key = find_key() if FILE in info["files"] and not trust_index else None
+        opened: FaissIndex | Gallery
         try:
             opened = _opened(folder, info, mapped, key, trust_index)
         except UserError as error:
@@ -143,8 +144,9 @@ class Index:
         Raises:
             UserError: a file that is not there or cannot be decoded.
         """
-        one = isinstance(images, str | Path) or (isinstance(images, np.ndarray) and images.ndim < 4)
-        listed: list[Any] = [images] if one else list(images)  # type: ignore[arg-type]
+        if isinstance(images, str | Path | PIL.Image.Image) or (isinstance(images, np.ndarray) and images.ndim < 4):
+            images = [images]
+        listed = list(images)
         if not listed:
             return []
         made = [self.encode(self.pixels(listed[start : start + BATCH])) for start in range(0, len(listed), BATCH)]
@@ -201,7 +203,7 @@ class Index:
         return encoded(self.encoder, self.info, pixels)
 
 
-def encoded(encoder: Encoder, info: dict[str, Any], images: Sequence[np.ndarray]) -> np.ndarray:
+def encoded(encoder: Encoder, info: Entries, images: Sequence[np.ndarray]) -> np.ndarray:
     """(Q, D) float32 features of images (H, W, C), as those of the folder with this manifest were made."""
     seen = torch.from_numpy(plain_views(images, encoder.image_size)).to(next(encoder.parameters()).device)
     reduced = info.get("precision") == "bfloat16"
@@ -215,7 +217,7 @@ def has_index(folder: Path) -> bool:
     return FILE in read_manifest(folder, verify=False, limit=LARGE_JSON)["files"]
 
 
-def _opened(folder: Path, info: dict[str, Any], mapped: bool | None, key: bytes | None, trusted: bool) -> Any:
+def _opened(folder: Path, info: Entries, mapped: bool | None, key: bytes | None, trusted: bool) -> FaissIndex:
     """The FAISS index of a folder; a `UserError` says why it is not used."""
     path, entry = folder / FILE, info.get("index")
     if FILE not in info["files"]:
@@ -228,24 +230,25 @@ def _opened(folder: Path, info: dict[str, Any], mapped: bool | None, key: bytes 
             f"index made of other vectors: {path} of {str(made_of)[:64]!r}, {folder} holds {now} (encoder, layers, "
             "preprocessing, normalisation and metric included)"
         )
-    if not trusted and key is None:
-        raise UserError(f"there is no key that would tell who made {path}")
-    if not trusted and not is_signed(key, _SIGNED, _claim(info), entry.get("signature")):  # type: ignore[arg-type]
-        how = "was not signed with your key" if "signature" in entry else "is not signed"
-        raise UserError(f"{path} {how}: anybody may have made it")
+    if not trusted:
+        if key is None:
+            raise UserError(f"there is no key that would tell who made {path}")
+        if not is_signed(key, _SIGNED, _claim(info), entry.get("signature")):
+            how = "was not signed with your key" if "signature" in entry else "is not signed"
+            raise UserError(f"{path} {how}: anybody may have made it")
     if "bytes" in entry and path.is_file() and path.stat().st_size != entry["bytes"]:
         raise DamagedError(f"{path} is damaged: {path.stat().st_size:,} bytes of {entry['bytes']}")
     mapped = bool(entry.get("mapped", False)) if mapped is None else mapped
     return read_index(path, info["rows"], info["dims"], mapped, digest=str(info["files"][FILE]))
 
 
-def _claim(info: dict[str, Any]) -> list[Any]:
+def _claim(info: Entries) -> list[object]:
     """All that decides what an index is, and is signed: its file, what is said of it, and the vectors it is of."""
     entry = {name: value for name, value in info["index"].items() if name != "signature"}
     return [info["files"][FILE], entry, vectors_fingerprint(info), info["rows"], info["dims"]]
 
 
-def index_signature(key: bytes, info: dict[str, Any]) -> str:
+def index_signature(key: bytes, info: Entries) -> str:
     """The signature of the index that a manifest describes; it goes into its entry `index`."""
     return signature(key, _SIGNED, _claim(info))
 
@@ -254,7 +257,7 @@ def _index_command(folder: Path) -> str:
     return f"ssl-kit index {shlex.quote(str(folder))}"
 
 
-def _unit_vectors(folder: Path, info: dict[str, Any]) -> Iterator[np.ndarray]:
+def _unit_vectors(folder: Path, info: Entries) -> Iterator[np.ndarray]:
     """The directions of the vectors of a folder, (rows, D) float32; one part is in memory, and verified.
 
     Who takes a block searches it before taking the next: the time between is that of the search.
@@ -276,7 +279,7 @@ def _unit_vectors(folder: Path, info: dict[str, Any]) -> Iterator[np.ndarray]:
                 paced = True
 
 
-def _check_memory(folder: Path, info: dict[str, Any], queries: int, k: int) -> None:
+def _check_memory(folder: Path, info: Entries, queries: int, k: int) -> None:
     """Raises `UserError` when an exact search needs more memory than is available."""
     answers = 4 * 12 * queries * min(k, info["rows"])  # scores and rows of what was found, as they are sorted
     needed, there = _COPIES * 4 * info["dims"] * min(info["rows"], PART_ROWS) + answers, available_memory()
@@ -284,14 +287,14 @@ def _check_memory(folder: Path, info: dict[str, Any], queries: int, k: int) -> N
         raise _too_much(folder, info, f"need {needed / 2**20:,.0f} MiB of memory, of {there / 2**20:,.0f}")
 
 
-def _too_much(folder: Path, info: dict[str, Any], what: str) -> UserError:
+def _too_much(folder: Path, info: Entries, what: str) -> UserError:
     return UserError(
         f"{folder}: without its index, an exact search of {info['rows']:,} vectors of {info['dims']} would {what}: run "
         f"`{_index_command(folder)}`, or search with --trust-index if you know who made the index"
     )
 
 
-def vectors_fingerprint(info: dict[str, Any]) -> str:
+def vectors_fingerprint(info: Entries) -> str:
     """Hex sha256 of all that makes an index fit an embeddings folder: its parts, and how the vectors were made.
 
     Args:
@@ -301,7 +304,7 @@ def vectors_fingerprint(info: dict[str, Any]) -> str:
     return fingerprint([parts, [info.get(name) for name in _VECTORS]])
 
 
-def load_encoder(folder: Path, info: dict[str, Any], given: str | None = None) -> Encoder:
+def load_encoder(folder: Path, info: Entries, given: str | None = None) -> Encoder:
     """The encoder that made the embeddings in `folder`, and no other.
 
     Args:
@@ -343,7 +346,7 @@ def _pixels(image: Image, reading: Reading) -> np.ndarray:
         raise UserError(f"{path} cannot be decoded: {error}; give an image file") from error
 
 
-def picture(info: dict[str, Any], name: str, size: tuple[int, int] | None) -> np.ndarray | None:
+def picture(info: Entries, name: str, size: tuple[int, int] | None) -> np.ndarray | None:
     """The image behind an id, read as for its embedding, at `size` pixels or more if it has them; None = with all.
 
     None when it is not there any more, or never was a file below its root.
@@ -355,7 +358,7 @@ def picture(info: dict[str, Any], name: str, size: tuple[int, int] | None) -> np
         return None
 
 
-def read_file(info: dict[str, Any], name: str) -> bytes | None:
+def read_file(info: Entries, name: str) -> bytes | None:
     """The file behind an id, of a built-in set a PNG; None when it is not there any more, or never was a file below its
     root."""
     root, path = info.get("source_root"), unescape(name)  # escapes can hide dots and slashes

@@ -20,7 +20,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ from ssl_kit.core.files import (
 )
 from ssl_kit.core.locking import lock
 from ssl_kit.core.owned import Former
-from ssl_kit.core.sealed import LARGE_JSON, fingerprint, read_json, read_sealed
+from ssl_kit.core.sealed import LARGE_JSON, Entries, fingerprint, read_object, read_sealed
 from ssl_kit.data.listing import write_skipped
 from ssl_kit.data.sources import Source, pixels
 from ssl_kit.embeddings.embeddings import (
@@ -164,7 +164,7 @@ def embed_to(
     return Embedded(not missing, len(parts), missing, images)
 
 
-def _plan(source: Source, about: dict[str, Any], batch_size: int, dtype: Storage) -> dict[str, Any]:
+def _plan(source: Source, about: Entries, batch_size: int, dtype: Storage) -> Entries:
     """Everything that decides the bytes of the parts."""
     return {
         "images": len(source),
@@ -195,7 +195,7 @@ def _fingerprint(source: Source) -> str:
     return digest.hexdigest()
 
 
-def _begin(folder: Path, plan: dict[str, Any]) -> None:
+def _begin(folder: Path, plan: Entries) -> None:
     """Writes the plan, or compares it with the one that is there."""
     if (folder / PLAN).exists():
         _same_plan(read_sealed(folder / PLAN), plan, folder)
@@ -206,7 +206,7 @@ def _begin(folder: Path, plan: dict[str, Any]) -> None:
         write_sealed(folder / PLAN, plan)
 
 
-def _same_plan(begun: Any, plan: dict[str, Any], folder: Path) -> None:
+def _same_plan(begun: object, plan: Entries, folder: Path) -> None:
     if begun == plan:
         return
     if not isinstance(begun, dict):
@@ -216,7 +216,7 @@ def _same_plan(begun: Any, plan: dict[str, Any], folder: Path) -> None:
     raise UserError(f"{folder} was begun otherwise ({told}): give the same again, or start anew with --overwrite")
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = str(value)
     return text if len(text) <= 24 else f"{text[:12]}..."
 
@@ -236,7 +236,7 @@ class _Making:
     plan: str
     threads: int | None
 
-    def record(self, number: int) -> dict[str, Any] | None:
+    def record(self, number: int) -> Entries | None:
         """The record of a finished part, or None. What it skipped counts towards `--max-bad`."""
         path = self._record_path(number)
         if not path.exists():
@@ -251,7 +251,7 @@ class _Making:
         self.source.bad.check()
         return record
 
-    def make(self, number: int, part: slice, bar: Progress) -> dict[str, Any]:
+    def make(self, number: int, part: slice, bar: Progress) -> Entries:
         """Embeds one part and writes it, then its record."""
         vectors, rows = gathered(
             self.encoder,
@@ -263,7 +263,7 @@ class _Making:
             precision=self.precision,
             threads=self.threads,
         )
-        record: dict[str, Any] = {"plan": self.plan, "rows": len(rows), "dims": 0, "sha256": None}
+        record: Entries = {"plan": self.plan, "rows": len(rows), "dims": 0, "sha256": None}
         if len(rows):  # a part without a single good image has no file
             made = Embeddings(vectors, self.source.labels(rows), self.source.classes, self.source.ids(rows))
             made = made.normalised() if self.normalise else made
@@ -281,7 +281,7 @@ class _Making:
         return self.folder / _record_name(number)
 
 
-def _complete(folder: Path, making: _Making, about: dict[str, Any], parts: int) -> None:
+def _complete(folder: Path, making: _Making, about: Entries, parts: int) -> None:
     """Verifies all parts and writes the manifest."""
     with lock(folder, wait=True):  # shards that end together wait here for the first
         if (folder / MANIFEST).exists():
@@ -313,7 +313,7 @@ def _complete(folder: Path, making: _Making, about: dict[str, Any], parts: int) 
         _tidy(folder, about["plan"])
 
 
-def _tidy(folder: Path, plan: dict[str, Any]) -> None:
+def _tidy(folder: Path, plan: Entries) -> None:
     """Removes what is needed only until the manifest is there, what killed writers left, and what was replaced."""
     records = [name for name in _parts_of(plan, folder) if name.endswith(".json")]
     litter = [path.name for path in folder.iterdir() if re.fullmatch(_LITTER, path.name)]
@@ -334,15 +334,15 @@ def our_files(folder: Path) -> list[str]:
     """
     names: set[str] = set()
     if is_ours(folder) and (folder / MANIFEST).is_file():
-        manifest = read_json(folder / MANIFEST, LARGE_JSON)
+        manifest = read_object(folder / MANIFEST, LARGE_JSON)
         told = [*(manifest.get("files") or ()), *(manifest.get("pending") or ())]
         names = {MANIFEST, *filter(is_inside, told)}
     elif is_ours(folder):
-        names = {PLAN, SKIPPED, *_parts_of(read_json(folder / PLAN), folder)}
+        names = {PLAN, SKIPPED, *_parts_of(read_object(folder / PLAN), folder)}
     return sorted(name for name in names if (folder / name).is_file() and not (folder / name).is_symlink())
 
 
-def _parts_of(plan: dict[str, Any], folder: Path) -> list[str]:
+def _parts_of(plan: Entries, folder: Path) -> list[str]:
     """The files in the folder that are parts which a plan asks for, or their records."""
     images, rows = plan.get("images"), plan.get("part_rows")
     count = -(-images // rows) if type(images) is int and type(rows) is int and rows > 0 else 0
@@ -356,8 +356,8 @@ def is_ours(folder: Path) -> bool:
         return False
     try:
         if (folder / MANIFEST).is_file():
-            manifest = read_json(folder / MANIFEST, LARGE_JSON)  # a damaged one may still be overwritten
-            return isinstance(manifest, dict) and manifest.get("format") == FORMAT
-        return (folder / PLAN).is_file() and "images_sha256" in read_json(folder / PLAN)
-    except (DamagedError, TypeError):
+            # a damaged one may still be overwritten
+            return read_object(folder / MANIFEST, LARGE_JSON).get("format") == FORMAT
+        return (folder / PLAN).is_file() and "images_sha256" in read_object(folder / PLAN)
+    except DamagedError:
         return False

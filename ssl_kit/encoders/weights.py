@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from torch.nn.modules import module as hooks
 from ssl_kit.core.errors import DamagedError, UserError
 from ssl_kit.core.files import verify_file
 from ssl_kit.core.reading import MAX_CHANNELS, Reading, read_reading
-from ssl_kit.core.sealed import read_json, read_sealed
+from ssl_kit.core.sealed import Entries, read_json, read_sealed
 from ssl_kit.core.tensors import count_values, tensor_shapes
 
 CONFIG, WEIGHTS, RECORD = "config.json", "model.safetensors", "encoder.json"
@@ -58,7 +58,7 @@ class Stored(NamedTuple):
     """A checked description: model, preprocessing, length of its features, sha256 of the weights."""
 
     name: str
-    args: dict[str, Any]
+    args: Entries
     image_size: tuple[int, int]
     channels: int
     mean: tuple[float, ...]
@@ -101,11 +101,11 @@ def read_stored(folder: Path) -> Stored:
     return Stored(name, args, image_size, channels, mean, std, dim, record["sha256"], reading)
 
 
-def check_arguments(args: dict[str, Any], where: str) -> None:
+def check_arguments(args: Mapping[str, object], where: str) -> None:
     """Raises `UserError` for arguments of a timm model that are none: paths, switches of its factory, huge numbers."""
     if foreign := sorted(_FACTORY & set(args)):
         raise UserError(f"{where}: {', '.join(foreign)} are no arguments of a model; leave them out")
-    pending: list[tuple[Any, int]] = [(args, 0)]
+    pending: list[tuple[object, int]] = [(args, 0)]
     count = 0
     while pending:
         value, depth = pending.pop()
@@ -121,13 +121,13 @@ def check_arguments(args: dict[str, Any], where: str) -> None:
         pending += [(one, depth + 1) for one in inside]
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: object) -> bool:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return math.isfinite(value) and abs(value) <= _LARGEST
     return value is None or isinstance(value, bool) or (isinstance(value, str) and len(value) <= _LONGEST_TEXT)
 
 
-def _sizes(seen: dict[str, Any], path: Path) -> tuple[tuple[int, int], int]:
+def _sizes(seen: Entries, path: Path) -> tuple[tuple[int, int], int]:
     size, channels = seen.get("image_size"), seen.get("channels")
     match size, channels:
         case [int(height), int(width)], int():
@@ -148,14 +148,13 @@ def check_sizes(image_size: tuple[int, int], channels: int) -> None:
         raise UserError(f"images of {channels:,} channels; wanted 1 to {MAX_CHANNELS:,}, see --channels")
 
 
-def _statistics(seen: dict[str, Any], key: str, channels: int, path: Path) -> tuple[float, ...]:
+def _statistics(seen: Entries, key: str, channels: int, path: Path) -> tuple[float, ...]:
     """Mean or standard deviation, one or one per channel."""
     values = seen.get(key)
-    numbers = isinstance(values, list) and all(type(value) in (int, float) for value in values)
-    if not numbers or len(values) not in (1, channels) or not all(map(math.isfinite, values)):  # type: ignore[arg-type]
+    listed = values if isinstance(values, list) and all(type(value) in (int, float) for value in values) else []
+    if len(listed) not in (1, channels) or not all(map(math.isfinite, listed)):
         raise DamagedError(f"{path}: {key} is {str(values)[:60]}; wanted one number, or one for each of {channels}")
-    assert isinstance(values, list)
-    return tuple(float(value) for value in values)
+    return tuple(float(value) for value in listed)
 
 
 def check_fits(build: Callable[[], nn.Module], path: Path) -> None:

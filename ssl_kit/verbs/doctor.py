@@ -37,6 +37,7 @@ from ssl_kit.core.machine import (
 )
 from ssl_kit.core.random import Key
 from ssl_kit.core.reading import RGB
+from ssl_kit.core.sealed import Entries
 from ssl_kit.core.settings import verb
 from ssl_kit.data.listing import Skipped
 from ssl_kit.data.loader import ViewLoader
@@ -68,7 +69,7 @@ class Subject(NamedTuple):
     side: int
     files: bool
     network: str
-    args: dict[str, Any]
+    args: Entries
     batch: int
 
 
@@ -91,7 +92,7 @@ class Settings:
 
 
 @verb(Settings)
-def doctor(settings: Settings) -> dict[str, Any]:
+def doctor(settings: Settings) -> Entries:
     """Tell versions, what is chosen for this machine and why, how fast it is, and what limits training on it.
 
     Decoding, views and a bare SimCLR step are measured one after the other, each with the threads, the place and the
@@ -128,7 +129,7 @@ def doctor(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _chosen() -> dict[str, Choice]:
+def _chosen() -> dict[str, Choice[Any]]:
     """What a training here would choose, in the order and words in which it says so."""
     device = choose_device()
     tf32 = choose_tf32("auto", device.value)
@@ -146,7 +147,7 @@ def _chosen() -> dict[str, Choice]:
     }
 
 
-def _speed(chosen: dict[str, Choice], seconds: float) -> list[dict[str, Any]]:
+def _speed(chosen: dict[str, Choice[Any]], seconds: float) -> list[Entries]:
     """Measures every subject; an entry each."""
     threads, precision, device = (chosen[name].value for name in ("threads of the loader", "precision", "device"))
     place = None if device == "cpu" else device  # of the views

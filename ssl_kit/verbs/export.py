@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import timm
@@ -17,9 +18,10 @@ import torch
 
 from ssl_kit.core.console import next_command, say, table
 from ssl_kit.core.errors import UserError
-from ssl_kit.core.files import MANIFEST, DamagedError, atomic_folder, read_json, read_manifest
+from ssl_kit.core.files import MANIFEST, DamagedError, atomic_folder, read_manifest
 from ssl_kit.core.owned import check_place
 from ssl_kit.core.reading import Reading, eight_bits
+from ssl_kit.core.sealed import Entries, read_object
 from ssl_kit.core.settings import verb
 from ssl_kit.data.limits import BadImageError
 from ssl_kit.data.listing import escape_path
@@ -63,7 +65,7 @@ class Settings:
 
 
 @verb(Settings)
-def export(settings: Settings) -> dict[str, Any]:
+def export(settings: Settings) -> Entries:
     """Write an encoder as a timm folder or an ONNX file with a model card, checked against the original.
 
     Returns:
@@ -78,9 +80,9 @@ def export(settings: Settings) -> dict[str, Any]:
     check_place(folder, settings.images, removing=settings.overwrite)
     _may_write(folder, settings.overwrite)
     encoder = Encoder.load(path)
-    record = read_json(Path(settings.run) / "run.json") if (Path(settings.run) / "run.json").is_file() else {}
+    record = read_object(Path(settings.run) / "run.json") if (Path(settings.run) / "run.json").is_file() else {}
     pixels, checked_on = _images(settings.images, record, encoder)
-    entries: dict[str, Any] = {
+    entries: Entries = {
         "format": FORMAT,
         "kind": settings.format,
         "input": PIXELS if settings.preprocess else IMAGES,
@@ -90,7 +92,7 @@ def export(settings: Settings) -> dict[str, Any]:
     }
     with atomic_folder(folder, entries) as temporary:
         if settings.format == "timm":
-            encoder.save(temporary / "files", read_json(path / "encoder.json").get("provenance"))
+            encoder.save(temporary / "files", read_object(path / "encoder.json").get("provenance"))
             for file in (temporary / "files").iterdir():
                 file.rename(temporary / file.name)
             (temporary / "files").rmdir()
@@ -117,7 +119,7 @@ def export(settings: Settings) -> dict[str, Any]:
     } | {"files": files}
 
 
-def _images(asked: str | None, record: dict[str, Any], encoder: Encoder) -> tuple[list[np.ndarray], str]:
+def _images(asked: str | None, record: Entries, encoder: Encoder) -> tuple[list[np.ndarray], str]:
     """A few images (H_i, W_i, C) to check with, and where they are from."""
     trained = record.get("data")
     root = trained.get("root") if isinstance(trained, dict) else None
@@ -166,7 +168,7 @@ def _by_onnx(path: Path, encoder: Encoder, images: list[np.ndarray], preprocess:
     return run_onnx(path, *(stored_values(image[None], encoder) for image in images))
 
 
-def _compared(got: np.ndarray, wanted: np.ndarray, checked_on: str, format: str) -> dict[str, Any]:
+def _compared(got: np.ndarray, wanted: np.ndarray, checked_on: str, format: str) -> Entries:
     """The largest difference; a `UserError` when it is more than rounding."""
     difference, largest = float(np.abs(got - wanted).max()), float(np.abs(wanted).max())
     if not difference <= _MOST * largest:
@@ -218,7 +220,7 @@ features = session.run(None, {{"{input}": {input}}})[0]  # (images, {dim})
 {shape}"""
 
 
-def card_text(encoder: Encoder, entries: dict[str, Any], run: Path | None, name: str) -> str:
+def card_text(encoder: Encoder, entries: Entries, run: Path | None, name: str) -> str:
     """The card as Markdown.
 
     Args:
@@ -254,7 +256,7 @@ def _read_by(reading: Reading) -> list[tuple[str, str]]:
     return [("bands", ", ".join(reading.bands)), *said] if reading.bands else said
 
 
-def _use(encoder: Encoder, entries: dict[str, Any], name: str) -> str:
+def _use(encoder: Encoder, entries: Entries, name: str) -> str:
     if entries["kind"] == "timm":
         own = encoder.name.endswith("_small")  # registered by ssl_kit.encoders, not known to timm alone
         return _TIMM.format(register="import ssl_kit.encoders\n" if own else "", name=name, dim=encoder.dim)
@@ -285,7 +287,7 @@ def _training(run: Path) -> list[str]:
     return ["## Training", _table(("", ""), known)] if known else []
 
 
-def _entries(value: Any) -> dict[str, Any]:
+def _entries(value: object) -> Entries:
     return value if isinstance(value, dict) else {}
 
 
@@ -307,6 +309,6 @@ def _measured(run: Path, encoder_sha256: str | None) -> list[str]:
     return ["## Measured", "Fractions in [0, 1]; baselines stand beside the encoder.", _table(heads, rows)]
 
 
-def _table(heads: tuple[str, ...], rows: list[Any]) -> str:
+def _table(heads: tuple[str, ...], rows: Iterable[Sequence[object]]) -> str:
     cells = lambda row: "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in row) + " |"
     return "\n".join([cells(heads), "|" + "---|" * len(heads), *map(cells, rows)])

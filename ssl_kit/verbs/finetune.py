@@ -10,7 +10,6 @@ import time
 from contextlib import suppress
 from dataclasses import KW_ONLY, asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -18,7 +17,7 @@ import torch
 
 from ssl_kit.core.console import if_interrupted, next_command, result, say, table
 from ssl_kit.core.errors import UserError
-from ssl_kit.core.files import append_line, read_json, write_json
+from ssl_kit.core.files import append_line, write_json
 from ssl_kit.core.locking import lock
 from ssl_kit.core.machine import (
     Precision,
@@ -32,6 +31,7 @@ from ssl_kit.core.machine import (
 from ssl_kit.core.owned import check_place, record_in, remove_training
 from ssl_kit.core.process import Signals
 from ssl_kit.core.random import permutation
+from ssl_kit.core.sealed import Entries, read_object
 from ssl_kit.core.settings import verb
 from ssl_kit.data.module import ImageData
 from ssl_kit.data.opening import open_labelled
@@ -117,7 +117,7 @@ class Settings:
 
 
 @verb(Settings)
-def finetune(settings: Settings) -> dict[str, Any]:
+def finetune(settings: Settings) -> Entries:
     """Train an encoder end to end on labels; scores it beside the same network from scratch.
 
     The epoch is chosen on a tenth of the training images, which are not trained on; test is read once.
@@ -181,7 +181,7 @@ def finetune(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _begin(folder: Path, settings: dict[str, Any], resume: bool) -> str:
+def _begin(folder: Path, settings: Entries, resume: bool) -> str:
     """Keeps beside the checkpoints what they were made with: a resumed training must agree, another one starts anew.
 
     Returns:
@@ -192,7 +192,7 @@ def _begin(folder: Path, settings: dict[str, Any], resume: bool) -> str:
     """
     now = json.loads(json.dumps({key: value for key, value in settings.items() if key not in _FREE}))
     if resume and (folder / _BEGUN).exists():
-        begun = read_json(folder / _BEGUN)
+        begun = read_object(folder / _BEGUN)
         differs = [f"{key} was {begun.get(key)} and is {now[key]} now" for key in now if begun.get(key) != now[key]]
         if differs:
             raise UserError(f"--resume: {'; '.join(differs)}: give the same again, or start anew without --resume")

@@ -7,12 +7,13 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
 from ssl_kit.core.console import next_command, progress, say, table, warn
 from ssl_kit.core.errors import UserError
+from ssl_kit.core.sealed import Entries
 from ssl_kit.core.settings import verb
 from ssl_kit.data.listing import escape_path, folder_of_images, unescape
 from ssl_kit.embeddings.search import BATCH, Index, Neighbour, has_index, picture
@@ -59,7 +60,7 @@ class Settings:
 
 
 @verb(Settings)
-def search(settings: Settings) -> dict[str, Any]:
+def search(settings: Settings) -> Entries:
     """Find the images most like the given ones in an embeddings folder.
 
     Returns:
@@ -150,12 +151,12 @@ def _decoded(index: Index, batch: Sequence[Query], skipped: list[str]) -> Iterat
             skipped.append(query.name)
 
 
-def _record(query: Query, found: Sequence[Neighbour]) -> dict[str, Any]:
+def _record(query: Query, found: Sequence[Neighbour]) -> Entries:
     results = [{"rank": rank, "score": round(one.score, 6), "id": one.id} for rank, one in enumerate(found, 1)]
     return {"image": query.name, "results": results}
 
 
-def _tell(queries: Sequence[dict[str, Any]], skipped: Sequence[str]) -> None:
+def _tell(queries: Sequence[Entries], skipped: Sequence[str]) -> None:
     for query in queries[:_SHOWN]:
         rows = [[one["id"], one["rank"], f"{one['score']:.4f}"] for one in query["results"]]
         table(query["image"], ["id", "rank", "cosine"], rows)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -15,6 +14,7 @@ from ssl_kit.core.files import atomic_file
 from ssl_kit.core.owned import check_output
 from ssl_kit.core.random import permutation
 from ssl_kit.core.reading import reading_of
+from ssl_kit.core.sealed import Entries
 from ssl_kit.core.settings import verb
 from ssl_kit.data.limits import BadImageError
 from ssl_kit.data.opening import open_source
@@ -59,7 +59,7 @@ class Settings:
 
 
 @verb(Settings)
-def views(settings: Settings) -> dict[str, Any]:
+def views(settings: Settings) -> Entries:
     """Draw originals and their views, as the method will see them."""
     views = settings.views
     check_output(settings.out, settings.data)
