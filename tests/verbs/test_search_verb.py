@@ -24,7 +24,7 @@ from ssl_kit.core.reading import GREY
 from ssl_kit.core.sealed import read_sealed
 from ssl_kit.data import manifests
 from ssl_kit.data.opening import open_source
-from ssl_kit.embeddings.search import read_file
+from ssl_kit.embeddings.search import Index, read_file
 from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.verbs import index as index_verb
 from ssl_kit.verbs import search as module
@@ -68,6 +68,14 @@ def test_a_folder_is_all_its_images_and_broken_ones_are_named(indexed, labelled_
     assert all(found[str(folder / "inner" / f"{n:03d}.png")] == f"c/{n:03d}.png" for n in range(1, 40))
     captured = capsys.readouterr()
     assert "1 images could not be decoded" in captured.err and "20 more of 40 queries" in captured.out
+
+
+def test_one_image_is_a_question_whoever_holds_it(indexed, labelled_folder):
+    path, opened = labelled_folder / "a" / "003.png", Index.load(indexed)
+    picture = Image.open(path).convert("RGB")
+    answers = [opened.search(one, k=3) for one in (path, str(path), [path], picture, np.asarray(picture))]
+    assert all(answer == answers[0] for answer in answers)
+    assert len(answers[0]) == 1 and answers[0][0][0].id == "a/003.png"
 
 
 def test_a_folder_without_an_index_gets_one_first(indexed, labelled_folder, tmp_path, capsys):
