@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from ssl_kit.core.random import Key
-from ssl_kit.data.manifests import stratified
+from ssl_kit.data.labels import stratified
 from ssl_kit.data.opening import open_source
 from ssl_kit.data.plan import TrainingPlan
 from ssl_kit.data.sources import Source

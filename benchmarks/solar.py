@@ -36,7 +36,7 @@ from PIL import Image
 from record import tell
 
 from ssl_kit.core.errors import UserError
-from ssl_kit.data.manifests import stratified
+from ssl_kit.data.labels import stratified
 from ssl_kit.data.opening import open_labelled
 from ssl_kit.embeddings.embeddings import Embeddings
 from ssl_kit.embeddings.exact import normalised, search

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,9 +12,9 @@ from ssl_kit.core.errors import UserError
 from ssl_kit.core.reading import Reading
 from ssl_kit.data import ranges
 from ssl_kit.data.decode import of_pillow
+from ssl_kit.data.labels import encode
 from ssl_kit.data.limits import BadImageError
-from ssl_kit.data.listing import Skipped
-from ssl_kit.data.manifests import encode
+from ssl_kit.data.listing import Skipped, escape_path
 from ssl_kit.data.samples import Samples, of_array, pixels_of
 from ssl_kit.data.sources import Listed
 
@@ -39,7 +40,7 @@ def of_arrays(
         raise UserError(f"{name}: {len(images):,} images but labels of shape {names.shape}; wanted one label per image")
     images = images[..., None] if images.ndim == 3 else images
     ids = numbers(len(images))
-    labels, classes = encode([None] * len(images) if names is None else [str(value) for value in names])
+    labels, classes = encode([None] * len(images) if names is None else names.tolist(), name)
     try:
         if measure:
             reading = ranges.of_images(name, (_samples(images[row]) for row in ranges.spread(len(images))), reading)
@@ -50,6 +51,31 @@ def of_arrays(
     except BadImageError as error:
         raise UserError(f"{name}: {error}") from error
     return Listed(name, ids, labels, classes, reading, None, Skipped(len(ids), 0.0), np.arange(len(ids)), images)
+
+
+def joined(sources: Sequence[Listed], max_bad: float) -> Listed:
+    """Sources of files as one; ids of several begin with the name of their folder, and equal labels are one class.
+
+    Raises:
+        UserError: folders of one name in several places.
+    """
+    if len(sources) == 1:
+        return sources[0]
+    roots = [source.root for source in sources]
+    assert all(root is not None for root in roots), "sources of files"
+    tables = [root for root in roots if roots.count(root) > 1]
+    parents = {root if root in tables else root.parent for root in roots if root is not None}
+    if len(parents) > 1:
+        raise UserError(f"{', '.join(map(str, roots))}: wanted folders that lie in one folder")
+    prefix = lambda root: "" if root is None or root in tables else f"{escape_path(root.name)}/"
+    ids = [
+        f"{prefix(root)}{name}" for source, root in zip(sources, roots, strict=True) if root for name in source.ids()
+    ]
+    names = [source.classes[label] if label >= 0 else None for source in sources for label in source.labels().tolist()]
+    labels, classes = encode(names, sources[0].name, folders=True)
+    name = " ".join(source.name for source in sources)
+    bad = Skipped(len(ids), max_bad)
+    return Listed(name, ids, labels, classes, sources[0].reading, parents.pop(), bad, np.arange(len(ids)))
 
 
 def pixels_given(image: object, reading: Reading, name: str) -> np.ndarray:

@@ -14,7 +14,7 @@ import re
 import stat
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -215,11 +215,11 @@ def folder_of_images(path: Path) -> Listing:
     return listing
 
 
-def folders_without(path: Path, classes: Sequence[str]) -> list[str]:
-    """Folders directly below `path` that gave no class: there is no image in them."""
+def folders_without(path: Path, names: Collection[str]) -> list[str]:
+    """Folders directly below `path` that are not among `names`: there is no image in them."""
     with os.scandir(os.fsencode(path)) as entries:
-        names = {escape(entry.name) for entry in entries if entry.is_dir() and not entry.name.startswith(b".")}
-    return sorted(names - set(classes))
+        inside = {escape(entry.name) for entry in entries if entry.is_dir() and not entry.name.startswith(b".")}
+    return sorted(inside - set(names))
 
 
 def _nearest(path: Path) -> str:

@@ -1,27 +1,34 @@
-"""Sources that are tables: `.csv` and `.parquet` manifests, built-in sets. Labels are positions in sorted classes."""
+"""Manifests: `.csv`, `.tsv` and `.parquet` tables of images; parts of a set; and the sets that are built in."""
 
 from __future__ import annotations
 
+import codecs
 import csv
 import difflib
-import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from ssl_kit.core.console import say
 from ssl_kit.core.errors import UserError
-from ssl_kit.core.random import permutation
+from ssl_kit.data.labels import Part, part_of, text_of
 from ssl_kit.data.listing import escape
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-TRAIN_NAMES = ("train", "training")
-TEST_NAMES = ("test", "val", "valid", "validation")
-TABLES = (".csv", ".parquet")  # endings of manifests
-_DIGITS = 1_000  # Python refuses to read numbers of more than 4,300
+TABLES = (".csv", ".tsv", ".parquet")  # endings of manifests
+# what columns of paths, of labels and of parts are called, the first that is there wins
+_PATHS = (
+    *("path", "file", "filename", "file_name", "image", "filepath", "file_path", "image_path", "img", "img_path"),
+    *("image_file", "image_name", "img_name", "image_filename"),
+)
+_LABELS = ("label", "labels", "class", "class_name", "category", "target", "label_name", "class_label", "y")
+_SPLITS = ("split", "subset", "partition")
+_SEPARATORS = (",", ";", "\t", "|")
 _BUILTIN = ("digits", "mnist5k")
 _LONGEST = 4_096  # characters of a cell: no path that can be opened has more
 _LONGEST_ROW = 2**20  # characters of a row of a CSV file: thousands of columns
@@ -32,62 +39,139 @@ _NAMED = 20  # columns that a message lists
 _ROWS, _UNPACKED = (2**18, 4), (2**24, 128)
 
 
-def read_table(path: Path) -> tuple[list[str], list[str | None]]:
+class Table(NamedTuple):
+    """A manifest: ids of its rows in their order (see listing.py), the label of each, and the part that it names."""
+
+    ids: list[str]
+    labels: list[str | None]
+    parts: list[str | None] | None
+
+
+def read_table(path: Path) -> Table:
     """Reads a manifest, row by row; what is kept is what is returned.
 
     Args:
-        path: a `.csv` (UTF-8, a header line) or `.parquet` with a column `path`, relative to the manifest's folder or
-            absolute, and optionally `label`; an empty label is unknown.
-
-    Returns:
-        ids: of the rows, in their order (an id is the path with undecodable bytes escaped; see listing.py).
-        names: the label of each row or None.
+        path: a `.csv`, `.tsv` or `.parquet` with a column of paths, relative to the manifest's folder or absolute, and
+            perhaps columns of labels and of parts (train, val, test). Columns are found by their usual names, the
+            separator and the encoding of text by looking.
 
     Raises:
         UserError: no such column, an empty, repeated or endless path, or more than the file's bytes can mean.
     """
     ids: dict[str, None] = {}  # in order, and each once
-    names: list[str | None] = []
+    labels, parts = list[str | None](), list[str | None]()
     words: dict[str, str] = {}  # labels repeat: one string for all rows of a class
-    for name, label in _csv_rows(path) if path.suffix.lower() == ".csv" else _parquet_rows(path):
+    reader = _parquet_rows if path.suffix.lower() == ".parquet" else _csv_rows
+    found, rows = reader(path)
+    for name, label, part in rows:
         if not name:
-            raise UserError(f"{path} has rows with an empty 'path'; wanted one image file per row")
-        if len(name) > _LONGEST or (label and len(label) > _LONGEST):
-            raise UserError(f"{path}: row {len(names) + 1:,} has a cell of more than {_LONGEST:,} characters")
+            raise UserError(f"{path} has rows with an empty {found.path!r}; wanted one image file per row")
+        if max(len(name), len(label or ""), len(part or "")) > _LONGEST:
+            raise UserError(f"{path}: row {len(labels) + 1:,} has a cell of more than {_LONGEST:,} characters")
         id_ = escape(name.encode("utf-8", "surrogateescape"))
         if id_ in ids:
             row = next(row for row, one in enumerate(ids, 1) if one == id_)
             raise UserError(f"{path}: rows {row:,} and {len(ids) + 1:,} have the path {id_!r}; wanted each once")
         ids[id_] = None
-        names.append(words.setdefault(label, label) if label else None)
-    return list(ids), names
+        labels.append(words.setdefault(label, label) if label else None)
+        parts.append(words.setdefault(part, part) if part else None)
+    return Table(list(ids), labels, parts if found.part else None)
 
 
-def _needs_path(path: Path, columns: Sequence[str]) -> None:
-    """Raises `UserError` unless there is a column `path`."""
-    if "path" in columns:
-        return
-    close = difflib.get_close_matches("path", [name.lower() for name in columns[:_NAMED]], 1)
+class _Columns(NamedTuple):
+    """Names of the columns that are read; of labels and parts None where there are none."""
+
+    path: str
+    label: str | None
+    part: str | None
+
+
+_Row = tuple[str | None, str | None, str | None]
+
+
+def _found(columns: Sequence[str]) -> _Columns | None:
+    """The columns that hold paths, labels and parts, by their usual names in any case; None without paths."""
+    plain = {name.strip().lower().replace(" ", "_").replace("-", "_"): name for name in reversed(columns)}
+    first = lambda names: next((plain[name] for name in names if name in plain), None)
+    path = first(_PATHS)
+    return None if path is None else _Columns(path, first(_LABELS), first(_SPLITS))
+
+
+def _needs_path(path: Path, columns: Sequence[str], told: str = "") -> _Columns:
+    """The columns to read; says which they are where that is not plain.
+
+    Raises:
+        UserError: none is called like one of paths.
+    """
+    found = _found(columns)
+    if found is not None:
+        if (found.path, found.label or "label") != ("path", "label") or told:
+            labels = f", {found.label!r} the labels" if found.label else ""
+            say(f"{path}: the column {found.path!r} holds the paths{labels}{told}")
+        return found
+    close = difflib.get_close_matches("path", columns[:_NAMED], 1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     more = f" and {len(columns) - _NAMED:,} more" if len(columns) > _NAMED else ""
-    raise UserError(f"{path} has the columns {sorted(columns[:_NAMED])}{more}; wanted a column 'path'{hint}")
+    raise UserError(
+        f"{path} has the columns {sorted(columns[:_NAMED])}{more}{told}; wanted a column 'path' (or "
+        f"{', '.join(_PATHS[1:5])} ...){hint}"
+    )
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[str | None, str | None]]:
-    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+def _csv_rows(path: Path) -> tuple[_Columns, Iterator[_Row]]:
+    with open(path, "rb") as file:
+        begins = file.read(2)
+    utf16 = begins in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    encoding, errors = ("utf-16", "replace") if utf16 else ("utf-8-sig", "surrogateescape")
+    try:
+        with open(path, newline="", encoding=encoding, errors=errors) as file:
+            header = next(_Lines(file), "")
+        read = {separator: next(csv.reader([header], delimiter=separator), []) for separator in _SEPARATORS}
+    except csv.Error as error:
+        raise UserError(f"{path} is not a CSV file: {error}") from error
+    separator = next(
+        (one for one in _SEPARATORS if _found(read[one])), max(_SEPARATORS, key=lambda one: len(read[one]))
+    )
+    told = f", separated by {separator!r}" if separator != "," else ""
+    found = _needs_path(path, read[separator], f"{told}, in UTF-16" if utf16 else told)
+    return found, _cells(path, encoding, errors, separator, found)
+
+
+def _cells(path: Path, encoding: str, errors: str, separator: str, found: _Columns) -> Iterator[_Row]:
+    recoded = 0
+    with open(path, newline="", encoding=encoding, errors=errors) as file:
         lines = _Lines(file)
         try:
-            rows = csv.reader(lines)
+            rows = csv.reader(lines, delimiter=separator)
             columns = next(rows, [])
-            _needs_path(path, columns)
-            place = {name: number for number, name in enumerate(columns)}
-            at, label = place["path"], place.get("label", len(columns))
+            at, label, part = (columns.index(name) if name in columns else len(columns) for name in found)
             for row in rows:
                 lines.length = 0
-                if row:  # blank lines are no rows
-                    yield row[at] if at < len(row) else None, row[label] if label < len(row) else None
+                if not row:  # blank lines are no rows
+                    continue
+                cells = [row[place] if place < len(row) else None for place in (at, label, part)]
+                if any(cell and not cell.isascii() for cell in cells):
+                    read = _decoded(path, cells)
+                    recoded += read != cells
+                    cells = read
+                yield cells[0], cells[1], cells[2]
         except csv.Error as error:
             raise UserError(f"{path} is not a CSV file: {error}") from error
+    if recoded:
+        say(f"{path}: {recoded:,} rows are not UTF-8; they were read as Windows-1252")
+
+
+def _decoded(path: Path, cells: list[str | None]) -> list[str | None]:
+    """Cells whose bytes are no UTF-8 as Windows wrote them; not paths to files whose names are these very bytes."""
+    made: list[str | None] = []
+    for cell in cells:
+        text = cell
+        if cell is not None and any("\udc80" <= one <= "\udcff" for one in cell):
+            data = cell.encode("utf-8", "surrogateescape")
+            if made or not os.path.lexists(os.path.join(os.fsencode(path.parent), data)):
+                text = data.decode("cp1252", "replace")
+        made.append(text)
+    return made
 
 
 class _Lines:
@@ -109,24 +193,27 @@ class _Lines:
         return line
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str | None, str | None]]:
+def _parquet_rows(path: Path) -> tuple[_Columns, Iterator[_Row]]:
     from ssl_kit.core.parquet import batches, contents, is_text, types
 
-    inside = contents(path, ("path", "label"))
-    _needs_path(path, inside.names)
+    found = _needs_path(path, contents(path, ()).names)
+    inside = contents(path, [name for name in found if name])
     for name, type_ in types(path, inside).items():
         if not is_text(type_) and not _is_scalar(type_):
             raise UserError(f"{path}: the column {name!r} holds {str(type_)[:60]!r}; wanted text or numbers")
-    rows, unpacked = inside.columns["path"].rows, sum(column.unpacked for column in inside.columns.values())
+    rows, unpacked = inside.columns[found.path].rows, sum(column.unpacked for column in inside.columns.values())
     if rows > _ROWS[0] + _ROWS[1] * inside.size or unpacked > _UNPACKED[0] + _UNPACKED[1] * inside.size:
         raise UserError(
             f"{path}: {inside.size:,} bytes that unpack to {rows:,} rows of {unpacked:,} bytes; wanted a list of "
             "images, whose paths all differ"
         )
-    for batch in batches(path, inside):
-        names = batch["path"].to_pylist()
-        labels = batch["label"].to_pylist() if "label" in inside.columns else [None] * len(names)
-        yield from zip(map(_text, names), map(_text, labels), strict=True)
+
+    def cells() -> Iterator[_Row]:
+        for batch in batches(path, inside):
+            columns = [batch[name].to_pylist() if name else [None] * len(batch) for name in found]
+            yield from zip(*(map(text_of, column) for column in columns), strict=True)
+
+    return found, cells()
 
 
 def _is_scalar(type_: pa.DataType) -> bool:
@@ -135,17 +222,6 @@ def _is_scalar(type_: pa.DataType) -> bool:
 
     kinds = ("null", "boolean", "integer", "floating", "decimal", "temporal")
     return any(getattr(pa.types, f"is_{kind}")(type_) for kind in kinds)
-
-
-def _text(value: object) -> str | None:
-    """A cell as a CSV file has it: nulls and NaN are empty, whole floats (pandas' integers with gaps) are integers."""
-    if isinstance(value, str) or value is None:
-        return value
-    if isinstance(value, float) and math.isnan(value):
-        return None
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "surrogateescape")
-    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def is_builtin(name: str) -> bool:
@@ -172,56 +248,20 @@ def builtin(name: str) -> tuple[np.ndarray, np.ndarray]:
     return images.reshape(-1, 28, 28).astype(np.uint8), labels
 
 
-def encode(names: Sequence[str | None]) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Label names (None = unknown) to positions (N,) int64, -1 = unknown, in the sorted class names.
+def parts_in(folder: Path) -> dict[Part, list[Path]]:
+    """The parts of a folder that has one to train on and one to test on, else none: folders or else manifests.
 
-    Names that are all whole numbers sort as numbers, so that class "10" follows "9".
+    Their names are train, val, test or the like, in any case; without a test part val is tested on.
     """
-    known = {name for name in names if name is not None}
-    numbers = all(len(name) < _DIGITS and name.isascii() and name.removeprefix("-").isdigit() for name in known)
-    classes = tuple(sorted(known, key=int) if numbers else sorted(known))
-    position: dict[str | None, int] = {name: row for row, name in enumerate(classes)}
-    return np.array([position.get(name, -1) for name in names], dtype=np.int64), classes
+    inside = sorted(folder.iterdir()) if folder.is_dir() else []
+    folders = _by_part([path for path in inside if path.is_dir()])
+    tables = _by_part([path for path in inside if path.suffix.lower() in TABLES and path.is_file()])
+    return next((found for found in (folders, tables, tables | folders) if "train" in found and len(found) > 1), {})
 
 
-def folder_labels(ids: Sequence[str], *, asked: bool) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Labels (N,) and classes from the first folder of each id.
-
-    Unless they are asked for, folders count as classes only if they look like it: every image lies in `class/file`,
-    there are at least two folders with two images on average, and none is called train, test or the like.
-    """
-    names = [name.split("/", 1)[0] if "/" in name else None for name in ids]
-    if not asked and not _class_like(ids, names):
-        return np.full(len(ids), -1, dtype=np.int64), ()
-    return encode(names)
-
-
-def _class_like(ids: Sequence[str], names: Sequence[str | None]) -> bool:
-    folders = set(names)
-    if None in folders or len(folders) < 2 or any(name.count("/") != 1 for name in ids):
-        return False
-    splits = {*TRAIN_NAMES, *TEST_NAMES}
-    return not any(str(name).lower() in splits for name in folders) and len(ids) >= 2 * len(folders)
-
-
-def split_parts(folder: Path) -> tuple[Path, Path] | None:
-    """The train and test parts of a folder that has both, else None.
-
-    A part is a sub-folder of one of the names above, or else a manifest of such a name, `train.csv` or `train.parquet`.
-    """
-    found = []
-    for names in (TRAIN_NAMES, TEST_NAMES):
-        folders = [path for name in names if (path := folder / name).is_dir()]
-        tables = [path for name in names for end in TABLES if (path := folder / f"{name}{end}").is_file()]
-        found.append([*folders, *tables])
-    return (found[0][0], found[1][0]) if all(found) else None
-
-
-def stratified(labels: np.ndarray, fraction: float, seed: int = 0) -> np.ndarray:
-    """(N,) bool: True for a pseudo-random `fraction` of each class, rounded to the nearest, never a whole class."""
-    chosen = np.zeros(len(labels), dtype=bool)
-    order = permutation(seed, 0, len(labels))
-    for label in np.unique(labels):
-        rows = order[labels[order] == label]
-        chosen[rows[: min(round(fraction * len(rows)), len(rows) - 1)]] = True
-    return chosen
+def _by_part(paths: Sequence[Path]) -> dict[Part, list[Path]]:
+    found: dict[Part, list[Path]] = {}
+    for path in paths:
+        if (part := part_of(path.stem if path.is_file() else path.name)) is not None:
+            found.setdefault(part, []).append(path)
+    return found

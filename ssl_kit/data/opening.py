@@ -10,7 +10,7 @@ open_labelled("cifar10")          train/ + test/ sub-folders or manifests as giv
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -25,7 +25,8 @@ from ssl_kit.core.machine import available_cores, fits_in_memory, in_order
 from ssl_kit.core.random import permutation
 from ssl_kit.core.reading import RGB, Reading
 from ssl_kit.data import manifests, ranges
-from ssl_kit.data.given import of_arrays
+from ssl_kit.data.given import joined, of_arrays
+from ssl_kit.data.labels import Part, encode, folder_labels, part_of, stratified
 from ssl_kit.data.limits import BadImageError
 from ssl_kit.data.listing import Skipped, folder_of_images, folders_without
 from ssl_kit.data.sources import Listed, Source, pixels
@@ -67,10 +68,23 @@ def open_source(
     """
     if limit is not None and limit < 2:
         raise UserError(f"--limit {limit}: at least 2 images are needed")
-    source = _listed(data, reading, measure, max_bad, labelled)
+    found = _listed(data, reading, measure, max_bad, labelled)
+    return _opened(found, limit=limit, measure=measure, in_memory=in_memory, labelled=labelled, threads=threads)
+
+
+def _opened(
+    source: Listed,
+    *,
+    limit: int | None,
+    measure: bool,
+    in_memory: Literal["auto"] | bool | Callable[[bool], bool],
+    labelled: bool,
+    threads: int | None,
+) -> Listed:
+    """A source limited, measured and decoded as it is asked for; says what it has."""
     if limit is not None and limit < len(source):
         source = source.subset(np.sort(permutation(0, 0, len(source))[:limit]))
-        source.bad = Skipped(len(source), max_bad)
+        source.bad = Skipped(len(source), source.bad.max_bad)
     _at_least_two(source)
     if labelled:
         _needs_labels(source)
@@ -92,22 +106,81 @@ def open_labelled(
 ) -> tuple[Source, Source]:
     """Opens a labelled source as (train, test); arguments as `open_source`, `limit` is for both parts together.
 
-    A folder with `train/` and `test/` (or `val/`, `valid/`, `validation/`) gives those, with the class names of both;
-    so does one with `train.csv` and `test.csv` (or `.parquet`), whose paths are relative to the folder.
+    A folder with `train/` and `test/`, or `train.csv` and `test.csv` (or `.parquet`), gives those; so does a table with
+    a column `split`. Names of parts may be any usual ones in any case (training, testing; val, valid, validation, dev).
+    What is called val joins train, or is tested on where nothing is called test. Classes are those of train.
     Everything else is split 80 : 20, stratified, by a fixed seed: the same rows in every run. Images without a label
     are left out.
+
+    Raises:
+        UserError: see `open_source`; or test has images of fewer than two classes, so that every score would be 1.
     """
-    opened = partial(open_source, reading=reading, in_memory=in_memory, max_bad=max_bad, labelled=True, threads=threads)
-    pair = manifests.split_parts(Path(data)) if isinstance(data, str | Path) else None
-    if pair is None:
-        whole = opened(data, limit=limit)
-        test, known = manifests.stratified(whole.labels(), _TEST_FRACTION), whole.labels() >= 0
-        return whole.subset(known & ~test, f"{whole.name}:train"), whole.subset(known & test, f"{whole.name}:test")
-    if limit is None:
-        return _shared_classes(opened(pair[0]), opened(pair[1]))
-    sizes = [len(manifests.read_table(part)[0] if part.is_file() else folder_of_images(part).ids) for part in pair]
-    shares = [max(2, round(limit * size / sum(sizes))) for size in sizes]
-    return _shared_classes(opened(pair[0], limit=shares[0]), opened(pair[1], limit=shares[1]))
+    opened = partial(_opened, measure=False, in_memory=in_memory, labelled=True, threads=threads)
+    parts = _parts(data, reading, max_bad)
+    if parts is None:
+        whole = opened(_listed(data, reading, False, max_bad, True), limit=limit)
+        test, known = stratified(whole.labels(), _TEST_FRACTION), whole.labels() >= 0
+        return _checked(
+            whole.subset(known & ~test, f"{whole.name}:train"), whole.subset(known & test, f"{whole.name}:test")
+        )
+    shares = (
+        [None, None] if limit is None else [max(2, round(limit * len(part) / sum(map(len, parts)))) for part in parts]
+    )
+    first, second = (opened(part, limit=share) for part, share in zip(parts, shares, strict=True))
+    return _checked(*_shared_classes(first, second))
+
+
+def _parts(data: Data, reading: Reading, max_bad: float) -> tuple[Listed, Listed] | None:
+    """What a set of several parts is trained and tested on, None where it has none; says what is which."""
+    if not isinstance(data, str | Path):
+        return None
+    path = Path(data)
+    table = manifests.read_table(path) if path.suffix.lower() in manifests.TABLES and path.is_file() else None
+    if table is not None and table.parts is not None:
+        named = [part_of(part) for part in table.parts]
+        if odd := sorted({str(part) for part, known in zip(table.parts, named, strict=True) if known is None}):
+            raise UserError(
+                f"{path}: the column of parts holds {', '.join(map(repr, odd[:5]))}; wanted train, val or test"
+            )
+        if not {"train"} < set(named):
+            raise UserError(f"{path}: the column of parts names {', '.join(sorted(map(str, set(named))))} alone")
+        whole = _of_table(path, table, reading, max_bad)
+        _say_parts(str(data), {part: part for part in named if part is not None})
+        test = np.array([part == ("test" if "test" in named else "val") for part in named])
+        made = whole.subset(~test, f"{data}:train"), whole.subset(test, f"{data}:test")
+        for part in made:
+            part.bad = Skipped(len(part), max_bad)
+        return made
+    found = manifests.parts_in(path)
+    if not found:
+        return None
+    _say_parts(str(data), {part: ", ".join(one.name for one in paths) for part, paths in found.items()})
+    tested = found.pop("test") if "test" in found else found.pop("val")
+    trained = found["train"] + found.get("val", [])
+    first, second = ([_listed(one, reading, False, max_bad, True) for one in paths] for paths in (trained, tested))
+    return joined(first, max_bad), joined(second, max_bad)
+
+
+def _say_parts(name: str, parts: Mapping[Part, str]) -> None:
+    if "val" in parts:
+        joins = "joins train" if "test" in parts else "is tested on"
+        say(f"{name}: {parts['val']} {joins}, as {'test is there' if 'test' in parts else 'nothing is called test'}")
+
+
+def _checked(train: Source, test: Source) -> tuple[Source, Source]:
+    """Train and test, once test is known to tell classes apart; says which classes it lacks."""
+    count = np.bincount(test.labels(), minlength=len(test.classes))
+    missing = [name for name, images in zip(test.classes, count, strict=True) if not images]
+    if not missing:
+        return train, test
+    names = ", ".join(map(repr, missing[:5])) + (f" and {len(missing) - 5:,} more" if len(missing) > 5 else "")
+    if len(missing) > len(test.classes) - 2:
+        raise UserError(
+            f"{test.name}: no image of {names} is in test, which has {len(test.classes) - len(missing)} class: nothing "
+            "could be told apart; wanted two images or more of at least two classes"
+        )
+    warn(f"{test.name}: no image of {names} is in test: scores are of {len(test.classes) - len(missing)} classes only")
+    return train, test
 
 
 def _listed(data: Data, reading: Reading, measure: bool, max_bad: float, labelled: bool) -> Listed:
@@ -125,20 +198,23 @@ def _listed(data: Data, reading: Reading, measure: bool, max_bad: float, labelle
         whole = builtin_source(name, reading)
         if part not in ("", "train", "test"):
             raise UserError(f"{text}: a built-in set has the parts train and test")
-        test = manifests.stratified(whole.labels(), _TEST_FRACTION)  # as `open_labelled` splits them
+        test = stratified(whole.labels(), _TEST_FRACTION)  # as `open_labelled` splits them
         return whole.subset(test if part == "test" else ~test, text) if part else whole
     if path.suffix.lower() in manifests.TABLES and path.is_file():
-        ids, names = manifests.read_table(path)
-        labels, classes = manifests.encode(names)
-        bad = Skipped(len(ids), max_bad)
-        return Listed(text, ids, labels, classes, reading, path.parent, bad, np.arange(len(ids)))
+        return _of_table(path, manifests.read_table(path), reading, max_bad)
     if path.is_file():
         raise UserError(f"{path} is a file; wanted a folder, a .csv or .parquet with a column 'path', or 'mnist5k'")
     ids = folder_of_images(path).ids
-    labels, classes = manifests.folder_labels(ids, asked=labelled)
-    if labelled and (empty := folders_without(path, classes)):
+    labels, classes = folder_labels(ids, text, asked=labelled)
+    if labelled and (empty := folders_without(path, {name.split("/", 1)[0] for name in ids})):
         warn(f"{path}: no images in {', '.join(map(repr, empty[:5]))}; {len(empty)} folders are no classes")
     return Listed(text, ids, labels, classes, reading, path, Skipped(len(ids), max_bad), np.arange(len(ids)))
+
+
+def _of_table(path: Path, table: manifests.Table, reading: Reading, max_bad: float) -> Listed:
+    labels, classes = encode(table.labels, str(path))
+    bad = Skipped(len(table.ids), max_bad)
+    return Listed(str(path), table.ids, labels, classes, reading, path.parent, bad, np.arange(len(table.ids)))
 
 
 def builtin_source(name: str, reading: Reading = RGB) -> Listed:
@@ -148,10 +224,11 @@ def builtin_source(name: str, reading: Reading = RGB) -> Listed:
 
 def _decoded(source: Listed, in_memory: Literal["auto"] | bool | Callable[[bool], bool], threads: int) -> Listed:
     """Decodes into memory if asked to, or if it fits."""
-    heights, widths = source.sizes(np.sort(permutation(0, 0, len(source))[:_SAMPLE])).T
+    rows = np.sort(permutation(0, 0, len(source))[:_SAMPLE])
+    heights, widths = source.sizes(rows).T
     areas = (heights * widths)[heights > 0]
-    deep = 2 if source.reading.ranges else 1
-    mean_bytes = float(np.mean(areas * source.channels * deep)) if len(areas) else 0.0
+    one = next((image for row in rows if isinstance(image := _tried(source, row), np.ndarray)), np.empty(0, np.uint8))
+    mean_bytes = float(np.mean(areas * source.channels * one.itemsize)) if len(areas) else 0.0
     fits, why = fits_in_memory(len(source) * mean_bytes)
     keep = in_memory(fits) if callable(in_memory) else fits if in_memory == "auto" else in_memory
     say(f"{source.name}: {why}: images are {'decoded once, into RAM' if keep else 'decoded when needed'}")

@@ -66,6 +66,12 @@ class Source(Protocol):
     def read(self, rows: Rows) -> list[Stored]:
         """Each image as it is stored; nothing is decoded or copied."""
 
+    def lengths(self, rows: Rows) -> np.ndarray:
+        """(R,) int64 bytes of each image as it is stored: of its file, or else of its pixels; 0 where there is none."""
+
+    def content(self, row: int) -> bytes:
+        """These bytes of one image."""
+
     def shards(self, rows: Rows) -> list[str]:
         """The file that each image lies in: what lies in one is best read together."""
 
@@ -137,15 +143,32 @@ class Listed:
         """Files or pixels."""
         return list(self._stored(rows))
 
+    def lengths(self, rows: Rows) -> np.ndarray:
+        """See `Source`."""
+        places = self.rows[rows].tolist()
+        if self.root is None:
+            assert self.images is not None, "without files there are pixels"
+            return np.array([self.images[row].nbytes for row in places], np.int64)
+        return np.array([file_length(self._path(self.names[row])) for row in places], np.int64)
+
+    def content(self, row: int) -> bytes:
+        """Empty where it cannot be read."""
+        place = int(self.rows[row])
+        found = self._file(self.names[place]) if self.images is None or self.root else self.images[place].tobytes()
+        return b"" if isinstance(found, BadImageError) else found
+
     def _stored(self, rows: Rows) -> Iterator[Stored]:
         """One image after the other."""
         for row in self.rows[rows].tolist():
             yield self._file(self.names[row]) if self.images is None else self.images[row]
 
-    def _file(self, name: str) -> bytes | BadImageError:
+    def _path(self, name: str) -> bytes:
         assert self.root is not None, "a source without files has its images in memory"
+        return os.path.join(os.fsencode(self.root), unescape(name))
+
+    def _file(self, name: str) -> bytes | BadImageError:
         try:
-            return read_regular(os.path.join(os.fsencode(self.root), unescape(name)))
+            return read_regular(self._path(name))
         except OSError as error:
             return BadImageError(error.strerror or str(error))
         except ValueError as error:  # a name with a NUL, out of a table
@@ -163,6 +186,14 @@ class Listed:
         """Notes a bad file."""
         self.bad.add(self.ids([row])[0], reason)
         self.bad.check()
+
+
+def file_length(path: bytes) -> int:
+    """Bytes of a file; 0 where there is none."""
+    try:
+        return os.stat(path).st_size
+    except (OSError, ValueError):  # a name with a NUL, out of a table
+        return 0
 
 
 def size_of(stored: Stored) -> tuple[int, int]:

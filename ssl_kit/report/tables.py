@@ -38,12 +38,13 @@ class Score:
     value: float
     low: float | None = None
     high: float | None = None
+    of: str = ""  # classes in test, where they are not all
 
     @property
     def text(self) -> str:
         """Fractions with three decimals, larger values with fewer."""
         digits = 3 if abs(self.value) <= 1 else 2 if abs(self.value) < 10 else 1
-        return f"{self.value:,.{digits}f}"
+        return f"{self.value:,.{digits}f}" + (f" on {self.of} classes" if self.of else "")
 
     @property
     def bounds(self) -> tuple[float, float] | None:
@@ -150,7 +151,8 @@ def feature_order(features: str) -> tuple[int, str]:
 def score(record: Record, metric: str) -> Score | None:
     """A metric of a record, None where it is missing or not a finite number."""
     value, low, high = (number(record["metrics"].get(f"{metric}{end}")) for end in ("", "_low", "_high"))
-    return None if value is None else Score(value, low, high)
+    of = record["settings"].get("test_classes") if low is not None else None
+    return None if value is None else Score(value, low, high, of if isinstance(of, str) else "")
 
 
 def full_size(records: Sequence[Record]) -> list[Record]:

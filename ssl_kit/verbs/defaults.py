@@ -31,6 +31,7 @@ from ssl_kit.core.machine import (
     use_tf32,
 )
 from ssl_kit.core.process import on_this_machine
+from ssl_kit.data.fingerprint import difference
 from ssl_kit.data.loader import ViewLoader
 from ssl_kit.data.module import ImageData
 from ssl_kit.data.sources import Source
@@ -309,15 +310,21 @@ def save_recipe(path: Path, recipe: dict[str, Any]) -> None:
         temporary.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def check_resumable(folder: Path, recipe: dict[str, Any], images: int, processes: int) -> None:
+def check_resumable(folder: Path, recipe: dict[str, Any], source: Source, processes: int) -> None:
     """Raises `UserError` when a run would go on with other settings or images than it was begun with.
 
     The batch size may be another where so many `processes` make the same step of it.
     """
     record = read_json(folder / "run.json")
-    had = record.get("data", {}).get("images", images)
-    if had != images:
-        raise UserError(f"--resume: the run was begun on {had:,} images, {recipe['data']} has {images:,} now")
+    data, images = record.get("data", {}), len(source)
+    if (had := data.get("images", images)) != images:
+        raise UserError(f"--resume: the run was begun on {had:,} images, {source.name} has {images:,} now")
+    if "read" not in data:
+        say("the images are compared by their number alone: the run was begun by an earlier version")
+    elif (changed := difference(data, source, recipe["seed"])) is not None:
+        raise UserError(
+            f"--resume: {source.name} has changed since the run was begun: {changed}; --overwrite starts anew"
+        )
     begun = read_recipe(str(folder / "recipe.yaml"))
     now = yaml.safe_load(yaml.safe_dump(recipe))
     step = "contrastive_batch" if now.get("contrastive_batch") else "batch_size"

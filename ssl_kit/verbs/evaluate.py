@@ -210,7 +210,9 @@ def _one(name: str, path: Path, folder: Path, opened: _Opened, options: _Options
             labels = features.test.labels  # without the rows of files that turned out broken
             pictures.see(features)
             say(f"{features.name}: scored after {time.perf_counter() - started:.0f} s")
-        results = [_noted(result, options, leaks) for result in compared(results, labels, seed)]
+        seen = np.unique(labels[labels >= 0])
+        of = f"{len(seen)} of {len(test.classes)}" if len(seen) < len(test.classes) else ""
+        results = [_noted(result, options, leaks, of) for result in compared(results, labels, seed)]
         pictures.draw()
         for result in results:
             append_line(folder / "results.jsonl", result.to_json())
@@ -235,11 +237,13 @@ def _one(name: str, path: Path, folder: Path, opened: _Opened, options: _Options
     return Scored(name, results, labels), record
 
 
-def _noted(result: Result, options: _Options, leaks: Leaks | None) -> Result:
+def _noted(result: Result, options: _Options, leaks: Leaks | None, of: str) -> Result:
     """The result with what moved it from outside its evaluation."""
     settings = dict(result.settings)
     if options.layers != 1 and result.features in ("encoder", "random_init"):
         settings["layers"] = options.layers
+    if of:
+        settings["test_classes"] = of
     if leaks is not None:
         settings |= {"leaks": len(leaks.test_ids), "leaks_dropped": options.drop_leaks}
     return replace(result, settings=settings)

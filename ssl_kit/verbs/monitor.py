@@ -15,8 +15,8 @@ from torch import Tensor
 from ssl_kit.core.console import say
 from ssl_kit.core.files import if_room
 from ssl_kit.core.machine import cycles_freed
+from ssl_kit.data.labels import stratified
 from ssl_kit.data.loader import Batch, ViewLoader
-from ssl_kit.data.manifests import stratified
 from ssl_kit.data.sources import Source
 from ssl_kit.embeddings.embeddings import embed
 from ssl_kit.encoders.encoder import Encoder
@@ -66,7 +66,7 @@ def hold_out(source: Source) -> tuple[Source, Source | None, Source | None]:
     fraction = min(_HELD_OUT, _QUERIES / labelled.sum())
     held = np.zeros(len(source), bool)
     held[labelled] = stratified(labels[labelled], fraction)
-    if held.sum() < 2:  # a few images of each of many classes
+    if len(np.unique(labels[held])) < 2:  # a few images of each of many classes, or one class alone has more
         return source, None, None
     rest = np.flatnonzero(labelled & ~held)
     gallery = rest[_spread(len(rest), _GALLERY)]

@@ -19,6 +19,7 @@ from ssl_kit.core.owned import check_place
 from ssl_kit.core.process import Signals
 from ssl_kit.core.reading import reading_of
 from ssl_kit.core.settings import verb
+from ssl_kit.data.fingerprint import fingerprint
 from ssl_kit.data.listing import write_skipped
 from ssl_kit.data.loader import ViewLoader
 from ssl_kit.data.module import ImageData
@@ -179,7 +180,7 @@ def pretrain(settings: Settings) -> dict[str, Any]:
         training, gallery, queries = hold_out(source)
         settings = fit_to_data(settings, len(training), world_size())
         if settings.resume and rank() == 0:
-            check_resumable(folder, resolved_recipe(settings, learner), len(source), world_size())
+            check_resumable(folder, resolved_recipe(settings, learner), source, world_size())
         settings, together = images_per_step(settings, folder)
         loader, duration, fitted = fit_to_machine(learner, training, view_schedule, settings, together)
 
@@ -333,6 +334,7 @@ def _describe(record: RunRecord, settings: Settings, source: Source, learner: Me
         "images": len(source),
         "skipped": len(source.bad.rows),
         "classes": len(source.classes),
+        **fingerprint(source, settings.seed),
     }
     record.begin(
         method=type(learner).__name__,

@@ -207,7 +207,7 @@ def print_scores(results: Sequence[Result]) -> None:
         for metric, words in EVALUATIONS[result.evaluation].metrics.items():
             if metric in result.metrics:
                 cells = rows.setdefault(", ".join(filter(None, (row_name(result), words))), {})
-                cells[result.features] = _cell(result.metrics, metric)
+                cells[result.features] = _cell(result, metric)
                 if metric == "top1" and GAIN in result.metrics:
                     cells["gain"] = _distance(result.metrics, GAIN)
     kinds = list(dict.fromkeys(result.features for result in results))
@@ -255,11 +255,13 @@ def _title(features: str) -> str:
     return features if features.startswith(PRETRAINED) else features.replace("_", " ")
 
 
-def _cell(metrics: dict[str, float], metric: str) -> str:
-    value = metrics[metric]
+def _cell(result: Result, metric: str) -> str:
+    """A score and half its interval; of fewer classes than there are it says so."""
+    metrics, value = result.metrics, result.metrics[metric]
     if f"{metric}_low" not in metrics:
         return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
-    return f"{value:.3f} ±{(metrics[f'{metric}_high'] - metrics[f'{metric}_low']) / 2:.3f}"
+    of = f" on {result.settings['test_classes']} classes" if "test_classes" in result.settings else ""
+    return f"{value:.3f} ±{(metrics[f'{metric}_high'] - metrics[f'{metric}_low']) / 2:.3f}{of}"
 
 
 def _distance(metrics: dict[str, float], name: str) -> str:

@@ -13,9 +13,9 @@ from stripes import make, pixels, png
 from ssl_kit.core import machine
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.reading import GREY, Reading
+from ssl_kit.data.labels import encode, stratified
 from ssl_kit.data.limits import BadImageError
 from ssl_kit.data.listing import Skipped, write_skipped
-from ssl_kit.data.manifests import encode, stratified
 from ssl_kit.data.opening import open_labelled, open_source
 from ssl_kit.data.sources import pixels as decoded
 from ssl_kit.verbs.monitor import hold_out
@@ -63,9 +63,9 @@ def test_asked_for_labels_come_from_the_first_folder(tmp_path):
 
 
 def test_class_names_sort_as_numbers_when_they_are():
-    assert encode(["10", "9", None, "9"])[1] == ("9", "10")
-    assert encode(["10", "9", None, "9"])[0].tolist() == [1, 0, -1, 0]
-    assert encode(["b10", "b9"])[1] == ("b10", "b9")
+    assert encode(["10", "9", None, "9"], "set")[1] == ("9", "10")
+    assert encode(["10", "9", None, "9"], "set")[0].tolist() == [1, 0, -1, 0]
+    assert encode(["b10", "b9"], "set")[1] == ("b10", "b9")
 
 
 def test_split_folders_are_used_as_given(tmp_path):
@@ -152,7 +152,10 @@ def test_parquet_manifest(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([["Path", "label"], ["a.png", "1"]], r"\['Path', 'label'\]; wanted a column 'path'; did you mean 'path'"),
+        (
+            [["paths", "label"], ["a.png", "1"]],
+            r"\['label', 'paths'\]; wanted a column 'path' .*; did you mean 'paths'",
+        ),
         ([["path"], ["a.png"], ["b.png"], ["a.png"]], "rows 1 and 3 have the path 'a.png'"),
         ([["path"], ["a.png"], ['""'], [""]], "empty 'path'|2 are needed|could not be decoded"),
         ([["path"]], "0 image"),
@@ -321,7 +324,7 @@ def test_names_that_no_file_can_have_are_bad_files(tmp_path):
 
 
 def test_labels_of_thousands_of_digits_are_words(tmp_path):
-    assert encode(["9" * 5_000, "10", "9"])[1] == ("10", "9", "9" * 5_000)
+    assert encode(["9" * 5_000, "10", "9"], "set")[1] == ("10", "9", "9" * 5_000)
 
 
 def test_tables_with_text_that_is_none(tmp_path):
