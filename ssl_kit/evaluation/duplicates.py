@@ -1,14 +1,15 @@
 """Duplicates and outliers: which images show the same picture, which have no neighbours. Functions of arrays.
 
 Features of self-supervised training bring copies together, and images that merely show the same kind of thing too. So
-the features name candidates, and the pictures decide: two show the same when one, or a crop of it, correlates with the
-other. Both limits come from planted copies (`edits`) of the very images at hand.
+the features name candidates, and the pictures decide, by the distance of aligned thumbnails (alignment.py). How near is
+near enough no limit for a whole set can say: two photographs hardly ever correlate by 0.9, two strokes of a pen often
+do, and a crop of fine noise correlates with the rest of it by 0.5 at most. What tells copies is the gap that they leave
+(`reach`): an image's copies are near, and then comes nothing until the pictures that only look alike, which lie as
+densely as pictures of its kind do. Both images of a pair must see the gap.
 
 Leakage: test images of which a near-duplicate is among the training images. A score on them is memory, not skill.
-
-Images are compared as small thumbnails, each without its own mean and of length 1, so that the inner product is the
-correlation of their pixels: blind to brightness and contrast, hardly moved by compression, and independent of the
-encoder that is being judged. A correlation alone does not do: all ones of MNIST look alike. A near-duplicate is
+There images are compared at 16 pixels, unaligned, each without its own mean and of length 1, so that the inner product
+is the correlation of their pixels. A near-duplicate is
 
     1 - c_1 <= (1 - c_4) / 3  and  c_1 >= 0.9        or  c_1 >= 0.9999
 
@@ -16,12 +17,13 @@ with c_i the correlation with the i-th nearest training image: three times as ne
 copies are seen as such. On CIFAR-10 this finds 2.5 % of the test images, every pair of one class (Barz & Denzler 2020,
 https://arxiv.org/abs/1902.00423, found 3.3 % by hand); on MNIST's digits, which have none, 1 %.
 
-Letters: N images, K neighbours, M pairs, S = 32 pixels of a thumbnail's side, D thumbnail values, L leaked test images.
+Letters: N images, K neighbours, M pairs, D thumbnail values, L leaked test images.
 """
 
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -39,25 +41,29 @@ from ssl_kit.embeddings.exact import search
 from ssl_kit.evaluation.features import Pixels
 from ssl_kit.views.recipe import plain
 
-SIDE = 32  # pixels of a thumbnail
 EDITS = ("jpeg", "crop", "brightness")
-_CROPS = (0.95, 0.9, 0.85)  # kept part of a side that an alignment tries, at 3 x 3 places
-_COARSE = 0.6  # correlation at 8 x 8 pixels below which no alignment is tried; 1 % of 10 % crops have less
-_FLAT = 1.0  # standard deviation of grey values below which a picture has no contrast
-_SAME_LEVEL = 2.0  # mean difference of the grey values of two equal pictures without contrast
-_FOUND = 0.98  # fraction of the planted copies that each limit lets through
-_BLOCK = 2_048  # pairs aligned at a time: 8 MB of thumbnails
+LEAST = 0.9  # correlation of a near-duplicate, whatever else speaks for it
+_FOUND = 0.99  # fraction of the planted copies that each limit lets through
+_SURE = 0.05  # fraction of the planted JPEG copies that lie nearer to their originals than a pair that is surely one
+_APART = 4.0  # times as far as the last copy the next picture lies at least
+_CHANCE = 0.05  # that by accident one of the pictures that only look alike lies before such a gap, for one of a pair
+_NEXT = 16  # pictures behind a gap that say how densely such pictures lie
+_ROUNDING = 1e-5  # of a distance
 _STREAM_EDITS = 100_011  # of core/random.py
 
 
 class Limits(NamedTuple):
-    """From where on two images are copies: cosine of their features, correlation of their thumbnails.
+    """Which images are compared, and which of them are surely copies.
 
-    Without a correlation (the images cannot be read) the cosine alone decides.
+    Attributes:
+        cosine: of their features, at least.
+        correlation: of their thumbnails, at least. None: the images cannot be read, and the cosine alone decides.
+        sure: distance of thumbnails as they lie up to which no gap is asked for; -1 = always.
     """
 
     cosine: float
     correlation: float | None
+    sure: float = -1.0
 
 
 def pairs_above(cosines: np.ndarray, rows: np.ndarray, limit: float, within: bool = True) -> np.ndarray:
@@ -97,89 +103,8 @@ def isolation(cosines: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return 1 - np.where(others, cosines, 0).sum(axis=1) / np.maximum(others.sum(axis=1), 1)
 
 
-def thumbnail(image: np.ndarray) -> np.ndarray:
-    """(H, W, C) uint8 or uint16 to (S, S) float32: grey, squeezed to a square."""
-    image = eight_bits(image)
-    grey = Image.fromarray(image if image.shape[2] == 3 else image[:, :, 0]).convert("L")
-    return np.asarray(grey.resize((SIDE, SIDE), Image.Resampling.BILINEAR), dtype=np.float32)
-
-
-def correlations(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """(M,) the best correlation of one thumbnail with the other or a crop of it, in [-1, 1].
-
-    A crop and its enlargement are linear, one (S, S) matrix for rows and one for columns, so that an alignment of many
-    pairs is two products of large matrices. Pictures without contrast (a white page) are equal to their like only.
-
-    Args:
-        first: (M, S, S) float32.
-        second: (M, S, S) float32.
-    """
-    best = np.empty(len(first), dtype=np.float32)
-    for start in range(0, len(first), _BLOCK):
-        rows = slice(start, start + _BLOCK)
-        # rows of pixels first: (S, M, S) is (S, M * S) for a product from the left, (S * M, S) for one from the right
-        best[rows] = _aligned(*(np.ascontiguousarray(part[rows].transpose(1, 0, 2)) for part in (first, second)))
-    return best
-
-
-def _aligned(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """(M,) of (S, M, S) each."""
-    best = _correlation(_coarse(first), _unit(_coarse(second)))
-    flat = (first.std(axis=(0, 2)) < _FLAT) & (second.std(axis=(0, 2)) < _FLAT)
-    best[flat] = np.abs(first - second).mean(axis=(0, 2))[flat] < _SAME_LEVEL
-    worth = np.flatnonzero((best >= _COARSE) & ~flat)
-    if not len(worth):
-        return best
-    first, second = first[:, worth], second[:, worth]
-    units = _unit(first), _unit(second)
-    tried = [_correlation(first, units[1])]
-    for rows_of_scale in _MATRICES:
-        for columns in rows_of_scale:
-            narrow = [(part.reshape(-1, SIDE) @ columns.T).reshape(SIDE, -1) for part in (first, second)]
-            for rows in rows_of_scale:
-                one, two = ((rows @ part).reshape(first.shape) for part in narrow)
-                tried += [_correlation(one, units[1]), _correlation(two, units[0])]
-    best[worth] = np.max(tried, axis=0)
-    return best
-
-
-def _coarse(pictures: np.ndarray) -> np.ndarray:
-    """(S, M, S) to (8, M, 8): means of blocks, which a shift of a pixel or two hardly changes."""
-    return pictures.reshape(8, SIDE // 8, -1, 8, SIDE // 8).mean(axis=(1, 4))
-
-
-def _unit(pictures: np.ndarray) -> np.ndarray:
-    """(R, M, R) with mean 0 and length 1 each; pictures without contrast become 0."""
-    centred = pictures - pictures.mean(axis=(0, 2), keepdims=True)
-    lengths = np.sqrt(np.einsum("imj,imj->m", centred, centred))
-    return centred / np.maximum(lengths, 1e-6)[:, None]
-
-
-def _correlation(pictures: np.ndarray, units: np.ndarray) -> np.ndarray:
-    """(M,) Pearson correlation of (R, M, R) with pictures of mean 0 and length 1; 0 for those without contrast."""
-    count = pictures.shape[0] * pictures.shape[2]
-    squares = np.einsum("imj,imj->m", pictures, pictures) - count * pictures.mean(axis=(0, 2)) ** 2
-    products = np.einsum("imj,imj->m", pictures, units)
-    contrast = (squares > count * _FLAT**2) & (np.einsum("imj,imj->m", units, units) > 0.5)
-    return np.where(contrast, products / np.sqrt(np.maximum(squares, 1e-6)), 0).astype(np.float32)
-
-
-def _enlarging(start: float, kept: float) -> np.ndarray:
-    """(S, S): row i holds the two weights of the source pixels around position start + kept * i."""
-    where = np.clip(start + kept * (np.arange(SIDE) + 0.5) - 0.5, 0, SIDE - 1)
-    left = np.minimum(where.astype(np.int64), SIDE - 2)
-    matrix = np.zeros((SIDE, SIDE), dtype=np.float32)
-    matrix[np.arange(SIDE), left] = 1 - (where - left)
-    matrix[np.arange(SIDE), left + 1] = where - left
-    return matrix
-
-
-# per scale the matrices of its three places, for rows and for columns
-_MATRICES = [[_enlarging(place * (1 - kept) * SIDE / 2, kept) for place in range(3)] for kept in _CROPS]
-
-
 def edits(image: np.ndarray, number: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """Near-copies of (H, W, C) uint8: JPEG at quality 50, 90 % of each side somewhere, 5 % brighter or darker.
+    """Near-copies of (H, W, C) uint8 or uint16: JPEG of quality 50, 90 % of each side somewhere, 5 % more or less light.
 
     Args:
         image: to copy; JPEG is left out where C is neither 1 nor 3.
@@ -193,28 +118,132 @@ def edits(image: np.ndarray, number: int, seed: int = 0) -> dict[str, np.ndarray
     factor = 1.05 if sign < 0.5 else 0.95
     made = {
         "crop": np.ascontiguousarray(image[y : y + kept_h, x : x + kept_w]),
-        "brightness": np.rint(np.clip(image * np.float32(factor), 0, 255)).astype(np.uint8),
+        "brightness": np.rint(np.clip(image * np.float32(factor), 0, np.iinfo(image.dtype).max)).astype(image.dtype),
     }
     if image.shape[2] in (1, 3):
         data = io.BytesIO()
-        Image.fromarray(image if image.shape[2] == 3 else image[:, :, 0]).save(data, "JPEG", quality=50)
-        decoded = np.asarray(Image.open(data))
-        made["jpeg"] = decoded if decoded.ndim == 3 else decoded[:, :, None]
+        shown = eight_bits(image)  # a JPEG has no more
+        Image.fromarray(shown if image.shape[2] == 3 else shown[:, :, 0]).save(data, "JPEG", quality=50)
+        decoded = np.asarray(Image.open(data)).reshape(image.shape)
+        made["jpeg"] = decoded if image.dtype == np.uint8 else decoded.astype(image.dtype) * 257
     return made
 
 
-def limits(cosines: np.ndarray, correlated: np.ndarray) -> Limits:
-    """The limits that let 98 % of planted copies through, each.
+def limits(cosines: np.ndarray, correlated: np.ndarray, recompressed: np.ndarray) -> Limits:
+    """The limits that let 99 % of planted copies through, each; surely one is what is nearer than most JPEG copies.
 
     Args:
         cosines: of planted copies with their originals, any shape.
         correlated: `correlations` of the same.
+        recompressed: `distances` of the JPEG copies among them as they lie; may be empty.
     """
-    return Limits(float(np.quantile(cosines, 1 - _FOUND)), float(np.quantile(correlated, 1 - _FOUND)))
+    sure = float(np.quantile(recompressed, _SURE)) if len(recompressed) else -1.0
+    return Limits(float(np.quantile(cosines, 1 - _FOUND)), float(np.quantile(correlated, 1 - _FOUND)), sure)
+
+
+class Around(NamedTuple):
+    """Of Q images of one set their K neighbours in the other set, or the same one.
+
+    Attributes:
+        asked: (Q,) rows of the images, ascending.
+        neighbours: (Q, K) rows.
+    """
+
+    asked: np.ndarray
+    neighbours: np.ndarray
+
+
+def apart(
+    pairs: np.ndarray,
+    around: Around,
+    back: Around,
+    measure: Callable[[np.ndarray], np.ndarray],
+    sure: float,
+    *,
+    within: bool,
+) -> tuple[np.ndarray, float]:
+    """Which pairs of images are copies: those with a gap behind them on both sides, or nearer than `sure`.
+
+    Args:
+        pairs: (M, 2) rows, of the first set and of the second.
+        around: neighbours in the second set of all that is in the first column.
+        back: neighbours in the first set of all that is in the second column.
+        measure: (W, 2) pairs to their `distances` (W, 2); NaN where they cannot be told.
+        sure: distance as the pictures lie.
+        within: both sets are one, `around` is `back`, and the smaller row of a pair is the first.
+
+    Returns:
+        (M,) bool, and about how many images of the first set seem to have a copy by chance.
+    """
+    listed = [np.stack(np.broadcast_arrays(side.asked[:, None], side.neighbours), axis=2) for side in (around, back)]
+    listed = [np.sort(listed[0], axis=2)] * 2 if within else [listed[0], listed[1][..., ::-1]]
+    base = 1 + max(int(part[..., 1].max()) for part in (*listed, pairs))
+    keys = [part[..., 0] * base + part[..., 1] for part in (*listed, pairs)]
+    each = np.unique(np.concatenate([part.ravel() for part in keys]))  # a pair is measured once
+    wanted = np.stack(np.divmod(each, base), axis=1)
+    far = measure(wanted)
+    if within:
+        far[wanted[:, 0] == wanted[:, 1]] = np.nan
+    first, second, own = (far[np.searchsorted(each, part)] for part in keys)  # (Q, K, 2), (Q, K, 2), (M, 2)
+    copies, chance = own[:, 1] <= sure, 0.0
+    for way in range(2):  # aligned, as they lie
+        reached = [
+            reach(part[..., way])[np.searchsorted(side.asked, pairs[:, column])]
+            for column, (part, side) in enumerate(((first, around), (second, back)))
+        ]
+        copies |= own[:, way] <= np.minimum(*reached) + _ROUNDING
+        chance += by_chance(first[..., way])
+    return copies, chance
+
+
+def reach(distances: np.ndarray) -> np.ndarray:
+    """(N,) the distance of each image's last copy: the last neighbour of at most 0.1 before a gap; -1 without one.
+
+    Pictures that only look alike lie at random around an image: within the distance d there are about d^m of them, with
+    m estimated from the 16 behind the gap (Levina & Bickel 2004, "Maximum likelihood estimation of intrinsic
+    dimension", equation 8; a distance here is a squared one, so m is half their dimension). That the nearest of them
+    is g times as near as the next has the probability g^-m. It must be below 0.05, and g at least 4.
+
+    Args:
+        distances: (N, K) 1 - correlation with each of K neighbours, in any order; NaN for none, and for the image
+            itself.
+    """
+    near = np.maximum(np.sort(distances, axis=1), _ROUNDING)  # NaN last
+    found = np.full(len(near), -1.0)
+    for place in range(near.shape[1] - 1):
+        copies = (near[:, place] <= 1 - LEAST) & (near[:, place + 1] >= _gap(near, place) * near[:, place])
+        found[copies] = near[copies, place]
+    return found
+
+
+def by_chance(distances: np.ndarray) -> float:
+    """About how many of N images `reach` gives an accidental copy, judged by those of which it says that they are none.
+
+    Of pictures at random (d_2 / d_3)^2 is distributed as d_1 / d_2, of the distances in order (the counts within them
+    are those of a Poisson process). So the second and third of the pictures that are no copies show how often the
+    first would have been taken for one, were it not known; what they show is counted.
+
+    Args:
+        distances: as for `reach`.
+    """
+    unlike = np.sort(np.where(distances <= reach(distances)[:, None] + _ROUNDING, np.nan, distances), axis=1)
+    if unlike.shape[1] < 3:
+        return 0.0
+    near = np.maximum(unlike, _ROUNDING)
+    return float(((near[:, 1] <= 1 - LEAST) & ((near[:, 2] / near[:, 1]) ** 2 >= _gap(near, 1))).sum())
+
+
+def _gap(near: np.ndarray, place: int) -> np.ndarray:
+    """(N,) how many times as far as the neighbour at `place` the next must lie; (N, K) ascending, NaN last."""
+    behind = near[:, place + 1 : place + 1 + _NEXT]
+    count = (~np.isnan(behind)).sum(axis=1)
+    farthest = np.fmax.reduce(behind, axis=1)
+    logarithms = np.nansum(np.log(farthest[:, None] / behind), axis=1)  # the farthest adds 0
+    m = np.where(count > 2, (count - 1) / np.maximum(logarithms, 1e-6), 1)  # of fewer: 1, which asks for 20 times
+    return np.maximum(_APART, _CHANCE ** (-1 / m))
 
 
 LEAK_SIDE = 16  # pixels of a thumbnail
-LEAST = 0.9  # correlation of a near-duplicate
 SURE = 0.9999  # of copies, however many there are
 _COPIES = 3  # of one image in train that are still seen
 _NEARER = 1 / 3

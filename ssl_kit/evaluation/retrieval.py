@@ -56,7 +56,7 @@ def retrieval(
         gallery: rows without a label are left out.
         queries: None = every gallery row asks for the others (the usual protocol, on the test images). Of more than
             10,000 queries a seeded sample asks.
-        ks: cut-offs, each at most the number of images that can be found.
+        ks: cut-offs; those beyond the number of images that can be found are left out, `settings` lists the rest.
         seed: of the sample and the bootstrap.
         features: what the vectors are, for the record.
 
@@ -73,6 +73,7 @@ def retrieval(
         asked, asked_labels = labelled(queries, "the queries")
         chosen = sample_rows(np.arange(len(asked)), MAX_QUERIES, seed)
         asked, asked_labels = normalised(asked[chosen]), asked_labels[chosen]
+    ks = [k for k in ks if k <= len(units) - (queries is None)]
     scores = _within_classes(units, labels, asked, asked_labels, rows, ks)
     metrics = intervals(scores, seed)
     settings = {"ks": list(ks), "num_queries": len(asked), "num_gallery": len(units), "dim": units.shape[1]}
@@ -96,7 +97,7 @@ def _within_classes(
     if not len(findable):
         raise UserError("no class has a second image: retrieval within classes has nothing to find")
     right = counts[asked_labels] - own
-    longest = min(len(units) - own, max(int(right[findable].max()), *ks))
+    longest = min(len(units) - own, max((int(right[findable].max()), *ks)))
     block = max(1, _BLOCK_BYTES // (_RESULT_BYTES * longest))
     found: dict[str, list[np.ndarray]] = {}
     for start in range(0, len(findable), block):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import shlex
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -27,19 +28,11 @@ from ssl_kit.data.listing import unescape
 from ssl_kit.embeddings.embeddings import Embeddings
 from ssl_kit.embeddings.exact import normalised, search
 from ssl_kit.embeddings.search import encoded, load_encoder, picture, read_file
-from ssl_kit.evaluation.duplicates import (
-    Limits,
-    correlations,
-    edits,
-    groups,
-    isolation,
-    limits,
-    pairs_above,
-    thumbnail,
-)
+from ssl_kit.evaluation.alignment import correlations, distances, thumbnail
+from ssl_kit.evaluation.duplicates import Around, Limits, apart, edits, groups, isolation, limits, pairs_above
 
 K = 32  # neighbours of each image that are looked at; larger groups are found link by link
-_BLOCK = 4_096  # queries searched, or pairs correlated, between two steps of the progress bar
+_BLOCK = 4_096  # queries searched, or pairs compared, between two steps of the progress bar
 _PLANTED = 300  # images that are copied to find the limits
 _ENCODED = 64  # planted copies that are encoded together
 _SAME = 1 - 1e-4  # cosine of equal pictures; bfloat16 and the order of a batch move it by less
@@ -63,11 +56,14 @@ class Pair(NamedTuple):
 
 
 class _Look(NamedTuple):
-    """What is kept of an image: hashes of its file and of its pixels, and a thumbnail (S, S) uint8."""
+    """What is kept of an image: hashes of its file and of its pixels, and a thumbnail (S, S, C) uint8."""
 
     file: bytes
     pixels: bytes
     thumbnail: np.ndarray
+
+
+_Looks: TypeAlias = dict[int, _Look]  # of the images of an embeddings folder that can be read, by row
 
 
 @dataclass(frozen=True)
@@ -111,8 +107,8 @@ def duplicates(settings: Settings) -> dict[str, Any]:
         raise UserError(f"{settings.emb} holds {len(a)} vectors; at least 2 are wanted")
     cosines, rows = _neighbours(a, b)
     limit, planted = _limits(Path(settings.emb), a, settings.threshold, settings.encoder)
-    found = _same_pictures(a, b, cosines, rows, limit)
-    limited = planted | {"cosine": limit.cosine, "correlation": limit.correlation}
+    found, chance = _same_pictures(a, b, cosines, rows, limit)
+    limited = planted | {"cosine": limit.cosine, "correlation": limit.correlation, "by_chance": chance}
     record = {"emb": settings.emb, "other": settings.other, "limits": limited}
     record |= (
         _grouped(a, found, isolation(cosines, rows), settings.outliers)
@@ -169,68 +165,96 @@ def _limits(folder: Path, a: Embeddings, threshold: float | None, encoder: str |
     if len(readable) < len(sample) / 2:
         say(f"{folder}: the images are not where they were embedded from: features alone decide")
         return Limits(_SAME if threshold is None else threshold, None), {"planted": 0, "by": "features"}
-    copies = [(row, made) for row, image in readable.items() for made in edits(image, row).values()]
-    rows = np.array([row for row, _ in copies])
-    correlated = correlations(
-        np.stack([thumbnail(readable[row]) for row in rows]), np.stack([thumbnail(made) for _, made in copies])
+    copies = [(row, kind, made) for row, image in readable.items() for kind, made in edits(image, row).items()]
+    rows = np.array([row for row, _, _ in copies])
+    thumbnails = (
+        np.stack([thumbnail(readable[row]) for row in rows]),
+        np.stack([thumbnail(made) for _, _, made in copies]),
     )
+    correlated = correlations(*thumbnails)
+    recompressed = np.array([kind == "jpeg" for _, kind, _ in copies])
     if threshold is not None:
         cosines = np.full(len(copies), threshold)
     else:
         loaded = load_encoder(folder, a.info, encoder)
         parts = [copies[start : start + _ENCODED] for start in range(0, len(copies), _ENCODED)]
-        made = np.concatenate([encoded(loaded, a.info, [image for _, image in part]) for part in parts])
+        made = np.concatenate([encoded(loaded, a.info, [image for _, _, image in part]) for part in parts])
         cosines = (normalised(made) * normalised(a.vectors[rows])).sum(axis=1)
-    limit = limits(cosines, correlated)
+    limit = limits(cosines, correlated, distances(*(part[recompressed] for part in thumbnails))[:, 1])
     both = float(((cosines >= limit.cosine) & (correlated >= limit.correlation)).mean())
     return limit, {"planted": len(copies), "planted_found": round(both, 4), "by": "pictures"}
 
 
-def _same_pictures(a: Embeddings, b: Embeddings, cosines: np.ndarray, rows: np.ndarray, limit: Limits) -> list[Pair]:
-    """The pairs within the limits; where an image cannot be read, equal features decide."""
+def _same_pictures(
+    a: Embeddings, b: Embeddings, cosines: np.ndarray, rows: np.ndarray, limit: Limits
+) -> tuple[list[Pair], float]:
+    """The pairs that are copies, of unreadable images by equal features; how many of `a` may have one by chance."""
     pairs = pairs_above(cosines, rows, min(limit.cosine, _SAME), within=a is b)
     units = normalised(a.vectors), normalised(b.vectors)
     scores = np.einsum("md,md->m", units[0][pairs[:, 0]], units[1][pairs[:, 1]])
-    seen = [_look(part, pairs[:, side]) for side, part in enumerate((a, b))]
-    correlated = _correlated(pairs, seen[0], seen[1])
-    found = []
-    for (one, two), score, correlation in zip(pairs.tolist(), scores.tolist(), correlated.tolist(), strict=True):
-        kind = _kind(seen[0].get(one), seen[1].get(two), score, correlation, limit)
-        found += [Pair(one, two, score, kind)] if kind is not None else []
-    return found
-
-
-def _correlated(pairs: np.ndarray, first: dict[int, _Look], second: dict[int, _Look]) -> np.ndarray:
-    """(M,) correlations of pairs (M, 2); 0 where an image could not be read."""
-    correlated = np.zeros(len(pairs), dtype=np.float32)
-    ready = np.flatnonzero([one in first and two in second for one, two in pairs.tolist()])
-    with progress(len(ready), "correlating") as bar:
-        for start in range(0, len(ready), _BLOCK):
-            places = ready[start : start + _BLOCK]
-            one, two = (
-                np.stack([looks[row].thumbnail for row in pairs[places, side].tolist()]).astype(np.float32)
-                for side, looks in enumerate((first, second))
-            )
-            correlated[places] = correlations(one, two)
-            bar.advance(bar.task_ids[0], len(places))
-    return correlated
-
-
-def _kind(first: _Look | None, second: _Look | None, cosine: float, correlation: float, limit: Limits) -> str | None:
-    """In what way two images are the same; None if they are not. Pictures decide where both can be read."""
-    if first is not None and second is not None:
-        if first.pixels == second.pixels:
-            return "file" if first.file == second.file else "pixels"
-        if limit.correlation is not None:
-            return "near" if correlation >= limit.correlation else None
+    looks = _look(a, pairs if a is b else pairs[:, 0], {})
+    seen = looks, looks if a is b else _look(b, pairs[:, 1], {})
+    kinds = [_kind(seen[0].get(one), seen[1].get(two)) for one, two in pairs.tolist()]
+    chance = 0.0
+    if limit.correlation is not None:
+        unsure = np.flatnonzero([kind == "near" for kind in kinds])
+        alike = unsure[_compared(correlations, pairs[unsure], seen)[:, 0] >= limit.correlation]
+        near, chance = _apart(a, b, rows, pairs[alike], seen, limit) if len(alike) else (np.zeros(0, bool), 0.0)
+        for place in np.setdiff1d(unsure, alike[near]):
+            kinds[place] = ""
     enough = limit.cosine if limit.correlation is None else _SAME
-    return "features" if cosine >= enough else None
+    found = [
+        Pair(one, two, score, kind)
+        for (one, two), score, kind in zip(pairs.tolist(), scores.tolist(), kinds, strict=True)
+        if kind and (kind != "features" or score >= enough)
+    ]
+    return found, chance
 
 
-def _look(embeddings: Embeddings, rows: np.ndarray) -> dict[int, _Look]:
-    """Row -> look of the images that can be read, each once."""
-    wanted = np.unique(rows).tolist()
-    found: dict[int, _Look] = {}
+def _kind(first: _Look | None, second: _Look | None) -> str:
+    """In what way two images may be the same; "near" for readable ones of different pixels."""
+    if first is None or second is None:
+        return "features"
+    if first.pixels == second.pixels:
+        return "file" if first.file == second.file else "pixels"
+    return "near"
+
+
+def _apart(
+    a: Embeddings, b: Embeddings, rows: np.ndarray, pairs: np.ndarray, seen: tuple[_Looks, _Looks], limit: Limits
+) -> tuple[np.ndarray, float]:
+    """Which of `pairs` (M, 2) are copies, (M,) bool, and how many images of `a` may have one by chance."""
+    asked = np.unique(pairs if a is b else pairs[:, 0])
+    around = back = Around(asked, rows[asked])
+    if a is not b:
+        asked = np.unique(pairs[:, 1])
+        back = Around(asked, search(normalised(a.vectors), normalised(b.vectors[asked]), K)[1])
+        _look(b, around.neighbours, seen[1])
+    _look(a, back.neighbours, seen[0])
+    return apart(pairs, around, back, lambda wanted: _compared(distances, wanted, seen), limit.sure, within=a is b)
+
+
+def _compared(measure: Callable[..., np.ndarray], pairs: np.ndarray, seen: tuple[_Looks, _Looks]) -> np.ndarray:
+    """(M, values) of `measure` for the thumbnails of pairs (M, 2); NaN where an image could not be read."""
+    ready = np.flatnonzero([one in seen[0] and two in seen[1] for one, two in pairs.tolist()])
+    compared = np.full((len(pairs), 2), np.nan, dtype=np.float32)
+
+    def measured(start: int) -> np.ndarray:
+        places = pairs[ready[start : start + _BLOCK]]
+        one, two = (np.stack([seen[side][row].thumbnail for row in places[:, side].tolist()]) for side in (0, 1))
+        return measure(one, two).reshape(len(places), -1)
+
+    starts = range(0, len(ready), _BLOCK)
+    with ThreadPoolExecutor(available_cores(), "compare") as pool, progress(len(ready), "correlating") as bar:
+        for start, values in zip(starts, pool.map(measured, starts), strict=True):
+            compared[ready[start : start + _BLOCK], : values.shape[1]] = values
+            bar.advance(bar.task_ids[0], len(values))
+    return compared
+
+
+def _look(embeddings: Embeddings, rows: np.ndarray, found: _Looks) -> _Looks:
+    """`found`, with the images of `rows` (any shape) that can be read and are not in it yet."""
+    wanted = [row for row in np.unique(rows).tolist() if row not in found]
     with ThreadPoolExecutor(available_cores(), "decode") as pool, progress(len(wanted), "comparing") as bar:
         for row, look in zip(wanted, pool.map(lambda row: _look_at(embeddings, row), wanted), strict=True):
             if look is not None:
@@ -248,7 +272,7 @@ def _look_at(embeddings: Embeddings, row: int) -> _Look | None:
     if data is None or image is None:
         return None
     pixels = hashlib.sha256(str(image.shape).encode() + image.tobytes()).digest()
-    return _Look(hashlib.sha256(data).digest(), pixels, thumbnail(image).astype(np.uint8))
+    return _Look(hashlib.sha256(data).digest(), pixels, thumbnail(image))
 
 
 def _grouped(a: Embeddings, found: list[Pair], far: np.ndarray, outliers: int) -> dict[str, Any]:
@@ -285,16 +309,20 @@ def _tell(record: dict[str, Any]) -> None:
     limit = record["limits"]
     if limit["by"] == "pictures":
         say(
-            f"compared: pairs with a cosine of at least {limit['cosine']:.3f}; the same: thumbnails that correlate by "
+            f"compared: pairs with a cosine of at least {limit['cosine']:.3f} whose thumbnails correlate by "
             f"{limit['correlation']:.3f} or more ({limit['planted_found']:.1%} of {limit['planted']:,} planted copies)"
+        )
+        say(
+            "the same: equal pixels, or both nearer to each other than anything that only looks alike; "
+            f"by chance about {limit['by_chance']:.0f} of {record['images']:,} images look so"
         )
     else:
         say(f"the same: a cosine of at least {limit['cosine']:.4f}")
     kinds = record["pairs"].values()
     head = ["", "same file", "same pixels", "near", "by features"]
     if record["other"] is None:
-        title = f"{record['emb']}: {len(record['groups']):,} groups, {record['superfluous']:,} of {record['images']:,}"
-        table(f"{title} images could go", head, [["pairs", *kinds]])
+        could_go = f"{record['superfluous']:,} of {record['images']:,} images could go"
+        table(f"{record['emb']}: {len(record['groups']):,} groups, {could_go}", head, [["pairs", *kinds]])
         rows = [[one["id"], f"{one['distance']:.3f}"] for one in record["outliers"][:5]]
         if rows:
             table("farthest from their neighbours", ["id", "1 - mean cosine"], rows)

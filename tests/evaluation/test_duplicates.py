@@ -1,19 +1,21 @@
-"""Pairs, groups, outliers, and the comparison of pictures, on arrays."""
+"""Pairs, groups, outliers, planted copies, and the gap behind copies, on arrays."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from ssl_kit.embeddings.exact import search
 from ssl_kit.evaluation.duplicates import (
     EDITS,
-    SIDE,
-    correlations,
+    Around,
+    apart,
+    by_chance,
     edits,
     groups,
     isolation,
     limits,
     pairs_above,
-    thumbnail,
+    reach,
 )
 
 
@@ -43,32 +45,6 @@ def test_isolation_leaves_the_image_itself_out():
     assert isolation(cosines, rows) == pytest.approx([0.3, 0.1])
 
 
-@pytest.mark.parametrize("kind", EDITS)
-def test_edited_copies_correlate_and_others_do_not(kind):
-    images = [photograph(number) for number in range(40)]
-    originals = np.stack([thumbnail(image) for image in images])
-    copies = np.stack([thumbnail(edits(image, number)[kind]) for number, image in enumerate(images)])
-    own = correlations(originals, copies)
-    others = correlations(originals, np.roll(copies, 1, axis=0))
-    assert own.min() > max(0.95, others.max() + 0.02) and np.median(others) < 0.6
-    assert np.allclose(correlations(copies, originals), own, atol=1e-5)  # whichever is the crop
-
-
-def test_a_crop_is_aligned():
-    image = photograph(3, 80, 80)
-    crop = image[8:, :72]  # 90 % of each side, bottom left: one of the tried places
-    plain = np.corrcoef(thumbnail(image).ravel(), thumbnail(crop).ravel())[0, 1]
-    assert correlations(thumbnail(image)[None], thumbnail(crop)[None])[0] > max(0.998, plain + 0.01)
-
-
-def test_pictures_without_contrast_equal_their_like_only():
-    white, black = np.full((SIDE, SIDE), 255, np.float32), np.zeros((SIDE, SIDE), np.float32)
-    logo = white.copy()
-    logo[1:4, 1:4] = 0  # crops of the rest are white
-    first, second = np.stack([white, white, logo, white]), np.stack([white, black, white, logo])
-    assert correlations(first, second).tolist() == [1, 0, 0, 0]
-
-
 def test_edits_are_what_they_say_and_repeat():
     image = photograph(1, 50, 40)
     made = edits(image, 5)
@@ -78,8 +54,58 @@ def test_edits_are_what_they_say_and_repeat():
     assert all(np.array_equal(made[kind], edits(image, 5)[kind]) for kind in EDITS)
     assert not np.array_equal(made["crop"], edits(image, 6)["crop"])
     assert set(edits(image[:, :, :2], 5)) == {"crop", "brightness"}
+    deep = edits(image.astype(np.uint16) * 257, 5)
+    for kind, wide in deep.items():
+        assert wide.dtype == np.uint16 and np.abs(wide / 257 - made[kind]).max() <= 0.51
 
 
 def test_limits_let_most_planted_copies_through():
-    limit = limits(np.linspace(0.9, 1, 101), np.linspace(0.8, 1, 101))
-    assert limit == pytest.approx((0.902, 0.804))
+    limit = limits(np.linspace(0.9, 1, 101), np.linspace(0.8, 1, 101), np.linspace(0.1, 0.2, 101))
+    assert limit == pytest.approx((0.901, 0.802, 0.105))
+    assert limits(np.ones(3), np.ones(3), np.ones(0)).sure == -1  # more channels than JPEG has
+
+
+def around(points, count=32):
+    """(N, K) squared distances and rows of each point's neighbours; NaN for itself."""
+    far, rows = search(points, points, count + 1, metric="l2")
+    return np.where(rows == np.arange(len(rows))[:, None], np.nan, far), rows
+
+
+def test_copies_reach_as_far_as_the_gap_behind_them():
+    unlike = 0.3 + 0.02 * np.arange(20)
+    rows = [
+        [np.nan, 0.01, *unlike],
+        [np.nan, 0.03, *unlike[:10], 0.01, *unlike[10:]],  # two copies, in no order
+        [np.nan, 0.2, *(10 * unlike)],  # correlates by less than 0.9
+        [np.nan, *unlike, 0.5],
+    ]
+    longest = max(map(len, rows))
+    padded = np.array([[*row, *[np.nan] * (longest - len(row))] for row in rows])
+    assert reach(padded) == pytest.approx([0.01, 0.03, -1, -1])
+    assert reach(np.array([[np.nan, 0.001, 0.5], [np.nan, 0.1, 0.5]])).tolist() == [0.001, -1]  # little to compare with
+    assert reach(np.array([[np.nan, 0.0]])).tolist() == [-1]
+
+
+@pytest.mark.parametrize("dimension", [1, 2, 4, 8])
+def test_pictures_at_random_seldom_see_a_gap_and_the_count_says_so(dimension):
+    far, _ = around(np.random.default_rng(0).random((3_000, dimension), dtype=np.float32))
+    far *= 0.09 / np.nanmax(far)  # all within the floor: only the gap speaks
+    share = (reach(far) > 0).mean()
+    assert share < 0.13  # 0.05 for the nearest alone, on one side
+    assert share - 0.04 < by_chance(far) / len(far) < share + 0.06
+
+
+@pytest.mark.parametrize("within", [True, False])
+def test_both_images_of_a_pair_must_see_the_gap(within):
+    table = 0.3 + 0.02 * np.abs(np.subtract.outer(np.arange(40), np.arange(40)))  # nobody is like anybody, but
+    table[0, 1] = table[1, 0] = 0.001  # two copies, and
+    table[2, 3] = table[3, 2] = 0.01  # an image that is like one of a crowd
+    table[3, 4:] = table[4:, 3] = 0.012 + 0.002 * np.arange(36)
+    far = lambda pairs: np.repeat(table[pairs[:, 0], pairs[:, 1]][:, None], 2, axis=1)
+    every = np.arange(len(table))
+    side = Around(every, np.tile(every, (len(every), 1)))
+    pairs = np.array([[0, 1], [2, 3]])
+    measure = far if within else lambda pairs: np.where(pairs[:, :1] == pairs[:, 1:], np.nan, far(pairs))
+    copies, chance = apart(pairs, side, side, measure, -1.0, within=within)
+    assert copies.tolist() == [True, False] and chance < 10
+    assert apart(pairs, side, side, measure, 0.01, within=within)[0].all()  # surely, whatever lies around

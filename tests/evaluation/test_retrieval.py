@@ -83,6 +83,11 @@ def test_features_that_know_nothing_find_at_chance():
     assert abs(metrics["r_precision"] - 0.2) < 0.01
 
 
+def test_cut_offs_beyond_the_images_are_left_out():
+    made = retrieval(as_embeddings(np.eye(4), [0, 0, 1, 1]), ks=(1, 2, 5))
+    assert made.settings["ks"] == [1, 2] and not any("_5" in name for name in made.metrics)
+
+
 def test_ranks_count_the_nearer_ones_and_ties_win_nothing():
     queries = np.eye(4, dtype=np.float32)
     assert _ranks(queries, queries).tolist() == [1, 1, 1, 1]

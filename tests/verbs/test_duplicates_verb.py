@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from ssl_kit import cli
 from ssl_kit.core.errors import UserError
@@ -78,6 +78,28 @@ def test_groups_are_the_planted_ones(world, tmp_path):
     assert [row["id"] for row in rows if row["keep"] == "no"] == [name for group in planted for name in group[1:]]
     assert [row["kind"] for row in rows[-20:]] == ["outlier"] * 20
     assert page.read_text().count("<img ") == 19 + 21  # every member once; the first outlier twice
+
+
+def drawing(number):
+    """A few strokes of a pen on white paper."""
+    rng, page = np.random.default_rng(number), Image.new("RGB", (64, 64), "white")
+    for _ in range(rng.integers(1, 4)):
+        ImageDraw.Draw(page).line([int(place) for place in rng.integers(4, 60, 4)], fill=(20, 20, 60), width=3)
+    return page
+
+
+def test_drawings_are_no_copies_for_the_noise_among_them(tmp_path):
+    """Copies of noise hardly correlate when they are cropped: a limit for all would be met by any two drawings."""
+    for number in range(60):
+        noise = np.random.default_rng(number).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        page = Image.fromarray(noise) if number % 5 == 0 else drawing(number)
+        (tmp_path / "images").mkdir(exist_ok=True)
+        page.save(tmp_path / "images" / f"{number:02d}.png")
+    Image.fromarray(edits(np.asarray(drawing(1)), 1)["jpeg"]).save(tmp_path / "images" / "01 jpeg.png")
+    embed(make_encoder(tmp_path, 0), str(tmp_path / "images"), out=str(tmp_path / "emb"), layers=4)
+    said = duplicates(str(tmp_path / "emb"))
+    assert [[one["id"] for one in members] for members in said["groups"]] == [["01 jpeg.png", "01.png"]]
+    assert said["limits"]["correlation"] < 0.8 and said["limits"]["by_chance"] <= 3
 
 
 def test_leaks_between_two_folders(world, tmp_path):
