@@ -102,7 +102,7 @@ def methods() -> list[type]:
 
 def way(kind: type) -> list[Path]:
     """The files of ours that lead to a method's loss, in the order in which they are met."""
-    from ssl_kit import pretrain
+    from ssl_kit.verbs.pretrain import pretrain
 
     own: Any = kind
     codes = {own.__init__.__code__, own.loss.__code__}

@@ -2,8 +2,8 @@
 
 The verbs of the command line are functions here: `ssl_kit.pretrain(...)`, `ssl_kit.evaluate(...)`, ..., and
 `ssl_kit.Index.load("EMB").search(images, k=12)` searches an indexed embeddings folder. They are imported when first
-used, so that importing this package does no work. (`ssl_kit.views` and `ssl_kit.report` are packages; those two verbs
-are `ssl_kit.verbs.views.views` and `ssl_kit.verbs.report.report`.)
+used, so that importing this package does no work. `ssl_kit.views` and `ssl_kit.report` are packages too; called, they
+are the verbs.
 """
 
 from __future__ import annotations
@@ -12,12 +12,23 @@ from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["Index", "doctor", "duplicates", "embed", "evaluate", "export", "finetune", "index", "pretrain", "search"]
+_VERBS = ("doctor", "duplicates", "embed", "evaluate", "export", "finetune", "index", "pretrain", "search")
+_HOMES = {
+    **dict.fromkeys((*_VERBS, "load_run", "Run"), "ssl_kit.api"),
+    "Index": "ssl_kit.embeddings.search",
+    "SSLTransformer": "ssl_kit.estimator",
+}
+__all__ = sorted([*_HOMES, "report", "views"])  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module 'ssl_kit' has no attribute {name!r}")
+    if name in ("report", "views"):
+        return import_module(f"ssl_kit.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ssl_kit' has no attribute {name!r}; it has {', '.join(__all__)}")
     import_module("ssl_kit.core.process").prepare()
-    home = "ssl_kit.embeddings.search" if name == "Index" else f"ssl_kit.verbs.{name}"
-    return getattr(import_module(home), name)
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -246,7 +246,8 @@ def _add_arguments(parser: ArgumentParser, verb: str, settings: type, method: st
         return
     from ssl_kit.verbs.defaults import add_recipe_arguments
 
-    parser.add_argument("data", nargs="?", default=None, help="folder, manifest or built-in set")
+    several = next(option.several for option in options(_VERBS / f"{verb}.py") if option.name == "data")
+    parser.add_argument("data", nargs="*" if several else "?", default=None, help="folder, manifest or built-in set")
     add(skip={"data", "method", "trainer"})
     if verb == "pretrain":
         add_recipe_arguments(parser, method)
@@ -268,15 +269,17 @@ def _instantiated(parser: ArgumentParser, parsed: Namespace) -> Entries:
     return values
 
 
-def _data(given: str | None, named: str | None) -> str:
+def _data(given: list[str] | str | None, named: list[str] | str | None) -> list[str] | str:
     """The positional DATA wins over a recipe's, and says so."""
+    if isinstance(given, list):
+        given = given[0] if len(given) == 1 else given or None
     if given is None and named is None:
         raise UserError("no DATA was given: name a folder of images, a manifest or a built-in set")
     if given is not None and named is not None and given != named:
         from ssl_kit.core.console import say
 
         say(f"data: {given} (the recipe's {named} is not used)")
-    return given if given is not None else str(named)
+    return given if given is not None else named if isinstance(named, list) else str(named)
 
 
 def _underscored(argument: str) -> str:

@@ -155,7 +155,6 @@ class Late:
     def __del__(self):
         print("the interpreter ended")
 late = Late()
-late.itself = late  # seen only by the last collection
 def main():
     atexit.register(print, "hooks were called")
     if joined:

@@ -25,12 +25,23 @@ from rich.text import Text
 
 from ssl_kit.core.process import is_first, printable, terminal
 
-_settings = {"to_stderr": False, "quiet": False, "live": False}
+_settings = {"to_stderr": False, "quiet": False, "live": False, "hints": True}
 
 
 def configure(*, to_stderr: bool = False, quiet: bool = False) -> None:
     """Chooses where text for people goes (the command line calls this once, for `--json` and `--quiet`)."""
     _settings.update(to_stderr=to_stderr, quiet=quiet)
+
+
+@contextmanager
+def spoken(aloud: bool) -> Iterator[None]:
+    """For a Python program: no hints at commands in the block, and only warnings unless `aloud`."""
+    before = dict(_settings)
+    _settings.update(hints=False, quiet=not aloud or before["quiet"], to_stderr=not aloud or before["to_stderr"])
+    try:
+        yield
+    finally:
+        _settings.update(before)
 
 
 def say(text: str) -> None:
@@ -71,7 +82,8 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
 
 def next_command(command: str) -> None:
     """The last line of every verb: what to type next."""
-    say(f"next: {command}")
+    if _settings["hints"]:
+        say(f"next: {command}")
 
 
 @contextmanager

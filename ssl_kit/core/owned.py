@@ -73,13 +73,18 @@ def check_place(folder: Path | str, data: object = None, *, removing: bool = Fal
 
     Args:
         folder: where results are to go; it need not exist.
-        data: the images: a folder or a list of them, as it was typed; anything else has no place on the disk.
+        data: the images: a folder, a table of them, or several of these as they were typed; anything else has no place
+            on the disk.
         removing: whether files of ours that are there already are to be removed.
 
     Raises:
         UserError: it is a link or a file; it is, holds or lies in the folder of images; it is or holds the list of
             images, the home or the root; when `removing`, also the working folder or a place where a disk is mounted.
     """
+    if isinstance(data, list) and data:
+        for one in data:
+            check_place(folder, one, removing=removing)
+        return
     given, place = Path(folder), Path(folder).resolve()
     if given.is_symlink():
         raise UserError(f"{given} is a link to {place}: name the folder itself, so that it is plain what is written to")

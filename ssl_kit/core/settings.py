@@ -11,7 +11,9 @@ import functools
 import inspect
 import re
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 from ssl_kit.core.errors import check_numbers
@@ -42,6 +44,14 @@ def verb(settings: type[S]) -> Callable[[Callable[[S], R]], Callable[..., R]]:
         return call
 
     return decorate
+
+
+class VerbPackage(ModuleType):
+    """A package that shares its name with a verb: called, it is that verb."""
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        """Calls the verb."""
+        return getattr(import_module("ssl_kit.api"), self.__name__.rpartition(".")[2])(*given, **named)
 
 
 class Option(NamedTuple):

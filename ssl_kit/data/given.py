@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import threading
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from ssl_kit.core.console import say
 from ssl_kit.core.errors import UserError
+from ssl_kit.core.machine import fits_in_memory
 from ssl_kit.core.reading import Reading
 from ssl_kit.data import ranges
 from ssl_kit.data.decode import of_pillow
@@ -19,9 +26,7 @@ from ssl_kit.data.samples import Samples, of_array, pixels_of
 from ssl_kit.data.sources import Listed
 
 
-def of_arrays(
-    images: np.ndarray, names: np.ndarray | None, reading: Reading, name: str, measure: bool = False
-) -> Listed:
+def of_arrays(images: np.ndarray, names: Any, reading: Reading, name: str, measure: bool = False) -> Listed:
     """Arrays as a source.
 
     Args:
@@ -36,11 +41,11 @@ def of_arrays(
     """
     if images.ndim not in (3, 4):
         raise UserError(f"{name}: got {images.dtype} of shape {images.shape}; wanted (N, H, W) or (N, H, W, C)")
-    if names is not None and names.shape != (len(images),):
-        raise UserError(f"{name}: {len(images):,} images but labels of shape {names.shape}; wanted one label per image")
+    if names is not None and np.shape(names) != (len(images),):
+        raise UserError(f"{name}: {len(images):,} images but labels of shape {np.shape(names)}; wanted one per image")
     images = images[..., None] if images.ndim == 3 else images
     ids = numbers(len(images))
-    labels, classes = encode([None] * len(images) if names is None else names.tolist(), name)
+    labels, classes = encode([None] * len(images) if names is None else list(names), name)
     try:
         if measure:
             reading = ranges.of_images(name, (_samples(images[row]) for row in ranges.spread(len(images))), reading)
@@ -57,25 +62,154 @@ def joined(sources: Sequence[Listed], max_bad: float) -> Listed:
     """Sources of files as one; ids of several begin with the name of their folder, and equal labels are one class.
 
     Raises:
-        UserError: folders of one name in several places.
+        UserError: two folders of one name.
     """
     if len(sources) == 1:
         return sources[0]
-    roots = [source.root for source in sources]
-    assert all(root is not None for root in roots), "sources of files"
-    tables = [root for root in roots if roots.count(root) > 1]
-    parents = {root if root in tables else root.parent for root in roots if root is not None}
-    if len(parents) > 1:
-        raise UserError(f"{', '.join(map(str, roots))}: wanted folders that lie in one folder")
-    prefix = lambda root: "" if root is None or root in tables else f"{escape_path(root.name)}/"
-    ids = [
-        f"{prefix(root)}{name}" for source, root in zip(sources, roots, strict=True) if root for name in source.ids()
-    ]
+    roots = [source.root for source in sources if source.root is not None]
+    assert len(roots) == len(sources), "sources of files"
+    together = len(set(roots)) == 1  # tables in one folder
+    prefixes = ["" if together else f"{escape_path(root.name)}/" for root in roots]
+    if not together and len(set(prefixes)) < len(roots):
+        twice = Counter(prefixes).most_common(1)[0][0]
+        raise UserError(f"{', '.join(map(str, roots))}: two of them are called {twice[:-1]!r}; wanted different names")
+    parents = {root.parent for root in roots}
+    folders = None if together or len(parents) == 1 else {escape_path(root.name): root for root in roots}
+    root = roots[0] if together else Path(os.path.commonpath([root.resolve() for root in roots]))
+    root = parents.pop() if not together and folders is None else root
+    ids = [f"{prefix}{name}" for source, prefix in zip(sources, prefixes, strict=True) for name in source.ids()]
     names = [source.classes[label] if label >= 0 else None for source in sources for label in source.labels().tolist()]
     labels, classes = encode(names, sources[0].name, folders=True)
     name = " ".join(source.name for source in sources)
     bad = Skipped(len(ids), max_bad)
-    return Listed(name, ids, labels, classes, sources[0].reading, parents.pop(), bad, np.arange(len(ids)))
+    return Listed(name, ids, labels, classes, sources[0].reading, root, bad, np.arange(len(ids)), None, folders)
+
+
+def of_python(data: Any, reading: Reading, measure: bool, max_bad: float) -> Listed:
+    """What a Python program holds as a source.
+
+    Args:
+        data: images as an array, a tensor (N, C, H, W), or a list of files, arrays or pictures of Pillow; a pair of
+            these and of labels; a map-style data set of torch (items are images or pairs) or of Hugging Face.
+        reading: which channels and values of them are taken.
+        measure: find the range of the values; of what is in memory only.
+        max_bad: fraction of files in [0, 1] that may be undecodable.
+
+    Raises:
+        UserError: nothing of these, or images of other shapes, channels or values than are wanted.
+    """
+    images, labels = data if isinstance(data, tuple) and len(data) == 2 and _are_labels(data[1]) else (data, None)
+    if labels is not None and len(labels) != len(images):
+        raise UserError(f"{len(images):,} images but {len(labels):,} labels; wanted one label per image")
+    if hasattr(images, "permute") and getattr(images, "ndim", 0) == 4:  # torch's order
+        images = images.permute(0, 2, 3, 1).cpu().numpy()
+    if isinstance(images, np.ndarray):
+        return of_arrays(images, labels, reading, "arrays", measure)
+    if isinstance(images, list | tuple) and images and all(isinstance(one, str | Path) for one in images):
+        return _of_files(list(map(Path, images)), labels, reading, max_bad)
+    if not hasattr(images, "__getitem__") or not hasattr(images, "__len__"):
+        raise UserError(
+            f"got {type(images).__name__}; wanted a folder, a table, arrays, a list or a data set with a length"
+        )
+    return _of_items(images, labels, reading, measure)
+
+
+def _are_labels(value: Any) -> bool:
+    """Whether the second of a pair is a label for each of the first, not an image."""
+    if hasattr(value, "ndim"):
+        return value.ndim == 1
+    return isinstance(value, list | tuple) and all(isinstance(one, str | int | float | type(None)) for one in value)
+
+
+def _of_files(paths: list[Path], labels: Sequence[object] | None, reading: Reading, max_bad: float) -> Listed:
+    """Files by their names, which are relative to the working folder."""
+    ids = [escape_path(path) for path in paths]
+    if len(set(ids)) < len(ids):
+        raise UserError(f"{Counter(ids).most_common(1)[0][0]!r} is listed more than once; wanted each file once")
+    targets, classes = encode([None] * len(ids) if labels is None else list(labels), "files")
+    return Listed("files", ids, targets, classes, reading, Path.cwd(), Skipped(len(ids), max_bad), np.arange(len(ids)))
+
+
+class _Items(Sequence[np.ndarray]):
+    """Pixels of a data set, read when they are asked for, one at a time: data sets are rarely made for threads."""
+
+    def __init__(self, items: Any, picked: tuple[str, str | None] | None, reading: Reading, name: str):
+        self.items, self.picked, self.reading, self.name = items, picked, reading, name
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, row: Any) -> Any:
+        return pixels_given(self.both(int(row))[0], self.reading, f"{self.name}, image {row}")
+
+    def both(self, row: int) -> tuple[object, object]:
+        """Image and label of an item."""
+        with self._lock:
+            item = self.items[row]
+        if self.picked is not None:
+            image, label = self.picked
+            return item[image], item[label] if label is not None else None
+        if isinstance(item, tuple | list) and len(item) >= 1 and not np.isscalar(item[0]):
+            return item[0], item[1] if len(item) > 1 else None
+        return item, None
+
+
+def _of_items(items: Any, labels: Sequence[object] | None, reading: Reading, measure: bool) -> Listed:
+    """A list of images, or a data set; in memory where it fits."""
+    name = type(items).__name__ if not isinstance(items, list | tuple) else "images"
+    if not len(items):
+        raise UserError(f"{name} is empty; wanted at least 2 images")
+    lazy = _Items(items, _picked(items), reading, name)
+    if measure:
+        looked = (_item_samples(lazy.both(int(row))[0]) for row in ranges.spread(len(items)))
+        lazy.reading = reading = ranges.of_images(name, (one for one in looked if one is not None), reading)
+    first = lazy[0]
+    fits, why = fits_in_memory(first.nbytes * len(items))
+    say(f"{name}: {why}: images are {'read once, into RAM' if fits else 'read when needed'}")
+    images: list[np.ndarray] | np.ndarray | _Items = lazy
+    found = list[object]()
+    if fits or labels is None:
+        images = images if not fits else []
+        for row in range(len(items)):
+            image, label = lazy.both(row)
+            found.append(label)
+            if isinstance(images, list):
+                images.append(pixels_given(image, reading, f"{name}, image {row}"))
+    if isinstance(images, list) and len({(one.shape, one.dtype) for one in images}) == 1:
+        images = np.stack(images)
+    targets, classes = encode(list(labels) if labels is not None else _named(items, lazy.picked, found), name)
+    count = np.arange(len(items))
+    return Listed(name, numbers(len(items)), targets, classes, reading, None, Skipped(len(items), 0.0), count, images)
+
+
+def _item_samples(image: object) -> Samples | None:
+    """Of an image in memory; None for pictures of 8 bits."""
+    if isinstance(image, Image.Image) and not (image.mode in ("F", "I") or image.mode.startswith("I;16")):
+        return None
+    return of_array(np.asarray(image))
+
+
+def _picked(items: Any) -> tuple[str, str | None] | None:
+    """The columns of images and labels of a data set of Hugging Face; None for others."""
+    columns = getattr(items, "column_names", None)
+    if not isinstance(columns, list):
+        return None
+    image = next((name for name in ("image", "img", "pixel_values", "picture") if name in columns), None)
+    if image is None:
+        raise UserError(f"{type(items).__name__} has the columns {columns[:9]}; wanted a column 'image'")
+    return image, next((name for name in ("label", "labels", "fine_label", "target", "class") if name in columns), None)
+
+
+def _named(items: Any, picked: tuple[str, str | None] | None, labels: list[object]) -> list[object]:
+    """Labels by the names that the data set has for them: torchvision's `classes`, Hugging Face's `ClassLabel`."""
+    names = getattr(items, "classes", None)
+    if picked is not None and picked[1] is not None:
+        names = getattr(items.features[picked[1]], "names", None)
+    if not isinstance(names, list | tuple):
+        return labels
+    whole = lambda label: isinstance(label, int | np.integer) and 0 <= label < len(names)
+    return [names[label] if whole(label) else None if label == -1 else label for label in labels]  # type: ignore[call-overload]
 
 
 def pixels_given(image: object, reading: Reading, name: str) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 open_source("photos")             a folder, any nesting
 open_source("list.csv")           or .parquet: a column `path`, relative to the file, and perhaps `label`
-open_source((images, labels))     (N, H, W) or (N, H, W, C) arrays of integers or floats
+open_source(["photos", "scans"])  several folders: ids begin with their names
+open_source((images, labels))     (N, H, W) or (N, H, W, C) arrays; lists of files or pictures, data sets: given.py
 open_source("digits"), "mnist5k"  built-in, no download; "mnist5k:train" is the part that evaluation trains on
 open_labelled("cifar10")          train/ + test/ sub-folders or manifests as given, else a seeded stratified split
 """
@@ -15,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -25,13 +26,13 @@ from ssl_kit.core.machine import available_cores, fits_in_memory, in_order
 from ssl_kit.core.random import permutation
 from ssl_kit.core.reading import RGB, Reading
 from ssl_kit.data import manifests, ranges
-from ssl_kit.data.given import joined, of_arrays
+from ssl_kit.data.given import joined, of_arrays, of_python
 from ssl_kit.data.labels import Part, encode, folder_labels, part_of, stratified
 from ssl_kit.data.limits import BadImageError
 from ssl_kit.data.listing import Skipped, folder_of_images, folders_without
 from ssl_kit.data.sources import Listed, Source, pixels
 
-Data: TypeAlias = str | Path | np.ndarray | tuple[np.ndarray, np.ndarray]
+Data: TypeAlias = Any  # what `open_source` takes: a name, or what a Python program holds
 
 _TEST_FRACTION = 0.2  # of a labelled source that has no test folder
 _SAMPLE = 256  # files whose headers are read to estimate what all take
@@ -132,6 +133,10 @@ def open_labelled(
 
 def _parts(data: Data, reading: Reading, max_bad: float) -> tuple[Listed, Listed] | None:
     """What a set of several parts is trained and tested on, None where it has none; says what is which."""
+    if isinstance(data, list | tuple) and len(data) == 1 and isinstance(data[0], str | Path):
+        data = data[0]
+    if isinstance(data, Mapping):
+        return _parts_of(data, reading, max_bad)
     if not isinstance(data, str | Path):
         return None
     path = Path(data)
@@ -161,6 +166,29 @@ def _parts(data: Data, reading: Reading, max_bad: float) -> tuple[Listed, Listed
     return joined(first, max_bad), joined(second, max_bad)
 
 
+def _parts_of(data: Mapping[str, Data], reading: Reading, max_bad: float) -> tuple[Listed, Listed]:
+    """Parts by name, such as those of Hugging Face: val joins train only where it is files, as test does."""
+    named = {part_of(name): one for name, one in data.items()}
+    if "train" not in named or not {"test", "val"} & set(named):
+        raise UserError(f"got the parts {', '.join(map(repr, data))}; wanted train and test")
+    tested = named["test" if "test" in named else "val"]
+    return _listed(named["train"], reading, False, max_bad, True), _listed(tested, reading, False, max_bad, True)
+
+
+def places(data: Data) -> list[str]:
+    """The folders and files that data is read from, as they were named; none of what is in memory."""
+    given = data if isinstance(data, list | tuple) else [data]
+    named = [str(one) for one in given if isinstance(one, str | Path)]
+    return named if len(named) == len(given) else []
+
+
+def name_of(data: Data) -> str:
+    """Data in a word: as it was named, or what kind of thing it is."""
+    if named := places(data):
+        return " ".join(named) if len(named) < 9 else f"{len(named):,} files"
+    return "arrays" if isinstance(data, np.ndarray | tuple | list) else type(data).__name__
+
+
 def _say_parts(name: str, parts: Mapping[Part, str]) -> None:
     if "val" in parts:
         joins = "joins train" if "test" in parts else "is tested on"
@@ -185,9 +213,10 @@ def _checked(train: Source, test: Source) -> tuple[Source, Source]:
 
 def _listed(data: Data, reading: Reading, measure: bool, max_bad: float, labelled: bool) -> Listed:
     """The source with nothing decoded yet (arrays and built-in sets are in memory as they come)."""
+    if isinstance(data, list | tuple) and (folders := places(data)) and all(Path(one).is_dir() for one in folders):
+        return joined([_listed(one, reading, False, max_bad, labelled) for one in folders], max_bad)
     if not isinstance(data, str | Path):
-        images, labels = data if isinstance(data, tuple) else (data, None)
-        return of_arrays(images, None if labels is None else np.asarray(labels), reading, "arrays", measure)
+        return of_python(data, reading, measure, max_bad)
     text, path = str(data), Path(data)
     if "://" in text:
         raise UserError(f"{text}: addresses are not read yet; wanted a folder, a .csv or .parquet, or 'mnist5k'")

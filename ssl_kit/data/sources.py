@@ -91,6 +91,7 @@ class Listed:
         targets: (M,) int64 labels of all.
         images: pixels of all, (M, H, W, C) or a list of (H_i, W_i, C), uint8 or uint16; None = files, read when needed.
         rows: (N,) int64, which of them this source has.
+        folders: where those of several places lie: the first part of an id -> its folder.
     """
 
     name: str
@@ -101,7 +102,8 @@ class Listed:
     root: Path | None
     bad: Skipped = field(repr=False)
     rows: np.ndarray = field(repr=False)
-    images: np.ndarray | list[np.ndarray] | None = field(default=None, repr=False)
+    images: np.ndarray | Sequence[np.ndarray] | None = field(default=None, repr=False)
+    folders: dict[str, Path] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -164,7 +166,9 @@ class Listed:
 
     def _path(self, name: str) -> bytes:
         assert self.root is not None, "a source without files has its images in memory"
-        return os.path.join(os.fsencode(self.root), unescape(name))
+        head, _, rest = name.partition("/") if self.folders else ("", "", name)
+        root = self.folders[head] if self.folders else self.root
+        return os.path.join(os.fsencode(root), unescape(rest))
 
     def _file(self, name: str) -> bytes | BadImageError:
         try:

@@ -22,6 +22,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import DTypeLike
 from rich.progress import Progress
 from torch import Tensor, nn
 
@@ -142,6 +143,10 @@ class Embeddings:
                 )
             write_skipped(temporary / SKIPPED, self.skipped)
         return folder
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
+        """The vectors (N, D)."""
+        return np.array(self.vectors, dtype=dtype, copy=bool(copy)) if copy else np.asarray(self.vectors, dtype=dtype)
 
     @classmethod
     def load(cls, folder: Path | str, verify: bool = True) -> Embeddings:

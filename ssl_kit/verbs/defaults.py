@@ -291,6 +291,8 @@ def resolved_recipe(settings: Settings, method: Method) -> dict[str, Any]:
     Callbacks and loggers given from Python as objects cannot be written down: a repeated run must be given them again.
     """
     recipe = without_places({key: _plain(value) for key, value in vars(settings).items() if value is not None})
+    if _holds_objects(recipe.get("data")):
+        del recipe["data"]  # it must be given again
     if "trainer" in recipe:
         recipe["trainer"] = {key: value for key, value in recipe["trainer"].items() if not _holds_objects(value)}
     spec = recipe.setdefault("method", default_method())

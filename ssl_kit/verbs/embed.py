@@ -19,7 +19,7 @@ from ssl_kit.core.owned import Former, check_place
 from ssl_kit.core.sealed import LARGE_JSON
 from ssl_kit.core.settings import verb
 from ssl_kit.data.listing import escape_path
-from ssl_kit.data.opening import open_source
+from ssl_kit.data.opening import open_source, places
 from ssl_kit.data.sources import Source
 from ssl_kit.embeddings.embeddings import Precision, Storage
 from ssl_kit.embeddings.store import Embedded, embed_to, former, is_ours, parse_shard
@@ -32,7 +32,7 @@ class Settings:
 
     Args:
         encoder: run folder or encoder folder.
-        data: folder (searched recursively), .csv or .parquet manifest with a `path` column, or a built-in set.
+        data: folders (searched recursively), a .csv or .parquet manifest with a `path` column, or a built-in set.
         out: folder to write: Parquet parts with id, label and embedding, skipped.csv and manifest.json.
         dtype: how vectors are stored; float16 halves the bytes.
         normalise: store vectors of Euclidean length 1.
@@ -46,7 +46,7 @@ class Settings:
     """
 
     encoder: str
-    data: str
+    data: list[str] | str
     _: KW_ONLY
     out: str
     dtype: Storage = "float32"
@@ -67,7 +67,7 @@ def embed(settings: Settings) -> dict[str, Any]:
     part = parse_shard(settings.shard) if settings.shard is not None else None
     path = find_encoder(settings.encoder)
     loaded = Encoder.load(path).to("cuda" if torch.cuda.is_available() else "cpu")
-    check_place(folder, settings.data, removing=settings.overwrite)
+    check_place(folder, places(settings.data), removing=settings.overwrite)
     _may_write(folder, settings.overwrite, settings.shard)
     # decoded when needed: each image is looked at once, and rows do not depend on how much memory is free
     source = open_source(

@@ -19,7 +19,7 @@ from ssl_kit.core.locking import lock
 from ssl_kit.core.owned import check_place, record_in
 from ssl_kit.core.reading import Reading
 from ssl_kit.core.settings import verb
-from ssl_kit.data.opening import open_labelled
+from ssl_kit.data.opening import open_labelled, places
 from ssl_kit.data.sources import Source
 from ssl_kit.encoders.encoder import Encoder, find_encoder
 from ssl_kit.encoders.pretrained import load_pretrained
@@ -121,7 +121,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     paths = [find_encoder(name) for name in names]
     folders = _folders(paths, settings.out)
     for folder in folders:
-        check_place(folder, settings.labelled)
+        check_place(folder, places(settings.labelled))
     opened = _Opened(options)
     done, records = [], []
     for name, path, folder in zip(names, paths, folders, strict=True):

@@ -34,7 +34,7 @@ from ssl_kit.core.random import permutation
 from ssl_kit.core.sealed import Entries, read_object
 from ssl_kit.core.settings import verb
 from ssl_kit.data.module import ImageData
-from ssl_kit.data.opening import open_labelled
+from ssl_kit.data.opening import open_labelled, places
 from ssl_kit.data.sources import Source
 from ssl_kit.encoders.encoder import Encoder, find_encoder
 from ssl_kit.evaluation.finetune import BestEpoch, FineTune, check_lora, merge_lora, probabilities
@@ -129,7 +129,7 @@ def finetune(settings: Settings) -> Entries:
     choose_precision(settings.precision, choose_device().value)  # refused before anything is removed
     path, seed = find_encoder(settings.encoder), settings.seed
     folder, loaded = results_folder(path, settings.out), Encoder.load(path)
-    check_place(folder, settings.labelled)
+    check_place(folder, places(settings.labelled))
     if settings.lora:
         check_lora(loaded)
     train, test = open_labelled(settings.labelled, limit=settings.limit, reading=loaded.reading)

@@ -23,7 +23,7 @@ from ssl_kit.data.fingerprint import fingerprint
 from ssl_kit.data.listing import write_skipped
 from ssl_kit.data.loader import ViewLoader
 from ssl_kit.data.module import ImageData
-from ssl_kit.data.opening import open_source
+from ssl_kit.data.opening import name_of, open_source, places
 from ssl_kit.data.sources import Source
 from ssl_kit.encoders.encoder import Encoder, initialise
 from ssl_kit.methods.method import Method
@@ -62,7 +62,7 @@ class Settings:
     """How to train, and where.
 
     Args:
-        data: folder (searched recursively), .csv or .parquet manifest with a `path` column, or a built-in set.
+        data: folders (searched recursively), a .csv or .parquet manifest with a `path` column, or a built-in set.
         method: the method and its settings, {class_path, init_args}; SimCLR by default.
         views: what may happen to an image; see `ssl-kit views` for a picture of it.
         run: folder to write, by default runs/DATA.
@@ -99,7 +99,7 @@ class Settings:
         trainer: any arguments of Lightning's Trainer; `--trainer.devices 2` trains in two processes.
     """
 
-    data: str
+    data: list[str] | str
     _: KW_ONLY
     method: dict[str, Any] | None = None
     views: ViewRecipe = ViewRecipe()  # noqa: RUF009 (frozen)
@@ -142,7 +142,7 @@ class Settings:
     @property
     def folder(self) -> Path:
         """The run folder."""
-        return Path(self.run or f"runs/{Path(self.data).name or 'run'}")
+        return Path(self.run or f"runs/{Path(name_of(self.data).split()[0]).name or 'run'}")
 
 
 @verb(Settings)
@@ -153,7 +153,7 @@ def pretrain(settings: Settings) -> dict[str, Any]:
         What `run.json` holds: run, encoder, verdict, timings, versions.
     """
     settings, folder = _checked(settings), settings.folder
-    check_place(folder, settings.data, removing=settings.overwrite)
+    check_place(folder, places(settings.data), removing=settings.overwrite)
     with (
         joined(),
         held(folder),
@@ -206,7 +206,7 @@ def pretrain(settings: Settings) -> dict[str, Any]:
             write_report([folder], folder / "report.html")
         record.entries = broadcast(lambda: record.entries)
     result(f"verdict: {record.entries['verdict']['state']} - {record.entries['verdict']['reason']}")
-    labelled = shlex.quote(settings.data) if source.classes else "LABELLED"
+    labelled = shlex.quote(name_of(settings.data)) if source.classes else "LABELLED"
     next_command(f"ssl-kit evaluate {shlex.quote(str(folder))} {labelled}")
     return record.entries
 
@@ -330,7 +330,7 @@ def _checked(settings: Settings) -> Settings:
 
 def _describe(record: RunRecord, settings: Settings, source: Source, learner: Method) -> None:
     facts = {
-        "root": settings.data,
+        "root": name_of(settings.data),
         "images": len(source),
         "skipped": len(source.bad.rows),
         "classes": len(source.classes),

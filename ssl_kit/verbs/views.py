@@ -7,6 +7,7 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from ssl_kit.core.console import next_command, result
 from ssl_kit.core.errors import UserError
@@ -17,7 +18,7 @@ from ssl_kit.core.reading import reading_of
 from ssl_kit.core.sealed import Entries
 from ssl_kit.core.settings import verb
 from ssl_kit.data.limits import BadImageError
-from ssl_kit.data.opening import open_source
+from ssl_kit.data.opening import name_of, open_source, places
 from ssl_kit.data.sources import Source, pixels
 from ssl_kit.report.pictures import made_here, to_image
 from ssl_kit.views.host import apply_host
@@ -62,7 +63,8 @@ class Settings:
 def views(settings: Settings) -> Entries:
     """Draw originals and their views, as the method will see them."""
     views = settings.views
-    check_output(settings.out, settings.data)
+    for place in [*places(settings.data), None]:
+        check_output(settings.out, place)
     reading, measure = reading_of(settings.channels, settings.range)
     source = open_source(settings.data, reading=reading, measure=measure, in_memory=False)
     chosen = _decodable(source, settings.count)
@@ -72,13 +74,13 @@ def views(settings: Settings) -> Entries:
     drawn = views.build((side, side), source.channels, settings.views_per_image)
     grid = _grid(images, rows, drawn, side, settings.seed, settings.epoch)
     with atomic_file(settings.out) as temporary:
-        image = to_image(grid)
+        image = to_image(grid) if grid.shape[2] != 1 else Image.fromarray(grid[:, :, 0])
         image.save(temporary, format="PNG", pnginfo=made_here())
     result(
         f"{settings.out}: {len(images)} originals (left), {settings.views_per_image} views of each, {side} x {side} "
         f"pixels, epoch {settings.epoch}"
     )
-    next_command(f"ssl-kit pretrain {shlex.quote(settings.data)}")
+    next_command(f"ssl-kit pretrain {shlex.quote(name_of(settings.data))}")
     return {
         "out": str(Path(settings.out)),
         "originals": source.ids(list(chosen)),

@@ -51,5 +51,5 @@ def test_the_size_follows_the_images_and_gray_stays_gray(folder: Path) -> None:
 def test_mistakes_are_named(folder: Path) -> None:
     with pytest.raises(UserError, match="--count 0: wanted"):
         views(str(folder), count=0)
-    with pytest.raises(UserError, match="need 3 channels"):
-        views(str(folder), out=str(folder.parent / "x.png"), views=ViewRecipe(preset="simclr"), channels=1)
+    with pytest.raises(UserError, match="hue need 3 channels"):
+        views(str(folder), out=str(folder.parent / "x.png"), views=ViewRecipe(hue=0.1), channels=1)

@@ -1,0 +1,184 @@
+"""ssl_kit from Python: the same images in every form, the run as an object, and scikit-learn's own checks."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+import ssl_kit
+from ssl_kit.core.errors import UserError
+from ssl_kit.core.reading import RGB
+from ssl_kit.data.opening import open_labelled, open_source
+
+SMALL = {
+    "class_path": "ssl_kit.methods.vae.VAE",
+    "init_args": {"encoder": {"init_args": {"name": "resnet18_small", "args": {"channels": [4, 4, 4, 4]}}}},
+}
+QUICK = {"method": SMALL, "image_size": 8, "batch_size": 4, "trainer": {"max_steps": 1}}
+
+
+class Pairs(torch.utils.data.Dataset):
+    """A map-style data set of torch, as most are written."""
+
+    classes = ("cat", "dog", "owl")
+
+    def __init__(self, images, labels):
+        self.images, self.labels = images, labels
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, row):
+        return Image.fromarray(self.images[row]), int(self.labels[row])
+
+
+@pytest.fixture(scope="module")
+def images():
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 256, (60, 12, 12, 3)).astype(np.uint8), np.arange(60) % 3
+
+
+@pytest.fixture(scope="module")
+def forms(images, tmp_path_factory):
+    """The same images and labels in every form that is taken."""
+    datasets = pytest.importorskip("datasets")
+    pixels, labels = images
+    names = np.array(Pairs.classes)[labels]
+    root = tmp_path_factory.mktemp("forms")
+    for row, image in enumerate(pixels):
+        Image.fromarray(image).save(root / f"{row:02d}.png")
+    paths = sorted(root.glob("*.png"))
+    with open(root / "list.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("path", "label"), *zip((path.name for path in paths), names, strict=True)])
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(Pairs.classes))})
+    rows = {"image": [str(path) for path in paths], "label": labels.tolist()}
+    return {
+        "table": str(root / "list.csv"),
+        "arrays": (pixels, names),
+        "tensors": (torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()), names.tolist()),
+        "paths": (paths, names.tolist()),
+        "pictures": ([Image.fromarray(image) for image in pixels], names.tolist()),
+        "data set of torch": Pairs(*images),
+        "data set of Hugging Face": datasets.Dataset.from_dict(rows, features=features),
+    }
+
+
+def test_every_form_is_the_same_source(forms, images):
+    for name, form in forms.items():
+        source = open_source(form)
+        assert np.array_equal(np.stack(source.read(slice(None))), images[0]), name
+        assert source.classes == Pairs.classes and np.array_equal(source.labels(), images[1]), name
+        assert source.ids()[7].removesuffix(".png").endswith("07"), name
+        train, test = open_labelled(form)
+        assert len(train) == 48 and np.bincount(test.labels()).tolist() == [4, 4, 4], name
+
+
+def test_every_form_trains_the_same_encoder(forms, tmp_path):
+    made = {}
+    for name in ("table", "arrays", "data set of torch", "data set of Hugging Face", "pictures"):
+        run = ssl_kit.pretrain(forms[name], run=str(tmp_path / name), epochs=1, verbose=False, **QUICK)
+        with open(run.folder / "metrics.csv", encoding="utf-8") as file:
+            curves = [(row["step"], row["loss"], row["effective_rank"]) for row in csv.DictReader(file)]
+        made[name] = run["encoder_sha256"], curves, np.asarray(run.embed(forms[name])).tobytes()
+    assert len({one[0] for one in made.values()}) == 1 and all(one == made["arrays"] for one in made.values())
+
+
+def test_a_data_set_that_does_not_fit_is_read_when_needed(images, monkeypatch):
+    monkeypatch.setattr("ssl_kit.data.given.fits_in_memory", lambda size: (False, "too large"))
+    source = open_source(Pairs(*images))
+    assert source.stack is None and source.labels().tolist() == images[1].tolist()
+    assert np.array_equal(source.read([5])[0], images[0][5])
+    few = source.subset([3, 9])
+    assert np.array_equal(few.read([1])[0], images[0][9]) and few.ids() == ["03", "09"]
+
+
+def test_several_folders_are_one_source(tmp_path):
+    for folder, count in (("a", 2), ("b", 3)):
+        (tmp_path / folder).mkdir()
+        for n in range(count):
+            Image.fromarray(np.full((8, 8, 3), n, np.uint8)).save(tmp_path / folder / f"{n}.png")
+    source = open_source([tmp_path / "a", str(tmp_path / "b")])
+    assert source.ids() == ["a/0.png", "a/1.png", "b/0.png", "b/1.png", "b/2.png"] and source.sizes([4]).tolist() == [
+        [8, 8]
+    ]
+    for folder in ("c/a", "c/d"):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.fromarray(np.full((8, 8, 3), 9, np.uint8)).save(tmp_path / folder / "9.png")
+    apart = open_source([tmp_path / "a", tmp_path / "c" / "d"], in_memory=False)
+    assert apart.ids() == ["a/0.png", "a/1.png", "d/9.png"] and apart.root == tmp_path
+    assert apart.read([2])[0] == (tmp_path / "c/d/9.png").read_bytes() and apart.lengths([0, 2]).all()
+    with pytest.raises(UserError, match="two of them are called 'a'"):
+        open_source([tmp_path / "a", tmp_path / "c" / "a"])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (object(), "got object; wanted a folder"),
+        ([], "empty"),
+        ((np.zeros((4, 8, 8), np.uint8), [1, 2]), "4 images but 2 labels"),
+        (["x.png", "x.png"], "listed more than once"),
+        ([np.zeros((8, 8, 5), np.uint8)] * 3, "5 bands: --channels 5"),
+        ({"train": np.zeros((4, 8, 8), np.uint8)}, "got the parts 'train'; wanted train and test"),
+    ],
+)
+def test_what_is_no_source(given, message):
+    with pytest.raises(UserError, match=message):
+        open_labelled(given) if isinstance(given, dict) else open_source(given, reading=RGB)
+
+
+def test_a_run_is_an_object(images, tmp_path, capsys):
+    run = ssl_kit.pretrain(images, recipe="byol", encoder="resnet18_small", run=str(tmp_path / "run"), epochs=1,
+                           image_size=16, batch_size=16, trainer={"max_steps": 2}, verbose=False)  # fmt: skip
+    assert capsys.readouterr().out == "" and run["method"] == "BYOL" and run.encoder.name == "resnet18_small"
+    assert "verdict" in run and repr(run).startswith(f"<Run {tmp_path / 'run'}: finished, ")
+    pixels, labels = images
+    assert (
+        np.asarray(run.embed(pixels[:5])).shape == (5, run.encoder.dim)
+        and np.asarray(run.embed(), np.float64).shape[0] == 60
+    )
+    for query in (pixels[4], Image.fromarray(pixels[4])):
+        assert run.search(query, k=1)[0][0].id == "04"
+    scores = run.evaluate(
+        {"train": (pixels[:40], labels[:40]), "test": (pixels[40:], labels[40:])}, only="knn", verbose=False
+    )
+    assert scores["results"][0]["evaluation"] == "knn"
+    page = run.report
+    assert page.path.is_file() and page._repr_html_().startswith("<iframe srcdoc=")
+    again = ssl_kit.load_run(run.folder)
+    assert dict(again)["encoder_sha256"] == run["encoder_sha256"]
+    with pytest.raises(UserError, match="the images it was trained on are not at hand"):
+        again.embed(out=tmp_path / "other")
+    with pytest.raises(UserError, match="is no run"):
+        ssl_kit.load_run(tmp_path)
+
+
+def test_the_package_shows_its_verbs_and_prints_no_commands(images, tmp_path, capsys):
+    assert {"pretrain", "evaluate", "report", "views", "load_run", "SSLTransformer"} <= set(dir(ssl_kit))
+    ssl_kit.views(images[0], out=str(tmp_path / "views.png"), count=2, image_size=8)
+    assert (tmp_path / "views.png").is_file() and "next:" not in capsys.readouterr().out
+    assert ssl_kit.report.page is not None  # still a package
+    with pytest.raises(TypeError, match=r"pretrain\(\) takes no 'epoch'; it takes data, method"):
+        ssl_kit.pretrain(images[0], epoch=1)
+    with pytest.raises(UserError, match="no recipe file or packaged recipe is called 'byoll'"):
+        ssl_kit.pretrain(images[0], recipe="byoll")
+
+
+def test_a_pipeline_of_scikit_learn():
+    images, labels = load_digits(return_X_y=True)
+    options = {"batch_size": 64, "views": {"flip_x": 0.0}}
+    features = ssl_kit.SSLTransformer(epochs=2, image_shape=(8, 8), options=options)
+    classifier = make_pipeline(features, LogisticRegression(max_iter=2_000)).fit(images[:1200], labels[:1200])
+    assert classifier.score(images[1200:], labels[1200:]) > 0.7  # chance is 0.1
+    assert features.fit(images[:100]).transform(images[:7]).shape == (7, features.encoder_.dim)
+
+
+@parametrize_with_checks([ssl_kit.SSLTransformer("vae", epochs=1, options=QUICK)])
+def test_scikit_learns_checks(estimator, check):
+    check(estimator)
