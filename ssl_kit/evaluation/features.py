@@ -29,6 +29,7 @@ from ssl_kit.data.loader import ViewLoader
 from ssl_kit.data.sources import Source, pixels
 from ssl_kit.embeddings.embeddings import Embeddings, chosen_precision, embed, forward
 from ssl_kit.encoders.encoder import Encoder
+from ssl_kit.encoders.wrapped import Wrapped
 from ssl_kit.views.recipe import View, plain
 
 BASELINES = ("pixels", "pca", "random_init")
@@ -40,11 +41,11 @@ class Network:
     """What made features, to make more of them from other views: (B, C, h, w) in [0, 1] to (B, D).
 
     Attributes:
-        module: an `Encoder` or `Pixels`, in eval mode, on any device.
+        module: an `Encoder`, `Wrapped` or `Pixels`, in eval mode, on any device.
         layers: last stages or blocks that are concatenated.
     """
 
-    module: Encoder | Pixels
+    module: Encoder | Wrapped | Pixels
     layers: int = 1
 
     @property
@@ -105,7 +106,7 @@ def view_features(
 
 
 def feature_sets(
-    encoder: Encoder,
+    encoder: Encoder | Wrapped,
     train: Source,
     test: Source,
     cache: Path,
@@ -119,7 +120,7 @@ def feature_sets(
     """The encoder's features first, then the baselines'; one kind is in memory at a time.
 
     Args:
-        encoder: loaded from a folder, so that it knows its sha256.
+        encoder: loaded from a folder, so that it knows its sha256; or anybody's module, whose features are not kept.
         train: labelled images.
         test: labelled images.
         cache: RUN/features.
@@ -146,11 +147,13 @@ def feature_sets(
         if "pca" in baselines:
             yield _reduced(pixels, Pca.of(pixels.train.vectors, dim, seed), dim, "pca")
         del pixels
-    if "random_init" in baselines:
-        fresh = Network(encoder.fresh(seed).to(next(encoder.parameters()).device), layers)
+    untrained = encoder.fresh(seed) if "random_init" in baselines else None
+    if untrained is not None:
+        device = next((weight.device for weight in encoder.parameters()), torch.device("cpu"))
+        fresh = Network(untrained.to(device), layers)
         made = cached(fresh, f"untrained {seed} of {encoder.sha256}")
         yield FeatureSet("random_init", made[0], made[1], fresh)
-        del made, fresh
+        del made, fresh, untrained
     for name, other in (pretrained or {}).items():
         network = Network(other)
         made = cached(network, f"{other.sha256} {other.name} {json.dumps(other.args, sort_keys=True)}")
@@ -208,7 +211,9 @@ def fingerprint(source: Source) -> str:
 
 def _cached(cache: Path, network: Network, source: Source, weights: str, of: str, batch_size: int) -> Embeddings:
     encoder = network.module
-    assert isinstance(encoder, Encoder), "pixels are not kept"
+    if not isinstance(encoder, Encoder):  # its weights alone do not say what it computes
+        view = plain(encoder.image_size)
+        return embed(encoder, source, view=view, batch_size=batch_size, label=source.name)
     made_of: list[object] = [weights, of, encoder.preprocessing()]
     if network.layers != 1:
         made_of.append(network.layers)
@@ -226,7 +231,7 @@ def _cached(cache: Path, network: Network, source: Source, weights: str, of: str
     return embeddings
 
 
-def _pixels(encoder: Encoder, train: Source, test: Source, batch_size: int) -> FeatureSet:
+def _pixels(encoder: Encoder | Wrapped, train: Source, test: Source, batch_size: int) -> FeatureSet:
     module = Pixels(encoder.image_size, encoder.channels)
     view = plain(module.image_size)
     made = [embed(module, part, view=view, batch_size=batch_size, label="pixels") for part in (train, test)]

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ssl_kit.core.errors import UserError
 from ssl_kit.embeddings.exact import normalised, search, without
 from ssl_kit.encoders.encoder import Encoder
+from ssl_kit.encoders.wrapped import Wrapped
 from ssl_kit.evaluation.features import Network, Pixels, view_features
 from ssl_kit.evaluation.health import sample_rows
 from ssl_kit.evaluation.result import Result, intervals, labelled, made_by, versions
@@ -171,7 +172,7 @@ class TwoCrops(nn.Module):
         dim: 2 D.
     """
 
-    def __init__(self, network: Encoder | Pixels):
+    def __init__(self, network: Encoder | Wrapped | Pixels):
         super().__init__()
         height, width = network.image_size
         self.network, self.size, self.dim = network, (height, width + width // 2), 2 * network.dim

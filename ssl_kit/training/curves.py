@@ -22,7 +22,7 @@ from ssl_kit.core.console import live, say, shows_bars, stderr_console, warn
 from ssl_kit.core.files import atomic_file, if_room, sync
 from ssl_kit.core.spectrum import effective_rank
 from ssl_kit.training.checkpoint import State
-from ssl_kit.training.chunked import data_of
+from ssl_kit.training.chunked import Data, data_of
 from ssl_kit.training.distributed import broadcast, counts, mean_of_all, rank
 from ssl_kit.training.guard import Guard
 from ssl_kit.training.verdict import Row, Verdict, angle, sketch
@@ -53,6 +53,8 @@ class Curves:
             step, so that everything can be compared with the untrained encoder.
         judge: the verdict on the rows so far, asked after each measurement.
         measure_every: epochs between measurements; never more often than every 200 steps.
+        encoder: the part of a method whose weights are followed.
+        data: where the batches of a training come from.
     """
 
     def __init__(
@@ -63,9 +65,11 @@ class Curves:
         measure: Score | None = None,
         judge: Judge = lambda history: Verdict("unknown", "nothing was measured yet"),
         measure_every: float = 1.0,
+        encoder: Callable[[pl.LightningModule], nn.Module] = lambda method: method.get_submodule("encoder"),
+        data: Callable[[pl.Trainer], Data] = data_of,
     ):
         self.path, self.interval, self.measure, self.measure_every = path, interval, measure, measure_every
-        self.judge = judge
+        self.judge, self.encoder, self.data = judge, encoder, data
         self.row: Row = {}
         self.history: list[Row] = []
         self.verdict = Verdict("unknown", "nothing was measured yet")
@@ -95,7 +99,7 @@ class Curves:
 
     def measure_untrained(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:
         """Before the first step: what the untrained encoder gives. (Not earlier: signals are heeded from here on.)"""
-        self._start = sketch(_encoder(method).parameters()) if rank() == 0 else None
+        self._start = sketch(self.encoder(method).parameters()) if rank() == 0 else None
         if self.measure is not None:
             self._measure(trainer, method)
 
@@ -167,7 +171,7 @@ class Curves:
 
     def _log(self, trainer: pl.Trainer, guard: Guard, views: Sequence[Tensor] = ()) -> bool:
         """Writes a row; False when no step since the last one was good, so that there is no loss to tell."""
-        data = data_of(trainer)
+        data = self.data(trainer)
         epoch = trainer.global_step * trainer.accumulate_grad_batches / data.steps_per_epoch
         now = time.perf_counter()
         spent = max(now - self._interval_started, 1e-9)
@@ -220,7 +224,7 @@ class Curves:
         """How far the weights are from where they began."""
         if self._start is None:
             return {}
-        weights = sketch(_encoder(pl_module).parameters())
+        weights = sketch(self.encoder(pl_module).parameters())
         return {"turned": angle(self._start, weights), "grown": float(weights.norm() / self._start.norm())}
 
     def _append(self, row: Row) -> None:
@@ -323,10 +327,6 @@ def feature_health(features: np.ndarray) -> dict[str, float]:
     """
     unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     return {"effective_rank": effective_rank(features), "embedding_std": float(unit.std(axis=0).mean())}
-
-
-def _encoder(module: pl.LightningModule) -> nn.Module:
-    return module.get_submodule("encoder")
 
 
 def _mean(values: Tensor) -> float:

@@ -6,6 +6,7 @@ import itertools
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -20,6 +21,7 @@ from ssl_kit.data.loader import Batch, ViewLoader
 from ssl_kit.data.sources import Source
 from ssl_kit.embeddings.embeddings import embed
 from ssl_kit.encoders.encoder import Encoder
+from ssl_kit.encoders.wrapped import Wrapped
 from ssl_kit.evaluation.features import Pca, Pixels, centre
 from ssl_kit.evaluation.health import alignment, uniformity
 from ssl_kit.evaluation.neighbours import knn_accuracy
@@ -59,6 +61,17 @@ _HELD_OUT = 0.05  # of the labelled images, at most
 
 def hold_out(source: Source) -> tuple[Source, Source | None, Source | None]:
     """(training images, kNN gallery, kNN queries); the queries are labelled images that are never trained on."""
+    training, gallery, queries = asked_apart(source)
+    if queries is not None:
+        say(
+            f"labels found: kNN is followed on {len(queries):,} images held out of training; labels are used for "
+            "nothing else"
+        )
+    return training, gallery, queries
+
+
+def asked_apart(source: Source) -> tuple[Source, Source | None, Source | None]:
+    """(the other images, kNN gallery among them, kNN queries), as far as there are labels."""
     labels = source.labels()
     labelled = labels >= 0
     if len(source.classes) < 2 or labelled.sum() < 100:
@@ -70,9 +83,6 @@ def hold_out(source: Source) -> tuple[Source, Source | None, Source | None]:
         return source, None, None
     rest = np.flatnonzero(labelled & ~held)
     gallery = rest[_spread(len(rest), _GALLERY)]
-    say(
-        f"labels found: kNN is followed on {held.sum():,} images held out of training; labels are used for nothing else"
-    )
     return source.subset(~held), source.subset(gallery), source.subset(held)
 
 
@@ -99,7 +109,7 @@ class Measure:
         queries: labelled images held out of training, if any.
         view: of clean images.
         pair: the run's own views, for the alignment where there are two.
-        encoder: which encoder of the method is looked at; the trained one by default.
+        encoder: the `Encoder` (or `Wrapped`) of the method that is looked at; the trained one by default.
 
     Attributes:
         held_out: images that kNN is measured on.
@@ -113,7 +123,7 @@ class Measure:
         queries: Source | None,
         view: View,
         pair: Sequence[View] = (),
-        encoder: Callable[[Method], Encoder] = lambda method: method.encoder,
+        encoder: Callable[[Any], Any] = lambda method: method.encoder,
     ):
         images = training.subset(_spread(len(training), _MEASURED))
         self.images, self.view, self.encoder = Share(images), view, encoder
@@ -130,7 +140,6 @@ class Measure:
 
     def __call__(self, method: pl.LightningModule) -> dict[str, float]:
         """The scores of the encoder as it is now."""
-        assert isinstance(method, Method)
         encoder = self.encoder(method)
         same_buffers(encoder)
         vectors, _ = self.images.embedded(encoder, self.view, "rank")
@@ -146,7 +155,7 @@ class Measure:
         return [score.embedded(pixels, plain(pixels.image_size)) for score in self.scores]
 
     def _scores(
-        self, encoder: Encoder, vectors: np.ndarray, found: list[Arrays], pixels: list[Arrays]
+        self, encoder: Encoder | Wrapped, vectors: np.ndarray, found: list[Arrays], pixels: list[Arrays]
     ) -> dict[str, float]:
         scores = feature_health(vectors) | {"uniformity": uniformity(vectors), "images_std": self._contrast}
         if self._two_views:
@@ -177,7 +186,7 @@ class Neighbours:
     def __init__(self, gallery: Source, queries: Source):
         self.shares = Share(gallery), Share(queries)
 
-    def embedded(self, network: Encoder | Pixels, view: View) -> Arrays:
+    def embedded(self, network: Encoder | Wrapped | Pixels, view: View) -> Arrays:
         """Features and labels of the gallery, then of the queries; all processes must ask."""
         gallery, queries = self.shares
         return [*gallery.embedded(network, view, "kNN gallery"), *queries.embedded(network, view, "kNN queries")]
@@ -205,7 +214,7 @@ class Crops:
     def __init__(self, images: Source):
         self.share = Share(images)
 
-    def embedded(self, network: Encoder | Pixels, view: View) -> Arrays:
+    def embedded(self, network: Encoder | Wrapped | Pixels, view: View) -> Arrays:
         """Features of both crops, each of the network's size, in one array; all processes must ask."""
         crops = TwoCrops(network)
         return [self.share.embedded(crops, plain(crops.size), "crops")[0]]
@@ -232,7 +241,9 @@ class Share:
         self.rows = np.concatenate([*batches[rank() :: world_size()], np.empty(0, np.int64)]).astype(np.int64)
         self.source = source.subset(self.rows) if world_size() > 1 else source
 
-    def embedded(self, encoder: Encoder | Pixels | TwoCrops, view: View, label: str) -> tuple[np.ndarray, np.ndarray]:
+    def embedded(
+        self, encoder: Encoder | Wrapped | Pixels | TwoCrops, view: View, label: str
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Features (N, D) and labels (N,) of the images of all processes, in the order of the source."""
         rows, vectors, labels = self.rows[:0], np.empty((0, encoder.dim), np.float32), self.rows[:0]
         if len(self.rows):
@@ -249,7 +260,7 @@ def _of_all(rows: np.ndarray) -> np.ndarray:
     return torch.cat(rows_of_each(torch.from_numpy(rows))).numpy()
 
 
-def _features(encoder: Encoder, images: Tensor) -> np.ndarray:
+def _features(encoder: Encoder | Wrapped, images: Tensor) -> np.ndarray:
     """(N, D) of a few views, (N, C, h, w)."""
     mode, device = encoder.training, next(encoder.parameters()).device
     encoder.eval()

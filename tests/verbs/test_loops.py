@@ -1,14 +1,20 @@
 """Our parts in somebody else's loop: what they are given, and that it is what a run of ours would see."""
 
+import json
+
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from PIL import Image
 from stripes import pattern
+from torch import nn
 
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.random import permutation
-from ssl_kit.verbs.loops import ViewLoader
+from ssl_kit.methods.simclr import nt_xent
+from ssl_kit.training.curves import read_curves
+from ssl_kit.verbs.loops import Monitor, ViewLoader
 
 
 def arrays(each=20):
@@ -66,3 +72,84 @@ def test_too_large_a_batch_is_refused_at_once():
         ViewLoader(arrays(), batch_size=100)
     with pytest.raises(UserError, match="epochs 0"):
         ViewLoader(arrays(), epochs=0)
+
+
+class Plain(pl.LightningModule):
+    """A LightningModule as others write it: SimCLR's loss on whatever the loader gives, a pooled map as features."""
+
+    def __init__(self, collapse=False):
+        super().__init__()
+        layers = [nn.Conv2d(3, 24, 5, 2), nn.BatchNorm2d(24), nn.ReLU(), nn.Dropout2d(0.1), nn.Conv2d(24, 32, 3)]
+        self.backbone = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1))
+        self.losses, self.collapse = [], collapse
+
+    def training_step(self, batch, batch_idx):
+        first, second = (self.backbone(view).flatten(1) for view in batch[0])
+        loss = (first - 1).square().mean() if self.collapse else nt_xent(torch.cat([first, second]), 0.2)
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.5 if self.collapse else 0.1)
+
+
+def trained(folder, *callbacks, epochs=25, module=None, **options):
+    torch.manual_seed(0)
+    module = module or Plain()
+    loader = ViewLoader(arrays(60), "simclr", batch_size=24)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    trainer = pl.Trainer(max_epochs=epochs, callbacks=list(callbacks), default_root_dir=folder, **quiet | options)
+    trainer.fit(module, loader)
+    return module
+
+
+def test_a_monitor_ends_in_a_report_and_changes_nothing(tmp_path):
+    alone = trained(tmp_path)
+    watched = trained(tmp_path, Monitor((arrays(90)[0][::3], arrays(90)[1][::3]), tmp_path / "seen"))
+    assert watched.losses == alone.losses and watched.backbone.training
+    assert all(
+        torch.equal(a, b) for a, b in zip(alone.state_dict().values(), watched.state_dict().values(), strict=True)
+    )
+    rows = read_curves(tmp_path / "seen" / "metrics.csv")
+    looks = [row for row in rows if "effective_rank" in row]
+    assert [row["step"] for row in looks] == [0, 200, 250]
+    assert {"knn_top1", "crops_top1", "turned", "embedding_std"} <= set(looks[-1]) and looks[-1]["turned"] > 0.01
+    steps = [row for row in rows if "loss" in row]
+    assert steps[0]["loss"] == pytest.approx(np.mean(alone.losses[:20]), rel=1e-5) and steps[-1]["epoch"] == 25
+    record = json.loads((tmp_path / "seen" / "run.json").read_text())
+    assert record["status"] == "finished" and record["method"] == "Plain" and record["dim"] == 32
+    assert record["verdict"]["state"] in (tmp_path / "seen" / "report.html").read_text()
+
+
+def test_a_collapse_is_called_one(tmp_path):
+    trained(tmp_path, Monitor(arrays(30)[0], tmp_path / "seen"), module=Plain(collapse=True))
+    record = json.loads((tmp_path / "seen" / "run.json").read_text())
+    assert record["verdict"]["state"] == "collapsed"
+
+
+def test_without_images_of_its_own_it_looks_at_those_of_the_training(tmp_path):
+    named = trained(tmp_path, Monitor(arrays(), tmp_path / "named"))
+    assert trained(tmp_path, Monitor()).losses == named.losses
+    looks = [
+        [row for row in read_curves(tmp_path / name / "metrics.csv") if "effective_rank" in row]
+        for name in ("monitor", "named")
+    ]
+    assert looks[0][0]["step"] == 0 and "knn_top1" in looks[0][0] and looks[0][0]["turned"] == 0
+    assert looks[0][-1]["turned"] == looks[1][-1]["turned"] > 0.01  # from the weights before the first step on
+
+
+def test_a_monitor_refuses_what_it_cannot_judge(tmp_path):
+    trained(tmp_path, Monitor(), epochs=1)
+    with pytest.raises(UserError, match="holds a run already"):
+        trained(tmp_path, Monitor(), epochs=1)
+    trained(tmp_path, Monitor(overwrite=True), epochs=1)
+    with pytest.raises(UserError, match="has no head; encoder= may be backbone"):
+        trained(tmp_path / "a", Monitor(encoder="head"), epochs=1)
+
+    class Normalised(Plain):
+        def on_before_batch_transfer(self, batch, _):
+            return [(view - 0.5) / 0.2 for view in batch[0]], batch[1]
+
+    with pytest.raises(UserError, match=r"wanted \[0, 1\], or the mean= and std="):
+        trained(tmp_path / "b", Monitor(), epochs=1, module=Normalised())
+    trained(tmp_path / "c", Monitor(mean=0.5, std=0.2), epochs=1, module=Normalised())
