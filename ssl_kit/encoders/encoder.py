@@ -81,8 +81,8 @@ class Encoder(nn.Module):
         self.reading = Reading(channels)
         model = _create_timm(self.name, self.args, self.image_size, channels)
         self.model: Any = model
-        self.dim: int = self.args["num_classes"] or model.num_features
-        self.num_features: int = model.num_features
+        self.num_features: int = model.head_hidden_size  # timm's num_features is the width before a head's own layers
+        self.dim: int = self.args["num_classes"] or self.num_features
         self.sha256: str | None = None
         # not in the state dict: they travel as preprocessing in config.json, where timm expects them
         self.register_buffer("mean", _per_channel(mean, channels), persistent=False)
@@ -108,7 +108,7 @@ class Encoder(nn.Module):
         """
         classifier = self.model.get_classifier()
         with torch.autocast(pooled.device.type, enabled=False):
-            return classifier(pooled.to(classifier.weight.dtype)).float()
+            return classifier(pooled.to(next(classifier.parameters()).dtype)).float()
 
     def set_code(self, dim: int) -> None:
         """Gives the model a linear head of `dim` outputs as its timm classifier: then `forward` returns that code."""
@@ -160,7 +160,10 @@ class Encoder(nn.Module):
         """
         folder = Path(folder)
         with atomic_folder(folder, record=RECORD) as temporary:
-            weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
+            # clones: safetensors refuses weights that two layers share, and timm asks for both names
+            weights = {
+                name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.model.state_dict().items()
+            }
             save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
             write_json(temporary / CONFIG, self._timm_config())
             digest = sha256(temporary / WEIGHTS)

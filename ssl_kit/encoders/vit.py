@@ -1,6 +1,6 @@
 """Vision Transformers as masking methods see them: the tokens of a few patches, patches of pixels, fixed positions.
 
-Any timm VisionTransformer with a plain patch embedding will do (vit_*, deit_*, flexivit_*, ...).
+Any timm VisionTransformer or Eva with a plain patch embedding will do (vit_*, deit_*, eva02_*, vit_*_dinov3, ...).
 
     letter   meaning
     B, C     images, channels
@@ -14,7 +14,8 @@ Any timm VisionTransformer with a plain patch embedding will do (vit_*, deit_*, 
 from __future__ import annotations
 
 import torch
-from timm.layers import Attention, PatchEmbed
+from timm.layers import Attention, AttentionRope, PatchEmbed
+from timm.models.eva import Eva, EvaAttention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -22,19 +23,21 @@ from ssl_kit.core.errors import UserError
 from ssl_kit.encoders.encoder import Encoder
 
 
-def vision_transformer(encoder: Encoder) -> VisionTransformer:
+def vision_transformer(encoder: Encoder) -> VisionTransformer | Eva:
     """The encoder's timm model, checked.
 
     Raises:
-        UserError: it is no VisionTransformer, sees pixels of several patches in one token before its first block (a
-            convolutional stem), or its patches do not tile its images.
+        UserError: it is neither a VisionTransformer nor an Eva, drops patches of its own accord, sees pixels of several
+            patches in one token before its first block (a convolutional stem), or its patches do not tile its images.
     """
     model = encoder.model
-    if not isinstance(model, VisionTransformer):
+    if not isinstance(model, VisionTransformer | Eva):
         raise UserError(
             f"{encoder.name} is a {type(model).__name__}; masking patches needs one of timm's VisionTransformers: "
             "choose for example --method.encoder.name vit_tiny_patch16_224"
         )
+    if isinstance(model, Eva) and model.patch_drop is not None:  # inside the step that `tokens` asks for positions
+        raise UserError(f"{encoder.name} drops patches itself: leave patch_drop_rate out of --method.encoder.args")
     if type(model.patch_embed) is not PatchEmbed:
         raise UserError(
             f"{encoder.name} embeds patches by {type(model.patch_embed).__name__}, which mixes the pixels of several; "
@@ -56,7 +59,7 @@ def tokens(encoder: Encoder, images: Tensor, keep: Tensor | None = None) -> Tens
     applied when `keep` is given.
 
     Args:
-        encoder: of a VisionTransformer.
+        encoder: of a VisionTransformer or an Eva.
         images: (B, C, H, W) float in [0, 1].
         keep: (B, K) int64, numbers of the patches that are seen; None shows all, as timm's `forward_features`.
 
@@ -68,10 +71,30 @@ def tokens(encoder: Encoder, images: Tensor, keep: Tensor | None = None) -> Tens
     if keep is None:
         return model.forward_features(pixels)
     # the step of timm that adds positions and puts the special tokens in front has no public name
-    sequence = model._pos_embed(model.patch_embed(pixels))  # (B, S + L, width)
+    # (B, S + L, width), of an Eva with its rotations
+    placed: tuple[Tensor, Tensor | None] | Tensor = model._pos_embed(model.patch_embed(pixels))
+    sequence, rotations = (placed, None) if isinstance(placed, Tensor) else placed
     special, patches = sequence.tensor_split([model.num_prefix_tokens], dim=1)
-    sequence = torch.cat([special, take(patches, keep)], dim=1)  # (B, S + K, width)
-    return model.norm(model.blocks(model.norm_pre(sequence)))
+    sequence = model.norm_pre(torch.cat([special, take(patches, keep)], dim=1))  # (B, S + K, width)
+    if not isinstance(model, Eva):
+        return model.norm(model.blocks(sequence))
+    turns = [None] * len(model.blocks) if rotations is None else _rotations(rotations, keep, len(model.blocks))
+    for block, rope in zip(model.blocks, turns, strict=True):
+        sequence = block(sequence, rope=rope)
+    return model.norm(sequence)
+
+
+def _rotations(whole: Tensor, keep: Tensor, depth: int) -> list[Tensor]:
+    """Of each block the rotary embeddings (B, 1 or heads, K, D) of the kept patches; special tokens are not turned.
+
+    Args:
+        whole: (L, D) for all blocks, or (depth, heads, L, D): learned by each.
+        keep: (B, K) int64.
+        depth: blocks.
+    """
+    if whole.ndim == 2:
+        return [whole[keep][:, None]] * depth
+    return [block[:, keep].transpose(0, 1) for block in whole]  # (heads, L, D) to (B, heads, K, D)
 
 
 def take(rows: Tensor, index: Tensor) -> Tensor:
@@ -86,7 +109,7 @@ def unfuse_attention(network: nn.Module) -> int:
     with avx512_bf16, 64 tokens of 4 heads of 32, batch 256: 15 ms forward and 173 ms backward, against 10 and 15 ms),
     in float32 it is the better one. The price is memory: heads x tokens^2 numbers per image and layer are kept.
     """
-    layers = [module for module in network.modules() if isinstance(module, Attention)]
+    layers = [module for module in network.modules() if isinstance(module, Attention | AttentionRope | EvaAttention)]
     for layer in layers:
         layer.fused_attn = False  # type: ignore[misc]  # final for TorchScript, which is not used
     return len(layers)

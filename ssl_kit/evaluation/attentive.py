@@ -61,10 +61,10 @@ class Tokens(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.sha256 = encoder.sha256
-        self.width: int = encoder.num_features
         device = next(encoder.parameters()).device
         with torch.inference_mode():
             shape = self._tokens(torch.zeros(1, encoder.channels, *encoder.image_size, device=device)).shape
+        self.width: int = shape[2]  # not of the pooled features: a head may have layers of its own
         self.dim: int = shape[1] * shape[2]
 
     def forward(self, images: Tensor) -> Tensor:
@@ -73,6 +73,8 @@ class Tokens(nn.Module):
 
     def _tokens(self, images: Tensor) -> Tensor:
         features = self.encoder.model.forward_features(self.encoder.normalise(images))
+        if getattr(self.encoder.model, "output_fmt", "NCHW") == "NHWC":  # of the Swin transformers
+            return features.flatten(1, 2)
         return features.flatten(2).transpose(1, 2) if features.ndim == 4 else features  # (B, T, D)
 
 

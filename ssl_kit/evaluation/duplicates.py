@@ -104,7 +104,7 @@ def isolation(cosines: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def edits(image: np.ndarray, number: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """Near-copies of (H, W, C) of 8 or 16 bits: JPEG at quality 50, 90 % of each side somewhere, 5 % brighter or darker.
+    """Near-copies of (H, W, C) uint8 or uint16: JPEG (quality 50), 90 % of each side, 5 % brighter or darker.
 
     Args:
         image: to copy; JPEG is left out where C is neither 1 nor 3.

@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from timm.layers import PatchEmbed
+from timm.models.eva import Eva
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -210,7 +211,8 @@ class MAE(Method):
             if model.cls_token is not None:
                 nn.init.normal_(model.cls_token, std=0.02)
             fix_positions(encoder)
-        encoder.model.pos_embed.requires_grad_(False)
+        if encoder.model.pos_embed is not None:
+            encoder.model.pos_embed.requires_grad_(False)
 
     @classmethod
     def default_encoder(cls, image_size: tuple[int, int]) -> tuple[str, dict[str, object]]:
@@ -294,8 +296,10 @@ def initialise(network: nn.Module) -> None:
 
 
 def fix_positions(encoder: Encoder) -> None:
-    """Sets the encoder's position embedding to sines and cosines; that of special tokens to 0."""
+    """Sets the encoder's position embedding to sines and cosines, if it has one; that of special tokens to 0."""
     model = encoder.model
+    if model.pos_embed is None:
+        return
     patches = sincos_positions(model.embed_dim, model.patch_embed.grid_size)
     special = patches.new_zeros(model.pos_embed.shape[1] - len(patches), model.embed_dim)
     with torch.no_grad():
@@ -326,11 +330,12 @@ def _check(
     if dims is not None and (not dims or min(dims) < 1):
         raise UserError(f"dims {dims}: wanted lengths of at least 1")
     model = encoder.model
-    if model.pos_embed is None:
+    if model.pos_embed is None and getattr(model, "rope", None) is None:
         raise UserError(f"{encoder.name} has no position embedding; leave pos_embed out of --method.encoder.args")
     after = [part for part in (model.fc_norm, model.attn_pool, model.head) if part is not None and dims is None]
     if any(len(list(part.parameters())) for part in after):
+        norm = "use_fc_norm" if isinstance(model, Eva) else "fc_norm"
         raise UserError(
-            f"{encoder.name} has weights after its patch tokens that MAE would leave untrained; add fc_norm: false "
+            f"{encoder.name} has weights after its patch tokens that MAE would leave untrained; add {norm}: false "
             "to --method.encoder.args, choose global_pool avg or token, leave num_classes out, or train a code (dims)"
         )

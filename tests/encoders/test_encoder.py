@@ -21,6 +21,8 @@ CASES = [
     ("resnet18", {"channels": [8, 8, 16, 24]}, (96, 96), 3),
     ("resnet18_small", {"channels": [8, 8, 16, 24], "num_classes": 5}, (32, 32), 1),
     ("vit_tiny_patch16_224", {"patch_size": 4, "embed_dim": 24, "depth": 3}, (16, 24), 3),
+    ("lcnet_035", {}, (32, 32), 3),  # its head has a layer of its own, wider than the last feature map
+    ("vit_small_patch16_dinov3", {"patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 3}, (16, 24), 3),
 ]
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
@@ -62,6 +64,12 @@ def test_folder_loads_with_timm_alone_and_with_load(encoder, tmp_path):
     mean, std = (torch.tensor(config[key]).reshape(1, -1, 1, 1) for key in ("mean", "std"))
     assert (model((batch - mean) / std) - wanted).abs().max() <= 1e-5
     assert config["input_size"][1:] == encoder.image_size
+
+
+def test_weights_that_layers_share_are_kept_under_both_names(tmp_path):
+    encoder = Encoder("coat_tiny", None, (32, 32)).eval()
+    batch = images(encoder, 1)
+    assert torch.equal(Encoder.load(encoder.save(tmp_path / "encoder"))(batch), encoder(batch))
 
 
 def test_a_code_keeps_float32_under_autocast():

@@ -10,18 +10,23 @@ from ssl_kit.encoders import Encoder
 from ssl_kit.encoders.vit import patchify, sincos_positions, take, tokens, unfuse_attention, unpatchify
 
 SMALL = {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
-CASES = {  # arguments, size, channels
-    "class token": ({**SMALL}, (16, 24), 3),
-    "mean": ({**SMALL, "class_token": False, "global_pool": "avg", "fc_norm": False}, (24, 16), 1),
-    "registers": ({**SMALL, "reg_tokens": 2, "no_embed_class": True, "pre_norm": True}, (16, 16), 4),
+VIT = "vit_tiny_patch16_224"
+CASES = {  # name, arguments, size, channels
+    "class token": (VIT, {**SMALL}, (16, 24), 3),
+    "mean": (VIT, {**SMALL, "class_token": False, "global_pool": "avg", "fc_norm": False}, (24, 16), 1),
+    "registers": (VIT, {**SMALL, "reg_tokens": 2, "no_embed_class": True, "pre_norm": True}, (16, 16), 4),
+    "rotary and learned": ("eva02_tiny_patch14_224", {**SMALL, "use_fc_norm": False}, (16, 24), 3),
+    "rotary alone": ("vit_small_patch16_dinov3", {**SMALL}, (24, 16), 3),
+    "rotary, by block": ("vit_small_patch16_rope_mixed_224", {**SMALL}, (16, 16), 1),
+    "another size": ("vit_small_patch16_dinov3", {**SMALL, "dynamic_img_size": True}, (16, 24), 3),
 }
 
 
 @pytest.fixture(params=CASES.values(), ids=CASES.keys())
 def encoder(request):
-    args, size, channels = request.param
+    name, args, size, channels = request.param
     torch.manual_seed(0)
-    encoder = Encoder("vit_tiny_patch16_224", args, size, channels, (0.4,), (0.2,)).eval()
+    encoder = Encoder(name, args, size, channels, (0.4,), (0.2,)).eval()
     with torch.no_grad():  # timm starts special tokens at almost 0: here they must matter
         for parameter in encoder.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape))
@@ -76,6 +81,7 @@ def test_unfused_attention_is_the_same(encoder):
     [
         ("resnet18_small", {"channels": [8, 8, 8, 8]}, (16, 16), "resnet18_small is a SmallResNet; masking"),
         ("vit_tiny_r_s16_p8_224", {"depth": 1}, (32, 32), "HybridEmbed, which mixes"),
+        ("eva02_tiny_patch14_224", {**SMALL, "patch_drop_rate": 0.5}, (16, 16), "leave patch_drop_rate out"),
         ("vit_tiny_patch16_224", SMALL, (18, 16), "18 x 16 pixels are not whole patches of 4 x 4"),
     ],
 )

@@ -276,6 +276,24 @@ def test_settings_that_train_nothing_are_refused(args, settings, message):
         build(args, **settings)
 
 
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "vit_small_patch16_rope_mixed_224"])
+def test_encoders_that_turn_their_tokens_are_trained(name):
+    """Rotary positions, without learned ones or beside them: every weight gets a gradient, and features come out."""
+    torch.manual_seed(0)
+    method = MAE(Encoder(name, SMALL, SIZE), **DECODER)
+    method.loss([pictures()], key())["loss"].backward()
+    without = {name for name, one in method.named_parameters() if one.requires_grad and one.grad is None}
+    assert not without
+    assert method.encoder(pictures()).shape == (BATCH, 24)
+    positions = method.encoder.model.pos_embed
+    assert positions is None or not positions.requires_grad
+
+
+def test_a_rotary_encoder_with_a_norm_after_its_tokens_is_refused():
+    with pytest.raises(UserError, match="add use_fc_norm: false to --method.encoder.args"):
+        MAE(Encoder("eva02_tiny_patch14_224", SMALL, SIZE))
+
+
 def test_a_decoder_whose_heads_do_not_fit_is_refused():
     with pytest.raises(UserError, match="decoder_width 16 is not a multiple of decoder_heads 3"):
         MAE(Encoder("vit_tiny_patch16_224", SMALL, SIZE), decoder_width=16, decoder_heads=3)
