@@ -290,7 +290,7 @@ def test_encoders_that_turn_their_tokens_are_trained(name):
 
 
 def test_a_rotary_encoder_with_a_norm_after_its_tokens_is_refused():
-    with pytest.raises(UserError, match="add use_fc_norm: false to --method.encoder.args"):
+    with pytest.raises(UserError, match="add use_fc_norm: false"):
         MAE(Encoder("eva02_tiny_patch14_224", SMALL, SIZE))
 
 
