@@ -103,7 +103,7 @@ class Run(dict[str, Any]):
         kept = self.folder / "embeddings" if data is None and out is None else out
         if kept is None:
             with spoken(False):
-                source = open_source(data, reading=self.encoder.reading)
+                source = open_source(data, reading=self.encoder.reading, least=1)
             return embedded(self.encoder, source)
         if not (Path(kept) / "manifest.json").is_file():
             embed(str(self.folder), self._data(data), out=str(kept), verbose=False, **options)

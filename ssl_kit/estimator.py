@@ -14,7 +14,6 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from ssl_kit.api import Run, pretrain
 from ssl_kit.core.console import spoken
-from ssl_kit.data.given import of_python
 from ssl_kit.data.opening import open_source
 from ssl_kit.embeddings.embeddings import embed
 
@@ -90,9 +89,7 @@ class SSLTransformer(TransformerMixin, BaseEstimator):
         check_is_fitted(self)
         images = self._images(X, fitting=False)
         with spoken(False):
-            read = self.encoder_.reading
-            one = isinstance(images, np.ndarray)  # may be a single image
-            source = of_python(images, read, False, 0.0) if one else open_source(images, reading=read)
+            source = open_source(images, reading=self.encoder_.reading, least=1)
             return np.array(embed(self.encoder_, source, precision="float32").vectors)
 
     def _images(self, X: Any, *, fitting: bool) -> Any:

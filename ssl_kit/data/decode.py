@@ -32,7 +32,7 @@ from PIL import Image, ImageFile
 from ssl_kit.core.reading import RGB, Reading
 from ssl_kit.data import arrays, deep, dicom, tiff
 from ssl_kit.data.limits import BadImageError, check_image, check_jpeg, check_pixels, jpeg_header, short
-from ssl_kit.data.samples import Samples, of_array, pixels_of
+from ssl_kit.data.samples import Opacity, Samples, of_array, pixels_of
 
 # Plugins that may see a stranger's bytes. Left out on purpose: EPS (runs Ghostscript), PDF, FITS, PSD and other
 # formats that nobody stores photographs in but that have had decompression bombs.
@@ -110,8 +110,8 @@ def decode(data: bytes, reading: Reading = RGB, smallest: tuple[int, int] | None
     if reading.bands or reading.channels not in (1, 3):
         raise BadImageError(f"an image of 1 or 3 channels, not {reading.channels}: wanted a TIFF, .npy or .npz")
     if (decoded := _decode_jpeg(data, reading.channels, smallest)) is None:
-        pixels, orientation = _decode_pillow(data, reading.channels)
-        decoded = Decoded(_upright(pixels, orientation), 1.0, 1.0)
+        pixels, orientation = _decode_pillow(data, reading)
+        return Decoded(_upright(pixels, orientation), 1.0, 1.0)
     if reading.limits("uint8") is None:
         return decoded
     return decoded._replace(image=pixels_of(of_array(decoded.image), reading))
@@ -144,8 +144,7 @@ def of_pillow(image: Image.Image, reading: Reading) -> np.ndarray:
             return pixels_of(of_array(np.asarray(image)), reading)
         if reading.bands or reading.channels not in (1, 3):
             raise BadImageError(f"a picture of 1 or 3 channels, not {reading.channels}")
-        pixels = _upright(_pixels(image, reading.channels), _orientation(image))
-        return pixels if reading.limits("uint8") is None else pixels_of(of_array(pixels), reading)
+        return _upright(_pixels(image, reading), _orientation(image))
     except BadImageError:
         raise
     except _PILLOW_ERRORS as error:
@@ -173,12 +172,12 @@ def _jpeg_size(data: bytes) -> tuple[int, int, str] | None:
     return height, width, space
 
 
-def _decode_pillow(data: bytes, channels: int) -> tuple[np.ndarray, int]:
-    """(H, W, channels) as stored, and the EXIF orientation; Pillow's own pixels are freed with the return."""
+def _decode_pillow(data: bytes, reading: Reading) -> tuple[np.ndarray, int]:
+    """(H, W, C) as stored, and the EXIF orientation; Pillow's own pixels are freed with the return."""
     with _open(data) as image:
         try:
             image.load()
-            return _pixels(image, channels), _orientation(image)
+            return _pixels(image, reading), _orientation(image)
         except _PILLOW_ERRORS as error:
             raise BadImageError(f"{image.format}: {short(error)}") from error
 
@@ -274,8 +273,13 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)  # AVIF and JPEG 2000 are optional parts of Pillow
 
 
-def _pixels(image: Image.Image, channels: int) -> np.ndarray:
-    """(H, W, channels) uint8 of a Pillow image of any mode, converted a band of rows at a time."""
+def _pixels(image: Image.Image, reading: Reading) -> np.ndarray:
+    """(H, W, C) of a Pillow image of any mode of 8 bits, converted a band of rows at a time."""
+    channels = reading.channels
+    if reading.limits("uint8") is not None:  # opacity counts after the range, as it does for all other files
+        opacity: Opacity = "straight" if image.has_transparency_data else ""
+        values = np.asarray(image.convert("RGBA" if opacity else "RGB"))
+        return pixels_of(Samples(values, 8, 3, opacity, what=str(image.format)), reading)
     width, height = image.size
     rows = max(1, _BAND // width)
     tops = range(0, height, rows)

@@ -48,6 +48,7 @@ def open_source(
     in_memory: Literal["auto"] | bool | Callable[[bool], bool] = "auto",
     max_bad: float = 0.05,
     labelled: bool = False,
+    least: int = 2,
     threads: int | None = None,
 ) -> Source:
     """Opens a folder, a manifest, arrays or a built-in set.
@@ -62,6 +63,7 @@ def open_source(
         max_bad: fraction of files in [0, 1] that may be undecodable; 0 is strict: the first one is an error.
         labelled: labels are needed: folders directly below `data` are classes whatever they look like. Otherwise they
             are taken for classes only when every image lies in `class/file` and each class has two images on average.
+        least: images that are needed.
         threads: for decoding; None = all cores of this process.
 
     Raises:
@@ -70,7 +72,9 @@ def open_source(
     if limit is not None and limit < 2:
         raise UserError(f"--limit {limit}: at least 2 images are needed")
     found = _listed(data, reading, measure, max_bad, labelled)
-    return _opened(found, limit=limit, measure=measure, in_memory=in_memory, labelled=labelled, threads=threads)
+    return _opened(
+        found, limit=limit, measure=measure, in_memory=in_memory, labelled=labelled, least=least, threads=threads
+    )
 
 
 def _opened(
@@ -81,17 +85,19 @@ def _opened(
     in_memory: Literal["auto"] | bool | Callable[[bool], bool],
     labelled: bool,
     threads: int | None,
+    least: int = 2,
 ) -> Listed:
     """A source limited, measured and decoded as it is asked for; says what it has."""
     if limit is not None and limit < len(source):
         source = source.subset(np.sort(permutation(0, 0, len(source))[:limit]))
         source.bad = Skipped(len(source), source.bad.max_bad)
-    _at_least_two(source)
+    _enough(source, least)
     if labelled:
         _needs_labels(source)
     if not source.in_memory:
         source = replace(source, reading=ranges.of_source(source)) if measure else source
         source = _decoded(source, in_memory, threads or available_cores())
+        _enough(source, least)
     say(_found(source))
     return source
 
@@ -269,7 +275,6 @@ def _decoded(source: Listed, in_memory: Literal["auto"] | bool | Callable[[bool]
     source.bad.check()
     rows = np.setdiff1d(np.arange(len(source)), list(bad))
     source = replace(source, names=source.ids(), targets=source.labels(), images=images, rows=rows)
-    _at_least_two(source)
     return source
 
 
@@ -327,10 +332,10 @@ def _needs_labels(source: Source) -> None:
     )
 
 
-def _at_least_two(source: Source) -> None:
-    if len(source) < 2:
+def _enough(source: Source, least: int) -> None:
+    if len(source) < least:
         bad = f" ({len(source.bad.rows):,} could not be decoded)" if source.bad.rows else ""
-        raise UserError(f"{source.name}: {len(source)} image{bad}; at least 2 are needed")
+        raise UserError(f"{source.name}: {len(source)} image{bad}; at least {least} are needed")
 
 
 def _found(source: Source) -> str:

@@ -162,7 +162,7 @@ def inverted(values: np.ndarray, bits: int) -> np.ndarray:
 
 def _luma(values: np.ndarray) -> np.ndarray:
     if values.dtype.kind == "f":
-        return (values @ (np.array(_LUMA) / 2**16)).astype(values.dtype)[:, :, None]
+        return (values.astype(np.float64) @ (np.array(_LUMA) / 2**16))[:, :, None]
     return ((values.astype(np.int64) @ np.array(_LUMA) + 2**15) >> 16).astype(values.dtype)[:, :, None]
 
 

@@ -157,7 +157,12 @@ def bytes_per_pixel(page: tifffile.TiffPage) -> float:
     tile = page.tilewidth * page.tilelength if page.is_tiled else page.imagewidth * rows
     unpacked = stored * tile / max(page.imagewidth * page.imagelength, 1)
     made = 3 * min(page.dtype.itemsize, 2) * (1 if _oriented(page) == 1 else 2)
-    return stored + made + unpacked * (3 if int(page.compression) == _JPEG else 1)  # its coefficients
+    # a JPEG's coefficients; and a tile larger than the image is padding, which nobody writes much of
+    return (
+        stored
+        + made
+        + unpacked * (4 if tile > page.imagewidth * page.imagelength else 3 if int(page.compression) == _JPEG else 1)
+    )
 
 
 def _oriented(page: Any) -> int:

@@ -124,6 +124,10 @@ def _images(asked: str | None, record: Entries, encoder: Encoder) -> tuple[list[
     trained = record.get("data")
     root = trained.get("root") if isinstance(trained, dict) else None
     chosen = asked if asked is not None else root if isinstance(root, str) and Path(root).exists() else _WITHOUT_DATA
+    if asked is None and chosen == _WITHOUT_DATA and (encoder.channels not in (1, 3) or encoder.reading.bands):
+        say("the training images are not there: checked on noise; --images FOLDER names others")
+        noise = np.random.default_rng(0).integers(0, 2**16, (_CHECKED, *encoder.image_size, encoder.channels))
+        return list(noise.astype(np.uint16 if encoder.reading.ranges else np.uint8)), "noise"
     if asked is None and chosen == _WITHOUT_DATA:
         say("the training images are not there: checked on the built-in digits; --images FOLDER names others")
     source = open_source(chosen, limit=_CHECKED, reading=encoder.reading, in_memory=False, max_bad=1.0)

@@ -51,8 +51,8 @@ def tiff(tags, data):
 
 
 def tiff_of_one_tile():
-    data = zlib.compress(bytes(600_000_000), 1)
-    tags = {256: 16, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1, 322: 30_000, 323: 20_000, 324: 0, 325: len(data)}
+    data = zlib.compress(bytes(200_000_000), 1)
+    tags = {256: 16, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1, 322: 20_000, 323: 10_000, 324: 0, 325: len(data)}
     return tiff(tags, data)
 
 

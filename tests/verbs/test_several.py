@@ -23,7 +23,7 @@ from ssl_kit import cli
 from ssl_kit.core.console import result, say, warn
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.process import LOST
-from ssl_kit.data import sources
+from ssl_kit.data import opening
 from ssl_kit.data.listing import Skipped
 from ssl_kit.data.opening import open_source
 from ssl_kit.encoders import Encoder
@@ -283,7 +283,7 @@ def test_a_mistake_that_all_make_is_told_by_one(tmp_path):
 
 def damaging(step, names, *arguments):
     """One command line that decodes files while it trains; process 1 cuts some of them short after a step."""
-    sources.fits_in_memory = lambda needed: (False, "as the test has it")
+    opening.fits_in_memory = lambda needed: (False, "as the test has it")
 
     def act(trainer, batch):
         if rank() == 1 and trainer.global_step == step:
@@ -346,7 +346,7 @@ def measured(folder, answers):
     with joined():
         torch.manual_seed(0)
         encoder = Encoder("resnet18_small", {"channels": [8, 8, 8, 8]}, (8, 8)).eval()
-        source = sources.open_source(folder, in_memory=False, max_bad=0.5)
+        source = opening.open_source(folder, in_memory=False, max_bad=0.5)
         share = Share(source)
         vectors, labels = share.embedded(encoder, plain((8, 8)), "test")
         accuracy = knn_accuracy(vectors, labels, vectors[::3], labels[::3])
