@@ -17,6 +17,8 @@ _HOMES = {
     **dict.fromkeys((*_VERBS, "load_run", "Run"), "ssl_kit.api"),
     "Index": "ssl_kit.embeddings.search",
     "SSLTransformer": "ssl_kit.estimator",
+    **dict.fromkeys(("Monitor", "ViewLoader"), "ssl_kit.verbs.loops"),
+    "Views": "ssl_kit.views.batch",
 }
 __all__ = sorted([*_HOMES, "report", "views"])  # noqa: PLE0605
 

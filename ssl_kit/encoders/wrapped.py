@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,18 @@ from torch import Tensor, nn
 from ssl_kit.core.console import say
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.reading import Reading
+
+
+@contextmanager
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every submodule has the mode it had: frozen parts of a model stay frozen."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 class Wrapped(nn.Module):
@@ -51,11 +64,8 @@ class Wrapped(nn.Module):
         device = next((weight.device for weight in module.parameters()), torch.device("cpu"))
         for key, values in (("mean", mean), ("std", std)):
             self.register_buffer(key, torch.tensor(values, device=device).reshape(1, -1, 1, 1), persistent=False)
-        modes = [part for part in module.modules() if part.training]
-        with torch.inference_mode():
-            made = module.eval()(torch.zeros(2, channels, *image_size, device=device))
-        for part in modes:
-            part.training = True
+        with torch.inference_mode(), in_eval_mode(module):
+            made = module(torch.zeros(2, channels, *image_size, device=device))
         if not isinstance(made, Tensor) or made.ndim < 2 or len(made) != 2:
             got = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
             raise UserError(f"{self.name} makes {got} of 2 images; wanted (2, dim)")

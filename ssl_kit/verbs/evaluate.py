@@ -7,10 +7,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
 from ssl_kit.core.console import if_interrupted, next_command, say
 from ssl_kit.core.errors import UserError
@@ -23,6 +24,7 @@ from ssl_kit.data.opening import open_labelled, places
 from ssl_kit.data.sources import Source
 from ssl_kit.encoders.encoder import Encoder, find_encoder
 from ssl_kit.encoders.pretrained import load_pretrained
+from ssl_kit.encoders.wrapped import Wrapped, in_eval_mode
 from ssl_kit.evaluation.catalog import EVALUATIONS, ONLY, resolve
 from ssl_kit.evaluation.duplicates import Leaks, find_leaks
 from ssl_kit.evaluation.features import BASELINES, feature_sets, pretrained_names
@@ -51,9 +53,12 @@ class Settings:
 
     Args:
         encoder: run folder or encoder folder; several, of different seeds, give mean, spread and paired differences.
+            From Python any module too, (B, C, H, W) float in [0, 1] to (B, dim), of 3 channels unless its attribute
+            `channels` says so; it sees images at its `image_size`, where it has that, else at a size chosen from them.
         labelled: folder with train/ and test/ or train.csv and test.csv, class folders, a manifest with `label`, or a
             built-in set.
-        out: folder for results; the run's own by default, ENCODER-evaluation for an encoder folder outside a run.
+        out: folder for results; the run's own by default, ENCODER-evaluation for an encoder folder outside a run,
+            runs/CLASS-evaluation for a module.
         only: what to measure, of knn, linear, attentive, health, sgd (the literature's linear probe), few_shot,
             retrieval, instances (one crop of an image by another), curve (by dimensions), robustness (to 8
             corruptions), details (classes, mistakes, ROC, suspected label errors), looks (pictures of what the encoder
@@ -73,7 +78,7 @@ class Settings:
         batch_size: images per forward pass; changes the speed, not the scores.
     """
 
-    encoder: list[str] | str
+    encoder: list[str] | str | nn.Module
     labelled: str
     _: KW_ONLY
     out: str | None = None
@@ -102,7 +107,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
         `{"runs": [one of these per encoder], "spread": [a record per score], "seconds"}`.
     """
     started = time.perf_counter()
-    names = [settings.encoder] if isinstance(settings.encoder, str) else list(settings.encoder)
+    asked = [*map(_asked, settings.encoder if isinstance(settings.encoder, list | tuple) else [settings.encoder])]
     options = _Options(
         settings.labelled,
         None if settings.only is None else _names(settings.only, ONLY, "--only"),
@@ -118,22 +123,49 @@ def evaluate(settings: Settings) -> dict[str, Any]:
         settings.seed,
         settings.batch_size,
     )
-    paths = [find_encoder(name) for name in names]
-    folders = _folders(paths, settings.out)
+    folders = _folders([one.path for one in asked], settings.out)
     for folder in folders:
         check_place(folder, places(settings.labelled))
     opened = _Opened(options)
     done, records = [], []
-    for name, path, folder in zip(names, paths, folders, strict=True):
-        scored, record = _one(name, path, folder, opened, options)
+    for one, folder in zip(asked, folders, strict=True):
+        scored, record = _one(one, folder, opened, options)
         done.append(scored)
         records.append(record)
-    next_command(f"ssl-kit embed {shlex.quote(names[0])} DATA --out EMB")
+    next_command(f"ssl-kit embed {shlex.quote(asked[0].name)} DATA --out EMB")
     if len(done) == 1:
         return records[0]
     rows = spread(done, settings.seed)
     print_spread(rows, [scored.name for scored in done])
     return {"runs": records, "spread": rows, "seconds": round(time.perf_counter() - started, 3)}
+
+
+class _Asked(NamedTuple):
+    """What is to be scored: the encoder folder at `path`, or a module."""
+
+    name: str
+    path: Path
+    module: nn.Module | None = None
+
+    def loaded(self, opened: _Opened) -> Encoder | Wrapped:
+        """It, in the place where it computes; of a module the size is chosen from the images."""
+        if self.module is None:
+            return Encoder.load(self.path).to("cuda" if torch.cuda.is_available() else "cpu")
+        channels, size = getattr(self.module, "channels", 3), getattr(self.module, "image_size", None)
+        if size is None:
+            from ssl_kit.verbs.defaults import (
+                view_size,
+            )  # with Lightning and all methods, which nothing else here needs
+
+            size = view_size(None, opened.parts(Reading(channels))[0])
+        return Wrapped(self.module, (size, size) if isinstance(size, int) else tuple(size), channels)
+
+
+def _asked(encoder: str | nn.Module) -> _Asked:
+    if isinstance(encoder, nn.Module):
+        name = type(encoder).__name__
+        return _Asked(name, Path("runs") / name, encoder)
+    return _Asked(encoder, find_encoder(encoder))
 
 
 @dataclass(frozen=True)
@@ -177,21 +209,23 @@ class _Opened:
         return self._parts[key]
 
 
-def _one(name: str, path: Path, folder: Path, opened: _Opened, options: _Options) -> tuple[Scored, dict[str, Any]]:
+def _one(asked: _Asked, folder: Path, opened: _Opened, options: _Options) -> tuple[Scored, dict[str, Any]]:
     """Scores one encoder: features one kind after the other, then what they have in common."""
     started, seed = time.perf_counter(), options.seed
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = Encoder.load(path).to(device)
+    loaded = asked.loaded(opened)
+    if options.layers != 1 and isinstance(loaded, Wrapped):
+        raise UserError(f"layers {options.layers}: a module of your own has no known stages or blocks; leave it out")
     pretrained = {
         name: load_pretrained(given, loaded.channels).to(device) for name, given in options.pretrained.items()
     }
     wanted = options.only or default_names(loaded)
     train, test, leaks = opened.parts(loaded.reading)
-    nested = bool(loaded.args["num_classes"]) and options.layers == 1
+    nested = isinstance(loaded, Encoder) and bool(loaded.args["num_classes"]) and options.layers == 1
     task = Task(train, test, folder, options.dims, nested, options.balanced, seed, options.batch_size)
     results: list[Result] = []
     kept = f"features made so far are kept in {folder / 'features'}, scores are not; the same command goes on"
-    with lock(folder), record_in(folder) as entries, if_interrupted(lambda: kept):
+    with lock(folder), record_in(folder) as entries, if_interrupted(lambda: kept), in_eval_mode(loaded):
         pictures = Pictures(folder / "pictures", train, test, seed)
         every = feature_sets(
             loaded,
@@ -227,14 +261,14 @@ def _one(name: str, path: Path, folder: Path, opened: _Opened, options: _Options
         write_report([folder], report)
     say(f"results: {folder / 'results.jsonl'}; report: {report}")
     record = {
-        "encoder": str(path),
+        "encoder": str(asked.path) if asked.module is None else asked.name,
         "out": str(folder),
         "results": [result.to_json() for result in results],
         "leaks": None if leaks is None else {"count": len(leaks.test_ids), "of": leaks.num_test},
         "report": str(report),
         "seconds": round(time.perf_counter() - started, 3),
     }
-    return Scored(name, results, labels), record
+    return Scored(asked.name, results, labels), record
 
 
 def _noted(result: Result, options: _Options, leaks: Leaks | None, of: str) -> Result:

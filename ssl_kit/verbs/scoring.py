@@ -20,6 +20,7 @@ from ssl_kit.core.machine import available_memory, size_text
 from ssl_kit.data.sources import Source
 from ssl_kit.embeddings.embeddings import embed
 from ssl_kit.encoders.encoder import Encoder
+from ssl_kit.encoders.wrapped import Wrapped
 from ssl_kit.evaluation.attentive import Tokens, attentive_probe, sgd_probe
 from ssl_kit.evaluation.catalog import ABOVE, ENCODER, EVALUATIONS, GAIN, JUDGED_BY, ONLY, PRETRAINED, row_name
 from ssl_kit.evaluation.features import FeatureSet, reduced
@@ -62,9 +63,10 @@ class Task:
     batch_size: int = 256
 
 
-def default_names(encoder: Encoder) -> tuple[str, ...]:
+def default_names(encoder: Encoder | Wrapped) -> tuple[str, ...]:
     """What is measured when nothing is asked for."""
-    kinds = ("always",) if encoder.is_convolutional else ("always", "transformers")
+    plain = isinstance(encoder, Wrapped) or encoder.is_convolutional
+    kinds = ("always",) if plain else ("always", "transformers")
     return tuple(name for name in ONLY if EVALUATIONS[name].default in kinds)
 
 

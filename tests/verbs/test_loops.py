@@ -10,8 +10,10 @@ from PIL import Image
 from stripes import pattern
 from torch import nn
 
+import ssl_kit
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.random import permutation
+from ssl_kit.encoders.wrapped import Wrapped
 from ssl_kit.methods.simclr import nt_xent
 from ssl_kit.training.curves import read_curves
 from ssl_kit.verbs.loops import Monitor, ViewLoader
@@ -153,3 +155,49 @@ def test_a_monitor_refuses_what_it_cannot_judge(tmp_path):
     with pytest.raises(UserError, match=r"wanted \[0, 1\], or the mean= and std="):
         trained(tmp_path / "b", Monitor(), epochs=1, module=Normalised())
     trained(tmp_path / "c", Monitor(mean=0.5, std=0.2), epochs=1, module=Normalised())
+
+
+class Colours(nn.Module):
+    """Mean and spread of each channel, by a fixed head; says nothing of its size."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.dropout = nn.Linear(6, 6), nn.Dropout(0.5)
+
+    def forward(self, images):
+        return self.head(self.dropout(torch.cat([images.mean((2, 3)), images.std((2, 3))], dim=1)))
+
+
+def test_any_module_is_evaluated_beside_its_baselines(tmp_path):
+    images, labels = arrays(40)
+    coloured = np.stack([np.roll(image // 2, label, axis=2) for image, label in zip(images, labels, strict=True)])
+    coloured[..., 0] += (60 * (labels % 2)[:, None, None]).astype(np.uint8)
+    module = Colours().train()
+    found = ssl_kit.evaluate(module, (coloured, labels % 2), out=str(tmp_path), only="knn", verbose=False)
+    scores = {row["features"]: row["metrics"]["top1"] for row in found["results"]}
+    assert set(scores) == {"encoder", "pixels", "pca", "random_init"} and found["encoder"] == "Colours"
+    assert scores["encoder"] > 0.7 and (tmp_path / "report.html").exists()
+    assert module.training and module.head.training
+    options = {"out": str(tmp_path), "baselines": "none"}
+    twice = [ssl_kit.evaluate(module, (coloured, labels % 2), only="instances", **options) for _ in range(2)]
+    metrics = [[row["metrics"] for row in one["results"]] for one in twice]
+    assert metrics[0] == metrics[1] and [row["features"] for row in twice[0]["results"]] == ["encoder"]
+    with torch.no_grad():
+        module.head.weight.zero_()
+    changed = ssl_kit.evaluate(module, (coloured, labels % 2), only="knn", **options)
+    assert changed["results"][0]["metrics"]["top1"] < scores["encoder"]  # nothing of its old weights is kept
+
+
+def test_a_module_that_is_no_encoder_is_refused():
+    with pytest.raises(UserError, match="no known stages"):
+        ssl_kit.evaluate(Colours(), arrays(), layers=2)
+    with pytest.raises(UserError, match=r"makes \(\) of 2 images"):
+        Wrapped(type("Loss", (nn.Module,), {"forward": lambda self, images: images.mean()})(), (8, 8))
+
+
+def test_a_module_whose_weights_cannot_be_drawn_anew_has_no_untrained_one_beside_it(capsys):
+    module = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    fresh = Wrapped(module, (8, 8)).fresh(0)
+    assert not torch.equal(fresh.module[1].weight, module[1].weight)
+    module.token = nn.Parameter(torch.zeros(1))
+    assert Wrapped(module, (8, 8)).fresh(0) is None
