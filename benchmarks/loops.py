@@ -2,10 +2,10 @@
 
     python benchmarks/loops.py TRAIN TEST [--images 3000] [--epochs 6] [--seeds 3] [--quick] [--json FILE]
 
-TRAIN and TEST are folders of class folders; so many images of TRAIN are copied and trained on, equally of each class.
-Batches of 128. Each example is a process of its own, before and after in turn. Speed is from the first step to the last; kNN (k=20, a
-gallery of the training images, queries of TEST) is of the backbone's features. The difference of the means is told
-with its standard error over the seeds.
+TRAIN and TEST are folders of class folders; so many images of TRAIN, equally of each class, are copied and trained on, in
+batches of 128. Each example is a process of its own, before and after in turn. Speed is from the first step to the
+last; kNN (k=20, a gallery of the training images, queries of TEST) is of the backbone's features. The difference of the
+means is told with its standard error over the seeds.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ print(json.dumps({"speed": made["speed"], "knn": knn_accuracy(*arrays)}))
 
 
 def one(script: str, train: Path, test: Path, seed: int, epochs: int) -> dict[str, float]:
-    environment = {**os.environ, "SEED": str(seed), "EPOCHS": str(epochs), "BATCH": "128"}
+    environment = {**os.environ, "LOOP_SEED": str(seed), "LOOP_EPOCHS": str(epochs), "LOOP_BATCH": "128"}
     command = [sys.executable, "-c", CHILD, str(EXAMPLES / f"{script}.py"), str(train), str(test)]
     made = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=train.parent, check=False)
     if made.returncode:

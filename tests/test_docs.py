@@ -111,6 +111,8 @@ def smaller(patch):
     patch.setattr("ssl_kit.verbs.finetune._FEWEST_STEPS", 2)
     patch.setenv("TRIALS", "2")
     patch.setenv("EPOCHS", "0.05")
+    patch.setenv("LOOP_EPOCHS", "1")
+    patch.setenv("LOOP_BATCH", "32")
 
 
 def run(words):

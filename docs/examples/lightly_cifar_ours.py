@@ -13,8 +13,8 @@ from torch import nn
 
 import ssl_kit
 
-DATA, EPOCHS, SEED = sys.argv[1], int(os.environ.get("EPOCHS", "10")), int(os.environ.get("SEED", "0"))
-BATCH = int(os.environ.get("BATCH", "256"))
+DATA, EPOCHS, SEED = sys.argv[1], int(os.environ.get("LOOP_EPOCHS", "10")), int(os.environ.get("LOOP_SEED", "0"))
+BATCH = int(os.environ.get("LOOP_BATCH", "256"))
 
 
 class SimCLR(pl.LightningModule):

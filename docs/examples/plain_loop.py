@@ -9,8 +9,8 @@ import torchvision
 from torch import nn
 from torchvision import transforms as t
 
-DATA, EPOCHS, SEED = sys.argv[1], int(os.environ.get("EPOCHS", "10")), int(os.environ.get("SEED", "0"))
-BATCH = int(os.environ.get("BATCH", "256"))
+DATA, EPOCHS, SEED = sys.argv[1], int(os.environ.get("LOOP_EPOCHS", "10")), int(os.environ.get("LOOP_SEED", "0"))
+BATCH = int(os.environ.get("LOOP_BATCH", "256"))
 
 torch.manual_seed(SEED)
 backbone = nn.Sequential(torchvision.models.resnet18(num_classes=512), nn.ReLU())

@@ -1,6 +1,8 @@
 """Our parts in somebody else's loop: what they are given, and that it is what a run of ours would see."""
 
 import json
+from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +19,8 @@ from ssl_kit.encoders.wrapped import Wrapped
 from ssl_kit.methods.simclr import nt_xent
 from ssl_kit.training.curves import read_curves
 from ssl_kit.verbs.loops import Monitor, ViewLoader
+
+ROOT = Path(__file__).parents[2]
 
 
 def arrays(each=20):
@@ -201,3 +205,9 @@ def test_a_module_whose_weights_cannot_be_drawn_anew_has_no_untrained_one_beside
     assert not torch.equal(fresh.module[1].weight, module[1].weight)
     module.token = nn.Parameter(torch.zeros(1))
     assert Wrapped(module, (8, 8)).fresh(0) is None
+
+
+def test_the_examples_change_six_lines_at_most(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    loops = import_module("loops")
+    assert {name: loops.changed(name) for name in loops.NAMES} == {"lightly_cifar": 6, "plain_loop": 5}
