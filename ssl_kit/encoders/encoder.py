@@ -108,11 +108,20 @@ class Encoder(nn.Module):
         """
         classifier = self.model.get_classifier()
         with torch.autocast(pooled.device.type, enabled=False):
-            return classifier(pooled.to(next(classifier.parameters()).dtype)).float()
+            pooled = pooled.to(next(classifier.parameters()).dtype)
+            if isinstance(classifier, nn.Conv2d):  # of 1 x 1, as DLA and DPN have it
+                pooled = pooled[..., None, None]
+            return classifier(pooled).flatten(1).float()
 
     def set_code(self, dim: int) -> None:
-        """Gives the model a linear head of `dim` outputs as its timm classifier: then `forward` returns that code."""
+        """Gives the model a linear head of `dim` outputs as its timm classifier: then `forward` returns that code.
+
+        Raises:
+            UserError: the model has several classifiers, for distillation.
+        """
         self.model.reset_classifier(dim)
+        if not isinstance(self.model.get_classifier(), nn.Module):
+            raise UserError(f"{self.name} has several classifiers, a code needs one; choose another encoder.name")
         self.args["num_classes"] = self.dim = dim
 
     def layers(self, images: Tensor, last: int = 1) -> Tensor:

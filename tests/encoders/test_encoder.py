@@ -72,6 +72,14 @@ def test_weights_that_layers_share_are_kept_under_both_names(tmp_path):
     assert torch.equal(Encoder.load(encoder.save(tmp_path / "encoder"))(batch), encoder(batch))
 
 
+def test_a_code_comes_from_any_one_classifier():
+    encoder = Encoder("dla46x_c", {"num_classes": 5}, (32, 32)).eval()  # a convolution
+    batch = images(encoder)
+    assert torch.allclose(encoder(batch), encoder.model(encoder.normalise(batch)), atol=1e-5)
+    with pytest.raises(UserError, match="levit_128s has several classifiers, a code needs one"):
+        Encoder("levit_128s", None, (64, 64)).set_code(5)
+
+
 def test_a_code_keeps_float32_under_autocast():
     encoder = build(
         "vit_tiny_patch16_224", {"patch_size": 4, "embed_dim": 24, "depth": 1, "num_classes": 5}, (16, 16), 3
