@@ -102,6 +102,16 @@ def test_drawings_are_no_copies_for_the_noise_among_them(tmp_path):
     assert said["limits"]["correlation"] < 0.8 and said["limits"]["by_chance"] <= 3
 
 
+@pytest.mark.parametrize("levels", [1, 2])
+def test_images_without_anything_to_see_are_one_group(tmp_path, levels):
+    (tmp_path / "images").mkdir()
+    for number in range(12):
+        Image.new("RGB", (16, 16), (100 + number % levels,) * 3).save(tmp_path / "images" / f"{number:02d}.png")
+    embed(make_encoder(tmp_path, 0), str(tmp_path / "images"), out=str(tmp_path / "emb"), layers=4)
+    said = duplicates(str(tmp_path / "emb"))
+    assert sum(map(len, said["groups"])) == 12 and len(said["groups"]) <= levels
+
+
 def test_leaks_between_two_folders(world, tmp_path):
     said = duplicates(str(world / "test.emb"), str(world / "images.emb"), csv=str(tmp_path / "leaks.csv"))
     assert [(one["id"], one["other"], one["kind"]) for one in said["leaks"]] == [
