@@ -4,6 +4,7 @@ What makes it quick is added behind the printed words (two steps of training, sm
 A block that cannot run here stands behind a comment that says why: `<!-- not run: needs several GPUs -->`.
 """
 
+import json
 import os
 import re
 import runpy
@@ -221,3 +222,13 @@ def test_the_pages_of_figures_are_what_the_records_say(monkeypatch):
     assert pledges == record.reliability(pledges)
     forged = re.sub(r"[\d,]+ of [\d,]+ \|", "1 of 2 |", pledges)
     assert forged != pledges == record.reliability(forged)
+
+
+def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads((ROOT / "docs" / "examples" / "from_python.ipynb").read_text(encoding="utf-8"))["cells"]
+    names = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
+    assert names["score"] > 0.7 and names["run"].report._repr_html_()
