@@ -2,8 +2,8 @@
 
     python benchmarks/loops.py TRAIN TEST [--images 3000] [--epochs 6] [--seeds 3] [--quick] [--json FILE]
 
-TRAIN and TEST are folders of class folders; so many images of TRAIN, equally of each class, are copied and trained on, in
-batches of 128. Each example is a process of its own, before and after in turn. Speed is from the first step to the
+TRAIN and TEST are folders of class folders; so many images of TRAIN, equally of each class, are trained on
+in batches of 128. Each example is a process of its own, before and after in turn. Speed is from the first step to the
 last; kNN (k=20, a gallery of the training images, queries of TEST) is of the backbone's features. The difference of the
 means is told with its standard error over the seeds.
 """

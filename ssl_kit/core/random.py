@@ -27,11 +27,15 @@ U = TypeVar("U", np.uint64, np.ndarray)
 
 
 class Key(NamedTuple):
-    """What a batch's random numbers are drawn from: `index` (B,) int64 is each image's position in its source."""
+    """What a batch's random numbers are drawn from: `index` (B,) int64 is each image's position in its source.
+
+    `group` (B,) int64: images that have the same number belong together, -1 stands alone; None where nothing is known.
+    """
 
     seed: int
     epoch: int
     index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody calls on a key
+    group: Tensor | None = None
 
 
 def random_bits(seed: int, epoch: int, index: np.ndarray, stream: int, count: int) -> np.ndarray:

@@ -128,7 +128,15 @@ class Method(pl.LightningModule):
         if "chunks" in batch:
             if not isinstance(self, Chunkable):
                 raise UserError(no_chunks(type(self).__name__))
-            losses = self.contrast(chunked(self, self.project, batch["chunks"], self.num_views))
+            groups: list[Tensor | None] = []  # of the chunks as they are projected: some images may have been replaced
+
+            def project(part: list[Tensor], part_key: Key) -> Tensor:
+                groups.append(part_key.group)
+                return self.project(part, part_key)
+
+            z = chunked(self, project, batch["chunks"], self.num_views)
+            known = [group for group in groups if group is not None]
+            losses = self.contrast(z, torch.cat(known)) if known else self.contrast(z)
         elif len(views) == self.num_views:
             losses = self.loss(views, key, *([batch["label"]] if self.uses_labels else []))
         else:

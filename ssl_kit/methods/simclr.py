@@ -81,17 +81,17 @@ class SimCLR(Method):
 
     def loss(self, views: list[Tensor], key: Key) -> dict[str, Tensor]:
         """NT-Xent between the two views."""
-        return self.contrast(self.project(views, key))
+        return self.contrast(self.project(views, key), key.group)
 
     def project(self, views: list[Tensor], key: Key) -> Tensor:
         """The projections of all heads side by side, (2B, heads * d), first view above second."""
         features = self.encoder(flatten_views(views))  # (2B, dim)
         return torch.cat([head(features[:, :dim]) for head, dim in zip(self.heads, self.dims, strict=True)], dim=1)
 
-    def contrast(self, z: Tensor) -> dict[str, Tensor]:
-        """The mean loss over the heads from their projections, (2B, heads * d)."""
+    def contrast(self, z: Tensor, group: Tensor | None = None) -> dict[str, Tensor]:
+        """The mean loss over the heads from their projections, (2B, heads * d), of images of `group` (B,)."""
         losses = [
-            nt_xent(part, self.temperature, decoupled=self.decoupled, bfloat16=self.in_bfloat16)
+            nt_xent(part, self.temperature, decoupled=self.decoupled, bfloat16=self.in_bfloat16, group=group)
             for part in z.chunk(len(self.heads), dim=1)
         ]
         return {"loss": torch.stack(losses).mean()}
@@ -101,7 +101,9 @@ class SimCLR(Method):
         return math.log(max(1, 2 * batch_size - 1 - self.decoupled))
 
 
-def nt_xent(z: Tensor, temperature: float, *, decoupled: bool = False, bfloat16: bool = False) -> Tensor:
+def nt_xent(
+    z: Tensor, temperature: float, *, decoupled: bool = False, bfloat16: bool = False, group: Tensor | None = None
+) -> Tensor:
     """Normalised temperature-scaled cross-entropy (SimCLR eq. 1), mean over all anchors of this process.
 
     With p(i) the other view of i's image, and the negatives of i all views of other images,
@@ -120,6 +122,8 @@ def nt_xent(z: Tensor, temperature: float, *, decoupled: bool = False, bfloat16:
         decoupled: leave the positive pair out of the denominator.
         bfloat16: multiply in bfloat16, with sums in float32, from 512 rows on: the gradient is off by about 2e-4 of
             its norm and twice as fast at 4,096 rows on a CPU that has bfloat16. The default is float32.
+        group: (B,) int64: images of one number, -1 aside, belong together and are no negatives of each other. Where
+            none is left the loss is 0, decoupled -s_ip.
 
     Returns:
         Scalar, float32 or better; ln(2B - 1) when all projections are equal, ln(2B - 2) decoupled.
@@ -131,13 +135,24 @@ def nt_xent(z: Tensor, temperature: float, *, decoupled: bool = False, bfloat16:
         raise UserError("the loss compares images: got a step of one image, wanted two or more; raise --batch_size")
     with torch.autocast(z.device.type, enabled=False):
         z = _unit(z.float() if z.dtype in (torch.bfloat16, torch.float16) else z)  # (2B, d)
+        group = None if group is None else group.repeat(2)  # (2B,)
         if len(z) <= _SMALL and world_size() == 1 and not decoupled:  # eq. 1 as it stands
             s = (z @ z.T / temperature).fill_diagonal_(-math.inf)  # (2B, 2B); a view is not its own candidate
-            return F.cross_entropy(s, torch.arange(len(z), device=z.device).roll(len(z) // 2))
+            other = torch.arange(len(z), device=z.device).roll(len(z) // 2)
+            if group is not None:
+                s = s.masked_fill(_together(group, group).scatter(1, other[:, None], False), -math.inf)
+            return F.cross_entropy(s, other)
         positive = (z * z.roll(len(z) // 2, dims=0)).sum(dim=1) / temperature  # (2B,)
-        negative: Tensor = _LogNegatives.apply(z, temperature, bfloat16)  # (2B,)
+        negative: Tensor = _LogNegatives.apply(z, temperature, bfloat16, group)  # (2B,)
+        if decoupled and group is not None:
+            negative = torch.where(negative.isneginf(), 0.0, negative)
         losses = negative - positive if decoupled else -F.logsigmoid(positive - negative)
         return losses.mean()
+
+
+def _together(rows: Tensor, others: Tensor) -> Tensor:
+    """(R, M) bool: whether an image of group `rows` (R,) and one of group `others` (M,) belong together."""
+    return (rows[:, None] == others) & (rows >= 0)[:, None]
 
 
 def _unit(z: Tensor) -> Tensor:
@@ -149,7 +164,7 @@ def _unit(z: Tensor) -> Tensor:
 #
 #     candidates = own rows, then those of the others           (M, d), the views of all processes
 #     s = z @ candidates.T / tau                                (2B, M)
-#     s[i, i] = s[i, p(i)] = -inf                               neither itself nor its other view
+#     s[i, i] = s[i, p(i)] = -inf                               neither itself nor its other view, nor its group's
 #     n = s.logsumexp(dim=1)                                    (2B,)
 #
 # and with g_i = dL/dn_i and P_ij = exp(s_ij - n_i) the gradient of the sum over processes is, s being symmetric,
@@ -169,6 +184,7 @@ _SAFE = 60.0  # |s| in base 2 up to which powers, their sums and their reciproca
 class _Context(FunctionCtx):
     temperature: float
     bfloat16: bool
+    group: Tensor | None
     saved_tensors: tuple[Tensor, Tensor, Tensor]
 
 
@@ -176,11 +192,14 @@ class _LogNegatives(torch.autograd.Function):
     """(2B, d) unit rows of two images or more, first view above second, to n (2B,)."""
 
     @staticmethod
-    def forward(context: _Context, z: Tensor, temperature: float, bfloat16: bool) -> Tensor:
+    def forward(
+        context: _Context, z: Tensor, temperature: float, bfloat16: bool, group: Tensor | None = None
+    ) -> Tensor:
         context.temperature, context.bfloat16 = temperature, bfloat16
-        candidates = _own_first(z)
+        candidates, group = _own_first(z), None if group is None else _own_first(group)
+        context.group = group
         n = z.new_full((len(z),), -math.inf)  # base 2
-        for here, s in _blocks(z, candidates, temperature, bfloat16):
+        for here, s in _blocks(z, candidates, temperature, bfloat16, group):
             below = slice(here.stop, len(z))
             mirrored = s[:, len(s) : len(z) - here.start]  # for the rows below, whose own blocks lack it
             if _safe(temperature):
@@ -195,15 +214,17 @@ class _LogNegatives(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(context: _Context, g: Tensor) -> tuple[Tensor, None, None]:
+    def backward(context: _Context, g: Tensor) -> tuple[Tensor, None, None, None]:
         z, candidates, n = context.saved_tensors
         temperature, bfloat16 = context.temperature, context.bfloat16
         n, g = _own_first(torch.stack([n, g], dim=1)).unbind(dim=1)  # (M,) each
+        if context.group is not None:  # where no negative is left g is 0, and 0 times infinity would be NaN
+            n = torch.where(n.isneginf(), 0.0, n)
         scaled = g * torch.exp2(-n)
         gradient = torch.zeros_like(z)
         weights = z.new_empty(_BLOCK * len(candidates))
         low = candidates.bfloat16() if bfloat16 else candidates
-        for here, s in _blocks(z, candidates, temperature, bfloat16):
+        for here, s in _blocks(z, candidates, temperature, bfloat16, context.group):
             w, after = weights[: s.numel()].view_as(s), slice(here.start, None)
             if _safe(temperature):  # powers of s once, for both directions
                 torch.add(scaled[here, None], scaled[after], out=w)
@@ -214,10 +235,12 @@ class _LogNegatives(torch.autograd.Function):
             w = w.to(low.dtype)
             gradient[here] += w @ low[after]
             gradient[here.stop :] += w[:, len(s) : len(z) - here.start].T @ low[here]
-        return gradient.div_(temperature), None, None
+        return gradient.div_(temperature), None, None, None
 
 
-def _blocks(z: Tensor, candidates: Tensor, temperature: float, bfloat16: bool) -> Iterator[tuple[slice, Tensor]]:
+def _blocks(
+    z: Tensor, candidates: Tensor, temperature: float, bfloat16: bool, group: Tensor | None
+) -> Iterator[tuple[slice, Tensor]]:
     """Rows a..b-1 of z and their s (b - a, M - a) in base 2, from column a on; -inf where there is no negative."""
     pairs = len(z) // 2
     scaled = z / (temperature * math.log(2))
@@ -235,6 +258,8 @@ def _blocks(z: Tensor, candidates: Tensor, temperature: float, bfloat16: bool) -
         s.diagonal().fill_(-math.inf)  # itself
         s.diagonal(pairs)[: max(0, pairs - start)].fill_(-math.inf)  # the second view of a first one
         s.diagonal(-pairs).fill_(-math.inf)  # the first view of a second one, where one block holds both
+        if group is not None:
+            s.masked_fill_(_together(group[here], group[start:]), -math.inf)
         yield here, s
 
 

@@ -75,8 +75,8 @@ class Chunkable(Protocol):
         """V views (B, C, h, w) to (V*B, d), view by view."""
         ...
 
-    def contrast(self, z: Tensor) -> dict[str, Tensor]:
-        """(V*B, d) of the whole batch to what `loss` returns."""
+    def contrast(self, z: Tensor, group: Tensor | None = None) -> dict[str, Tensor]:
+        """(V*B, d) of the whole batch to what `loss` returns; `group` (B,) as in `Key`, given where there are any."""
         ...
 
 

@@ -21,14 +21,17 @@ from ssl_kit.training import distributed
 from ssl_kit.training.distributed import leave
 
 
-def naive(z, temperature, decoupled=False):
+def naive(z, temperature, decoupled=False, group=None):
     """Equation 1 of the paper, literally: a double loop over anchors and candidates; DCL likewise."""
     z = F.normalize(z, dim=1)
     count = len(z)
     total = z.new_zeros(())
     for i in range(count):
         other = (i + count // 2) % count
-        left_out = (i, other) if decoupled else (i,)
+        left_out = {i, other} if decoupled else {i}
+        if group is not None and group[i % len(group)] >= 0:
+            same = {k for k in range(count) if group[k % len(group)] == group[i % len(group)]}
+            left_out |= same - {other}
         candidates = torch.stack([z[i] @ z[k] / temperature for k in range(count) if k not in left_out])
         total = total - (z[i] @ z[other] / temperature - torch.logsumexp(candidates, 0))
     return total / count
@@ -54,6 +57,38 @@ def test_equals_the_double_loop_in_value_and_gradient(dtype, tolerance, temperat
     loss.backward()
     wanted.backward()
     assert (z.grad.double() - reference.grad).abs().max() <= tolerance * max(1, reference.grad.abs().max())
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("block", [1, 5, 256, None])
+@pytest.mark.parametrize("temperature", [0.01, 0.2])
+def test_images_of_one_group_are_no_negatives_of_each_other(temperature, block, decoupled, monkeypatch):
+    monkeypatch.setattr(simclr, "_BLOCK", block or 256)
+    monkeypatch.setattr(simclr, "_SMALL", 0 if block else 512)
+    z, reference, group = embeddings(7, 5), embeddings(7, 5), torch.tensor([3, -1, 3, 0, -1, 3, 0])
+    loss = nt_xent(z, temperature, decoupled=decoupled, group=group)
+    wanted = naive(reference, temperature, decoupled, group.tolist())
+    assert loss.item() == pytest.approx(wanted.item(), abs=1e-10)
+    assert abs(loss.item() - nt_xent(z, temperature, decoupled=decoupled).item()) > 1e-4
+    loss.backward()
+    wanted.backward()
+    assert (z.grad - reference.grad).abs().max() <= 1e-9 * max(1, reference.grad.abs().max())
+
+
+@pytest.mark.parametrize("small", [0, 512])
+def test_images_that_stand_alone_change_nothing_and_one_group_alone_leaves_no_negative(small, monkeypatch):
+    monkeypatch.setattr(simclr, "_SMALL", small)
+    for temperature in (0.01, 0.2):
+        alone, plain = embeddings(4, 5), embeddings(4, 5)
+        nt_xent(alone, temperature, group=torch.full((4,), -1)).backward()
+        nt_xent(plain, temperature).backward()
+        assert torch.equal(alone.grad, plain.grad)
+        z = embeddings(4, 5)
+        loss = nt_xent(z, temperature, group=torch.zeros(4, dtype=torch.int64))
+        loss.backward()
+        assert loss.item() == 0 and (z.grad == 0).all()
+        decoupled = nt_xent(embeddings(4, 5), temperature, decoupled=True, group=torch.zeros(4, dtype=torch.int64))
+        assert decoupled.isfinite()
 
 
 @pytest.mark.parametrize("small", [0, 512])
@@ -240,7 +275,7 @@ def test_a_nested_code_is_the_mean_of_its_prefixes():
     assert nested.encoder(views(4)[0]).shape == (4, 8) and nested.encoder.args["num_classes"] == 8
     code = nested.encoder(torch.cat(views(6)))
     wanted = [nt_xent(head(code[:, :dim]), 0.2) for head, dim in zip(nested.heads, (3, 8), strict=True)]
-    loss = nested.loss(views(6), None)["loss"]
+    loss = nested.loss(views(6), Key(0, 0, torch.arange(6)))["loss"]
     assert loss.item() == pytest.approx((sum(wanted) / 2).item(), rel=1e-6)
     short = method(dims=(3,)).encoder(views(4)[0])
     assert short.shape == (4, 3)
@@ -257,25 +292,28 @@ def test_chance_of_the_decoupled_loss():
 # Several processes: rank r takes COUNTS[r] images. Models in float32; plain products in float64.
 
 COUNTS = (5, 2, 4, 1)
-SETTINGS = ({}, {"decoupled": True}, {"dims": (4, 8)}, {"temperature": 0.01})
+SETTINGS = ({}, {"decoupled": True}, {"dims": (4, 8)}, {"temperature": 0.01}, {"group": True})
+GROUP = torch.tensor([5, -1, 5, 2, 5, 2, -1, 2, 9, 5, 2, 5])  # of the images, across processes
 
 
 def model_step(settings, part):
-    made = method(**settings)
+    group = GROUP[part] if "group" in settings else None
+    made = method(**{name: value for name, value in settings.items() if name != "group"})
     own = [view[part] for view in views(12)]
-    loss = made.training_step({"views": own, "key": Key(0, 0, torch.arange(12)[part])}, 0)["loss"]
+    loss = made.training_step({"views": own, "key": Key(0, 0, torch.arange(12)[part], group)}, 0)["loss"]
     loss.backward()
     gradients = [parameter.grad.flatten() for parameter in made.parameters() if parameter.grad is not None]
     return loss.detach()[None], torch.cat(gradients)
 
 
 def exact_step(settings, part):
-    made = method(**settings)
+    group = GROUP[part] if "group" in settings else None
+    made = method(**{name: value for name, value in settings.items() if name != "group"})
     width = 8 * len(made.heads)
     generator = torch.Generator().manual_seed(4)
     weight = torch.randn(6, width, generator=generator, dtype=torch.float64).requires_grad_()
     images = torch.randn(2, 12, 6, generator=generator, dtype=torch.float64)[:, part]
-    loss = made.contrast(images.flatten(0, 1) @ weight)["loss"] * distributed.share_weight(images.shape[1])
+    loss = made.contrast(images.flatten(0, 1) @ weight, group)["loss"] * distributed.share_weight(images.shape[1])
     loss.backward()
     return loss.detach()[None], weight.grad.flatten()
 
