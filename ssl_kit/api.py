@@ -27,6 +27,7 @@ from ssl_kit.embeddings.embeddings import Embeddings
 from ssl_kit.embeddings.embeddings import embed as embedded
 from ssl_kit.embeddings.search import Image, Index, Neighbour, has_index
 from ssl_kit.encoders.encoder import Encoder
+from ssl_kit.encoders.given import Network, register
 from ssl_kit.verbs import doctor as verbs_doctor
 from ssl_kit.verbs import duplicates as verbs_duplicates
 from ssl_kit.verbs import embed as verbs_embed
@@ -147,14 +148,20 @@ class Page:
         return f'<iframe srcdoc="{text}" style="width: 100%; height: 640px; border: 0"></iframe>'
 
 
-def load_run(path: Path | str) -> Run:
+def load_run(path: Path | str, encoder: Network | None = None) -> Run:
     """The run in a folder that `pretrain` has written.
+
+    Args:
+        path: of the folder.
+        encoder: the network that was trained, where it is none of timm's: nothing is imported because a folder says so.
 
     Raises:
         UserError: it is none.
     """
     if not (Path(path) / RUN).is_file():
         raise UserError(f"{path} is no run: it has no {RUN}; give a folder that pretrain has written")
+    if encoder is not None:
+        register(encoder)
     run = Run(path)
     root = run.get("data", {}).get("root")
     run.data = root if isinstance(root, str) and Path(root).exists() else None
@@ -162,14 +169,20 @@ def load_run(path: Path | str) -> Run:
 
 
 def pretrain(
-    data: Data, *, recipe: str | None = None, encoder: str | None = None, verbose: bool = True, **options: Any
+    data: Data,
+    *,
+    recipe: str | None = None,
+    encoder: str | Network | None = None,
+    verbose: bool = True,
+    **options: Any,
 ) -> Run:
     """Trains an encoder on images without labels.
 
     Args:
         data: a folder or several, a table, arrays, a list of files or pictures, a data set: what `open_source` takes.
         recipe: a packaged recipe (`mae`, `vae`, `simclr_cifar10_small`, ...), a file, or a method's module (`byol`).
-        encoder: a timm model, `resnet50`; by default the method's own for images of this size.
+        encoder: a timm model, `resnet50`; or a network: a module, or a function that makes one, with a number `dim`,
+            the length of its features (B, dim). By default the method's own for images of this size.
         verbose: print what is found, chosen and measured.
         options: all others of `ssl-kit pretrain`; they win over the recipe.
 
@@ -181,7 +194,8 @@ def pretrain(
     """
     settings = {**(_recipe(recipe) if recipe is not None else {}), **options}
     if encoder is not None:
-        settings["method"] = _with_encoder(settings.get("method"), encoder)
+        name = encoder if isinstance(encoder, str) else register(encoder)
+        settings["method"] = _with_encoder(settings.get("method"), name)
     if isinstance(settings.get("views"), dict):
         settings["views"] = ViewRecipe(**settings["views"])
     record = _pretrain(data, verbose=verbose, **settings)

@@ -16,6 +16,7 @@ from ssl_kit.api import Run, pretrain
 from ssl_kit.core.console import spoken
 from ssl_kit.data.opening import open_source
 from ssl_kit.embeddings.embeddings import embed
+from ssl_kit.encoders.given import Network
 
 _CUT = (0.1, 99.9)  # percentiles of tabular values that become 0 and 1
 _SMALLEST = 8  # pixels of a view
@@ -29,7 +30,7 @@ class SSLTransformer(TransformerMixin, BaseEstimator):
 
     Args:
         recipe: as `ssl_kit.pretrain` takes it: simclr, mae, vae, byol, a packaged recipe or a file.
-        encoder: a timm model; by default the method's own.
+        encoder: a timm model or a network, see `ssl_kit.pretrain`; by default the method's own.
         epochs: passes over the images; by default as many as `ssl_kit.pretrain` takes.
         image_shape: (height, width) or (height, width, channels) of the rows of a table of numbers; by default they are
             the pixels of a square grey image, which is filled up with zeros.
@@ -46,7 +47,7 @@ class SSLTransformer(TransformerMixin, BaseEstimator):
     def __init__(
         self,
         recipe: str = "simclr",
-        encoder: str | None = None,
+        encoder: str | Network | None = None,
         epochs: float | None = None,
         image_shape: tuple[int, ...] | None = None,
         random_state: int = 0,

@@ -159,6 +159,44 @@ def test_a_run_is_an_object(images, tmp_path, capsys):
         ssl_kit.load_run(tmp_path)
 
 
+class Tiny(torch.nn.Module):
+    """A network of one's own: it states the length of its features."""
+
+    dim = 24
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Conv2d(3, 12, 3, 2), torch.nn.ReLU(), torch.nn.Conv2d(12, 24, 3, 2))
+
+    def forward(self, images):
+        return self.layers(images)  # a map: it is averaged
+
+
+@pytest.mark.parametrize("recipe", ["simclr", "vae", "byol"])
+def test_a_network_of_ones_own_is_trained_kept_and_loaded(images, tmp_path, recipe, monkeypatch):
+    options = {"epochs": 1, "batch_size": 16, "trainer": {"max_steps": 2}, "verbose": False}
+    run = ssl_kit.pretrain(images, recipe=recipe, encoder=Tiny(), run=str(tmp_path / "run"), **options)
+    features = np.asarray(run.embed(images[0][:4]))
+    assert (
+        features.shape == (4, run.encoder.dim) and run.encoder.name == "tiny" and recipe != "simclr"
+    ) or run.encoder.dim == 24
+    with monkeypatch.context() as patch:
+        patch.setattr("timm.is_model", lambda name: False)  # as in another process
+        with pytest.raises(UserError, match=r"no timm model is called 'tiny'.*load_run\(RUN, encoder=NETWORK\)"):
+            ssl_kit.load_run(run.folder).embed(images[0][:4])
+    again = ssl_kit.load_run(run.folder, encoder=Tiny)
+    assert np.array_equal(np.asarray(again.embed(images[0][:4])), features)
+
+
+def test_a_network_states_its_features():
+    for wrong, message in (
+        (torch.nn.Linear(2, 2), "states no `dim`"),
+        (type("ResNet18", (Tiny,), {})(), "timm has a model"),
+    ):
+        with pytest.raises(UserError, match=message):
+            ssl_kit.pretrain(np.zeros((4, 8, 8), np.uint8), encoder=wrong)
+
+
 def test_the_package_shows_its_verbs_and_prints_no_commands(images, tmp_path, capsys):
     assert {"pretrain", "evaluate", "report", "views", "load_run", "SSLTransformer"} <= set(dir(ssl_kit))
     ssl_kit.views(images[0], out=str(tmp_path / "views.png"), count=2, image_size=8)

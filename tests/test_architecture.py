@@ -21,7 +21,7 @@ ALLOWED = {  # design: who may import whom; core is open to all
     "verbs": {"views", "encoders", "training", "data", "methods", "embeddings", "evaluation", "report"},
     "cli": {"verbs"},
     "api": {"verbs", "embeddings", "encoders", "data", "views", "methods"},
-    "estimator": {"api", "embeddings", "data"},
+    "estimator": {"api", "embeddings", "data", "encoders"},
     "__main__": {"cli"},
     "__init__": {"verbs"},
 }

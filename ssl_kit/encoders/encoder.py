@@ -309,7 +309,10 @@ def choose_architecture(image_size: Sequence[int]) -> tuple[str, dict[str, Any]]
 def _create_timm(name: str, args: dict[str, Any], image_size: tuple[int, int], channels: int) -> Any:
     if not timm.is_model(name):  # also refuses `hf-hub:` and `local-dir:`, which would fetch or read elsewhere
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise UserError(f"no timm model is called {name!r}; nearest: {', '.join(near) or 'none'} (timm.list_models())")
+        raise UserError(
+            f"no timm model is called {name!r}; nearest: {', '.join(near) or 'none'} (timm.list_models()); a network "
+            "of your own is named to Python first: ssl_kit.load_run(RUN, encoder=NETWORK)"
+        )
     check_sizes(image_size, channels)
     check_arguments(args, f"encoder.args of {name}")
     try:
