@@ -27,7 +27,7 @@ from ssl_kit.embeddings.embeddings import Embeddings
 from ssl_kit.embeddings.embeddings import embed as embedded
 from ssl_kit.embeddings.search import Image, Index, Neighbour, has_index
 from ssl_kit.encoders.encoder import Encoder
-from ssl_kit.encoders.given import Network, register
+from ssl_kit.encoders.network import Network, register
 from ssl_kit.verbs import doctor as verbs_doctor
 from ssl_kit.verbs import duplicates as verbs_duplicates
 from ssl_kit.verbs import embed as verbs_embed

@@ -16,7 +16,7 @@ from ssl_kit.api import Run, pretrain
 from ssl_kit.core.console import spoken
 from ssl_kit.data.opening import open_source
 from ssl_kit.embeddings.embeddings import embed
-from ssl_kit.encoders.given import Network
+from ssl_kit.encoders.network import Network
 
 _CUT = (0.1, 99.9)  # percentiles of tabular values that become 0 and 1
 _SMALLEST = 8  # pixels of a view
