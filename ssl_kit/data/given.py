@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from PIL import Image
@@ -25,8 +25,18 @@ from ssl_kit.data.listing import Skipped, escape_path
 from ssl_kit.data.samples import Samples, of_array, pixels_of
 from ssl_kit.data.sources import Listed
 
+Labels: TypeAlias = Sequence[object] | np.ndarray
 
-def of_arrays(images: np.ndarray, names: Any, reading: Reading, name: str, measure: bool = False) -> Listed:
+
+class Items(Protocol):
+    """A list of images or a map-style data set."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int, /) -> Any: ...
+
+
+def of_arrays(images: np.ndarray, names: Labels | None, reading: Reading, name: str, measure: bool = False) -> Listed:
     """Arrays as a source.
 
     Args:
@@ -41,8 +51,9 @@ def of_arrays(images: np.ndarray, names: Any, reading: Reading, name: str, measu
     """
     if images.ndim not in (3, 4):
         raise UserError(f"{name}: got {images.dtype} of shape {images.shape}; wanted (N, H, W) or (N, H, W, C)")
-    if names is not None and np.shape(names) != (len(images),):
-        raise UserError(f"{name}: {len(images):,} images but labels of shape {np.shape(names)}; wanted one per image")
+    if names is not None and (len(names) != len(images) or getattr(names, "ndim", 1) != 1):
+        shape = getattr(names, "shape", len(names))
+        raise UserError(f"{name}: {len(images):,} images but labels of shape {shape}; wanted one label per image")
     images = images[..., None] if images.ndim == 3 else images
     ids = numbers(len(images))
     labels, classes = encode([None] * len(images) if names is None else list(names), name)
@@ -114,7 +125,7 @@ def of_python(data: Any, reading: Reading, measure: bool, max_bad: float) -> Lis
     return _of_items(images, labels, reading, measure)
 
 
-def _are_labels(value: Any) -> bool:
+def _are_labels(value: object) -> bool:
     """Whether the second of a pair is a label for each of the first, not an image."""
     if hasattr(value, "ndim"):
         return value.ndim == 1
@@ -133,14 +144,14 @@ def _of_files(paths: list[Path], labels: Sequence[object] | None, reading: Readi
 class _Items(Sequence[np.ndarray]):
     """Pixels of a data set, read when they are asked for, one at a time: data sets are rarely made for threads."""
 
-    def __init__(self, items: Any, picked: tuple[str, str | None] | None, reading: Reading, name: str):
+    def __init__(self, items: Items, picked: tuple[str, str | None] | None, reading: Reading, name: str):
         self.items, self.picked, self.reading, self.name = items, picked, reading, name
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, row: Any) -> Any:
+    def __getitem__(self, row: int) -> np.ndarray:  # type: ignore[override]
         return pixels_given(self.both(int(row))[0], self.reading, f"{self.name}, image {row}")
 
     def both(self, row: int) -> tuple[object, object]:
@@ -155,7 +166,7 @@ class _Items(Sequence[np.ndarray]):
         return item, None
 
 
-def _of_items(items: Any, labels: Sequence[object] | None, reading: Reading, measure: bool) -> Listed:
+def _of_items(items: Items, labels: Labels | None, reading: Reading, measure: bool) -> Listed:
     """A list of images, or a data set; in memory where it fits."""
     name = type(items).__name__ if not isinstance(items, list | tuple) else "images"
     if not len(items):
@@ -190,7 +201,7 @@ def _item_samples(image: object) -> Samples | None:
     return of_array(np.asarray(image))
 
 
-def _picked(items: Any) -> tuple[str, str | None] | None:
+def _picked(items: Items) -> tuple[str, str | None] | None:
     """The columns of images and labels of a data set of Hugging Face; None for others."""
     columns = getattr(items, "column_names", None)
     if not isinstance(columns, list):
@@ -201,11 +212,11 @@ def _picked(items: Any) -> tuple[str, str | None] | None:
     return image, next((name for name in ("label", "labels", "fine_label", "target", "class") if name in columns), None)
 
 
-def _named(items: Any, picked: tuple[str, str | None] | None, labels: list[object]) -> list[object]:
+def _named(items: Items, picked: tuple[str, str | None] | None, labels: list[object]) -> list[object]:
     """Labels by the names that the data set has for them: torchvision's `classes`, Hugging Face's `ClassLabel`."""
     names = getattr(items, "classes", None)
     if picked is not None and picked[1] is not None:
-        names = getattr(items.features[picked[1]], "names", None)
+        names = getattr(getattr(items, "features", {}).get(picked[1]), "names", None)
     if not isinstance(names, list | tuple):
         return labels
     whole = lambda label: isinstance(label, int | np.integer) and 0 <= label < len(names)

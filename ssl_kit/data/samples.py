@@ -12,7 +12,7 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -190,13 +190,13 @@ def _full(samples: Samples, reading: Reading) -> Range:
     return ((0.0, 1.0),)
 
 
-def depth(dtype: np.dtype[Any], bits: int) -> tuple[int, int]:
+def depth(dtype: np.dtype[np.generic], bits: int) -> tuple[int, int]:
     """The least and the greatest integer of so many bits."""
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if dtype.kind == "i" else (0, 2**bits - 1)
 
 
 @functools.lru_cache(16)  # a millisecond for 16 bits
-def _table(dtype: np.dtype[Any], limits: Range, deep: bool) -> np.ndarray | None:
+def _table(dtype: np.dtype[np.generic], limits: Range, deep: bool) -> np.ndarray | None:
     """(2^16 or 2^8, C) what becomes of each value, where there are so few."""
     if dtype.kind not in "iu" or dtype.itemsize > 2:
         return None

@@ -6,7 +6,6 @@ import io
 import logging
 import re
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import tifffile
@@ -81,10 +80,10 @@ def read(data: bytes, reading: Reading) -> Samples:
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
             page = _first(file, data)
-            more = _next(file)
-            if page.samplesperpixel == 1 and reading.channels not in (1, 3) and more is not None:
+            several = len(_pages(file, 2)) > 1
+            if several and page.samplesperpixel == 1 and reading.channels not in (1, 3):
                 return _stacked(file, page, data, reading.channels)
-            note = "" if more is None else "the first of several pages is read"
+            note = "the first of several pages is read" if several else ""
             return _samples(page, page.asarray(maxworkers=1), note)
     except BadImageError:
         raise
@@ -92,28 +91,22 @@ def read(data: bytes, reading: Reading) -> Samples:
         raise BadImageError(f"TIFF: {short(error)}") from error
 
 
-def _first(file: tifffile.TiffFile, data: bytes) -> Any:
+def _first(file: tifffile.TiffFile, data: bytes) -> tifffile.TiffPage:
     page = file.pages[0]
+    assert isinstance(page, tifffile.TiffPage), "the first of a file"
     _check_page(page, data)
     return page
 
 
-def _next(file: tifffile.TiffFile) -> Any:
-    """The second page, if it is no smaller copy of the first."""
-    try:
-        page = file.pages[1]
-    except IndexError:
-        return None
-    return None if _is_copy(page) else page
+def _pages(file: tifffile.TiffFile, most: int) -> list[tifffile.TiffPage]:
+    """The first pages, at most so many, without smaller copies of them."""
+    pages = [file.pages[number] for number in range(min(len(file.pages), most))]
+    return [page for page in pages if isinstance(page, tifffile.TiffPage) and not page.is_reduced]
 
 
-def _is_copy(page: tifffile.TiffPage | tifffile.TiffFrame) -> bool:
-    return page.keyframe is not None and bool(page.keyframe.is_reduced)
-
-
-def _stacked(file: tifffile.TiffFile, first: Any, data: bytes, channels: int) -> Samples:
-    pages = [file.pages[number] for number in range(min(len(file.pages), channels + 1))]
-    pages = [page for page in pages if not _is_copy(page)]
+def _stacked(file: tifffile.TiffFile, first: tifffile.TiffPage, data: bytes, channels: int) -> Samples:
+    assert first.dtype is not None, "checked"
+    pages = _pages(file, channels + 1)
     if len(pages) != channels or any(page.shape != first.shape or page.dtype != first.dtype for page in pages):
         raise BadImageError(
             f"TIFF of {len(file.pages)} pages of one band: --channels {len(file.pages)}, not {channels}"
@@ -125,7 +118,7 @@ def _stacked(file: tifffile.TiffFile, first: Any, data: bytes, channels: int) ->
     return replace(samples, colours=channels, names=_names(first))
 
 
-def _check_page(page: Any, data: bytes) -> None:
+def _check_page(page: tifffile.TiffPage, data: bytes) -> None:
     """Raises `BadImageError` unless a page can be read rightly, and for no more memory than its file bears out."""
     compression = int(page.compression)
     if compression not in _COMPRESSIONS:
@@ -165,12 +158,12 @@ def bytes_per_pixel(page: tifffile.TiffPage) -> float:
     )
 
 
-def _oriented(page: Any) -> int:
+def _oriented(page: tifffile.TiffPage) -> int:
     value = page.tags.valueof(_ORIENTATION, 1)
     return value if value in range(1, 9) else 1
 
 
-def _samples(page: Any, values: np.ndarray, note: str = "") -> Samples:
+def _samples(page: tifffile.TiffPage, values: np.ndarray, note: str = "") -> Samples:
     """What a page's values mean."""
     count, bits = page.samplesperpixel, page.bitspersample
     if values.ndim == 2:
@@ -216,7 +209,7 @@ def _samples(page: Any, values: np.ndarray, note: str = "") -> Samples:
     )
 
 
-def _coloured(colours: Any, values: np.ndarray) -> np.ndarray:
+def _coloured(colours: object, values: np.ndarray) -> np.ndarray:
     """A palette of 16 bits is one of 8: writers shift by 8 bits or repeat them, and both end in these."""
     if colours is None:
         raise BadImageError("TIFF of a palette without colours")
@@ -231,19 +224,20 @@ def _converted(values: np.ndarray, photometric: int) -> np.ndarray:
     return np.asarray(Image.frombytes(mode, size, np.ascontiguousarray(values).tobytes(), "raw", mode).convert("RGB"))
 
 
-def _nodata(page: Any) -> float | None:
+def _nodata(page: tifffile.TiffPage) -> float | None:
     """GDAL's value for no data, if the type has it."""
     try:
         value = float(str(page.tags.valueof(_GDAL_NODATA)).strip(" \0"))
     except ValueError:
         return None
+    assert page.dtype is not None, "checked"
     if page.dtype.kind == "f":
         return value
     low, high = depth(page.dtype, page.bitspersample)
     return value if value.is_integer() and low <= value <= high else None
 
 
-def _names(page: Any) -> tuple[str, ...]:
+def _names(page: tifffile.TiffPage) -> tuple[str, ...]:
     """Names of bands by GDAL's or OME's text."""
     gdal = dict(_GDAL_NAME.findall(str(page.tags.valueof(_GDAL_NAMES, ""))[: 2**16]))
     if gdal:
