@@ -92,8 +92,20 @@ def joined(sources: Sequence[Listed], max_bad: float) -> Listed:
     names = [source.classes[label] if label >= 0 else None for source in sources for label in source.labels().tolist()]
     labels, classes = encode(names, sources[0].name, folders=True)
     name = " ".join(source.name for source in sources)
-    bad = Skipped(len(ids), max_bad)
-    return Listed(name, ids, labels, classes, sources[0].reading, root, bad, np.arange(len(ids)), None, folders)
+    bad, rows = Skipped(len(ids), max_bad), np.arange(len(ids))
+    groups = _groups_of_all(sources)
+    return Listed(name, ids, labels, classes, sources[0].reading, root, bad, rows, None, folders, groups)
+
+
+def _groups_of_all(sources: Sequence[Listed]) -> np.ndarray | None:
+    """(N,) int64 groups of the images of several sources, none of which lies in two; None where none has any."""
+    found, first = list[np.ndarray](), 0
+    for source in sources:
+        groups = source.groups()
+        groups = np.full(len(source), -1, np.int64) if groups is None else groups
+        found.append(np.where(groups >= 0, groups + first, -1))
+        first += int(groups.max(initial=-1)) + 1
+    return np.concatenate(found) if first else None
 
 
 def of_python(data: Any, reading: Reading, measure: bool, max_bad: float) -> Listed:

@@ -115,8 +115,20 @@ def _class_like(ids: Sequence[str], names: Sequence[str | None]) -> bool:
     return not any(map(part_of, folders)) and len(ids) >= 2 * len(folders)
 
 
-def stratified(labels: np.ndarray, fraction: float, seed: int = 0) -> np.ndarray:
-    """(N,) bool: True for a pseudo-random `fraction` of each class, rounded to the nearest, never a whole class."""
+def stratified(labels: np.ndarray, fraction: float, seed: int = 0, groups: np.ndarray | None = None) -> np.ndarray:
+    """(N,) bool: True for a pseudo-random `fraction` of each class, rounded to the nearest, never a whole class.
+
+    Args:
+        labels: (N,) int64.
+        fraction: in [0, 1].
+        seed: of the choice.
+        groups: (N,) int64, -1 alone: images of one group come together, which counts for the class of its first one.
+            Groups, not images, are then counted.
+    """
+    if groups is not None and (groups >= 0).any():
+        own = np.where(groups >= 0, groups, groups.max() + 1 + np.arange(len(groups)))  # who stands alone is a group
+        _, first, member = np.unique(own, return_index=True, return_inverse=True)
+        return stratified(labels[first], fraction, seed)[member]
     chosen = np.zeros(len(labels), dtype=bool)
     order = permutation(seed, 0, len(labels))
     for label in np.unique(labels):

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Literal, NotRequired, TypedDict
+from typing import Literal, NotRequired, TypeAlias, TypedDict
 
 import numpy as np
 import torch
@@ -24,12 +24,13 @@ from ssl_kit.core.machine import available_cores, in_order
 from ssl_kit.core.random import Key
 from ssl_kit.data.decode import decode
 from ssl_kit.data.limits import BadImageError
-from ssl_kit.data.plan import Planned, following
+from ssl_kit.data.plan import Partners, Planned, following
 from ssl_kit.data.sources import Source, Stored, size_of
 from ssl_kit.views.host import apply_host
 from ssl_kit.views.recipe import View
 from ssl_kit.views.sample import HEIGHT, LEFT, TOP, WIDTH, Params, sample
 
+Kind: TypeAlias = tuple[int, View]  # the number of a view, and what it is
 _PREFETCH = 2  # batches made ahead: one hides the making, the second hides its jitter
 _TOGETHER = 4  # decoded images that go through the view kernel in one call: its overhead is 0.1 ms
 
@@ -61,6 +62,8 @@ class ViewLoader:
             the following batches (so that batches keep their size).
         on_device: leave the views to `ImageData.on_after_batch_transfer`: batches hold stored pixels and parameters.
         chunk: images whose views are held at a time: batches come as `Chunks`.
+        paired: make all views but the first of another image of the group, where the source knows groups; keys then
+            name the group.
 
     Attributes:
         waited: seconds that the consumer has spent waiting for batches and chunks.
@@ -78,6 +81,7 @@ class ViewLoader:
         bad: Literal["replace", "drop"] = "drop",
         on_device: bool = False,
         chunk: int | None = None,
+        paired: bool = False,
     ):
         self.source, self.plan, self.chunk = source, plan, chunk
         self.views = views if isinstance(views, Mapping) else {0: views}
@@ -86,6 +90,8 @@ class ViewLoader:
         # a batch's Python and numpy parts run beside another batch's kernels, so that two threads are worth 1.9
         self._producers = min(_PREFETCH, self.threads)
         self._buffers = _Buffers()
+        groups = source.groups() if paired else None
+        self._partners = None if groups is None else Partners(groups)
         self.waited = 0.0
         for view in itertools.chain(*self.views.values()):
             view.check_channels(source.channels)
@@ -117,7 +123,7 @@ class ViewLoader:
         ready.set_result(
             {
                 "views": [],
-                "key": Key(self.seed, planned.epoch, torch.from_numpy(np.array(planned.rows, np.int64))),
+                "key": self._key(planned.epoch, np.array(planned.rows, np.int64)),
                 "label": torch.from_numpy(self.source.labels(planned.rows)),
                 "chunks": Chunks(self, parts, make),
             }
@@ -136,58 +142,86 @@ class ViewLoader:
         rows, made = self._stacked(planned, *stack) if stack else self._one_by_one(planned, decoders)
         return {
             "views": [torch.from_numpy(one) for one in made],
-            "key": Key(self.seed, planned.epoch, torch.from_numpy(rows)),
+            "key": self._key(planned.epoch, rows),
             "label": torch.from_numpy(self.source.labels(rows)),
         }
+
+    def _key(self, epoch: int, rows: np.ndarray) -> Key:
+        groups = None if self._partners is None else torch.from_numpy(self._partners.groups[rows])
+        return Key(self.seed, epoch, torch.from_numpy(rows), groups)
+
+    def _partners_of(self, epoch: int, rows: np.ndarray) -> np.ndarray:
+        """The images that all views but the first are made of."""
+        return rows if self._partners is None else self._partners.draw(self.seed, epoch, rows)
 
     def _stacked(self, planned: Planned, images: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
         """Views of images that lie in one array; their pixels and parameters, where the device makes the views."""
         rows, views = np.array(planned.rows, np.int64), views_at(self.views, planned.epoch)
         heights, widths = (np.full(len(rows), side) for side in images.shape[1:3])
-        params = self._sample(views, planned.epoch, rows, heights, widths)
+        params = self._sample([*enumerate(views)], planned.epoch, rows, heights, widths)
+        others = self._partners_of(planned.epoch, rows)
         if self.on_device:  # pixels stay as stored until they are there: a quarter of the traffic, once for all views
-            return rows, [np.ascontiguousarray(images[places[rows]].transpose(0, 3, 1, 2)), *params]
+            wanted = rows if others is rows else np.concatenate([rows, others])
+            return rows, [np.ascontiguousarray(images[places[wanted]].transpose(0, 3, 1, 2)), *params]
         threads = self.threads // self._producers
         made = self._empty(len(rows), views)
-        for param, view, out in zip(params, views, made, strict=True):
-            apply_host((images, places[rows]), param, view.size, out=out, threads=threads)
+        for which, (param, view, out) in enumerate(zip(params, views, made, strict=True)):
+            apply_host((images, places[others if which else rows]), param, view.size, out=out, threads=threads)
         return rows, made
 
     def _empty(self, count: int, views: Sequence[View]) -> list[np.ndarray]:
         return [self._buffers.take(count, (self.source.channels, *view.size)) for view in views]
 
     def _sample(
-        self, views: Sequence[View], epoch: int, rows: np.ndarray, heights: np.ndarray, widths: np.ndarray
+        self, kinds: Sequence[Kind], epoch: int, rows: np.ndarray, heights: np.ndarray, widths: np.ndarray
     ) -> list[Params]:
-        return [sample(view, self.seed, epoch, rows, which, heights, widths) for which, view in enumerate(views)]
+        return [sample(view, self.seed, epoch, rows, which, heights, widths) for which, view in kinds]
 
     def _one_by_one(self, planned: Planned, decoders: ThreadPoolExecutor) -> tuple[np.ndarray, list[np.ndarray]]:
         """Reads each image once, and cuts all its views out of one decoding at the smallest sufficient JPEG scale."""
         rows, views = np.array(planned.rows, np.int64), views_at(self.views, planned.epoch)
-        made = self._empty(len(rows), views)
+        made, kinds = self._empty(len(rows), views), [*enumerate(views)]
+        own = kinds if self._partners is None else kinds[:1]
         good = np.zeros(len(rows), bool)
         pending = np.arange(len(rows))  # places in the batch
         spare: dict[int, Iterator[int]] = {}
         while len(pending):
-            done = self._cut(planned.epoch, rows, pending, made, decoders)
+            done = self._cut(planned.epoch, rows, rows, pending, own, made, decoders)
             good[pending[done]] = True
             pending = pending[~done]
             for place in pending.tolist():
                 rows[place] = next(spare.setdefault(place, planned.substitutes(place)), -1)
             pending = pending[rows[pending] >= 0]
+        if len(own) < len(kinds):
+            others, rest = self._partners_of(planned.epoch, rows), np.flatnonzero(good)
+            for images in (others, rows):  # a partner that cannot be decoded is the image itself, which just could be
+                rest = rest[~self._cut(planned.epoch, rows, images, rest, kinds[1:], made, decoders)]
+            good[rest] = False
         if not good.all():
             rows, made = rows[good], [batch[good] for batch in made]
         return rows, made
 
     def _cut(
-        self, epoch: int, rows: np.ndarray, places: np.ndarray, made: list[np.ndarray], decoders: ThreadPoolExecutor
+        self,
+        epoch: int,
+        rows: np.ndarray,
+        images: np.ndarray,
+        places: np.ndarray,
+        kinds: Sequence[Kind],
+        made: list[np.ndarray],
+        decoders: ThreadPoolExecutor,
     ) -> np.ndarray:
-        """Makes the views of `rows[places]` at those places of `made`; (len(places),) bool: which images were good."""
-        in_memory = self.source.in_memory
-        opened = dict(zip(places, (map if in_memory else decoders.map)(self._open, rows[places].tolist()), strict=True))
+        """Makes views of `images[places]`, drawn by `rows[places]`, at those places of `made`.
+
+        Returns:
+            (len(places),) bool: which images were good.
+        """
+        if not len(places):
+            return np.empty(0, bool)
+        in_memory, opening = self.source.in_memory, images[places].tolist()
+        opened = dict(zip(places, (map if in_memory else decoders.map)(self._open, opening), strict=True))
         found = np.array([place for place in places if opened[place] is not None], np.int64)
         heights, widths = np.array([opened[place][1] for place in found], np.int64).reshape(-1, 2).T
-        kinds = views_at(self.views, epoch)
         params = self._sample(kinds, epoch, rows[found], heights, widths)
 
         def load(number: int) -> np.ndarray | None:
@@ -198,10 +232,10 @@ class ViewLoader:
             own = [param[number : number + 1] for param in params]
             try:
                 image, scale_y, scale_x = decode(
-                    stored, self.source.reading, smallest=_needed(own, kinds, height, width)
+                    stored, self.source.reading, smallest=_needed(own, [view for _, view in kinds], height, width)
                 )
             except BadImageError as error:
-                self.source.skip(int(rows[found[number]]), str(error))  # stops the run when there are too many
+                self.source.skip(int(images[found[number]]), str(error))  # stops the run when there are too many
                 return None
             for param in own if (scale_y, scale_x) != (1, 1) else ():
                 param[:, [TOP, HEIGHT]] *= scale_y
@@ -211,14 +245,14 @@ class ViewLoader:
         def cut(numbers: np.ndarray) -> np.ndarray:
             """The views of a few images; the places of those that could be decoded."""
             loaded = [load(number) for number in numbers]
-            images = [image for image in loaded if image is not None]
+            pixels = [image for image in loaded if image is not None]
             these = numbers[[image is not None for image in loaded]]
             at = found[these]
-            for param, view, views in zip(params, kinds, made, strict=True) if images else ():
+            for param, (which, view) in zip(params, kinds, strict=True) if pixels else ():
                 if at[-1] - at[0] == len(at) - 1:
-                    apply_host(images, param[these], view.size, out=views[at[0] : at[-1] + 1])
+                    apply_host(pixels, param[these], view.size, out=made[which][at[0] : at[-1] + 1])
                 else:  # around a bad one
-                    views[at] = apply_host(images, param[these], view.size)
+                    made[which][at] = apply_host(pixels, param[these], view.size)
             return at
 
         together = -(-len(places) // self.threads) if in_memory else _TOGETHER

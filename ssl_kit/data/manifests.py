@@ -28,6 +28,7 @@ _PATHS = (
 )
 _LABELS = ("label", "labels", "class", "class_name", "category", "target", "label_name", "class_label", "y")
 _SPLITS = ("split", "subset", "partition")
+_GROUPS = ("group",)
 _SEPARATORS = (",", ";", "\t", "|")
 _BUILTIN = ("digits", "mnist5k")
 _LONGEST = 4_096  # characters of a cell: no path that can be opened has more
@@ -40,11 +41,15 @@ _ROWS, _UNPACKED = (2**18, 4), (2**24, 128)
 
 
 class Table(NamedTuple):
-    """A manifest: ids of its rows in their order (see listing.py), the label of each, and the part that it names."""
+    """A manifest: ids of its rows in their order (see listing.py), the label of each, the part and the group it names.
+
+    Images of one group belong together (slices of one scan, pictures of one animal); None stands alone.
+    """
 
     ids: list[str]
     labels: list[str | None]
     parts: list[str | None] | None
+    groups: list[str | None] | None = None
 
 
 def read_table(path: Path) -> Table:
@@ -52,21 +57,21 @@ def read_table(path: Path) -> Table:
 
     Args:
         path: a `.csv`, `.tsv` or `.parquet` with a column of paths, relative to the manifest's folder or absolute, and
-            perhaps columns of labels and of parts (train, val, test). Columns are found by their usual names, the
-            separator and the encoding of text by looking.
+            perhaps columns of labels, of parts (train, val, test) and of groups. Columns are found by their usual
+            names, the separator and the encoding of text by looking.
 
     Raises:
         UserError: no such column, an empty, repeated or endless path, or more than the file's bytes can mean.
     """
     ids: dict[str, None] = {}  # in order, and each once
-    labels, parts = list[str | None](), list[str | None]()
+    labels, parts, groups = list[str | None](), list[str | None](), list[str | None]()
     words: dict[str, str] = {}  # labels repeat: one string for all rows of a class
     reader = _parquet_rows if path.suffix.lower() == ".parquet" else _csv_rows
     found, rows = reader(path)
-    for name, label, part in rows:
+    for name, label, part, group in rows:
         if not name:
             raise UserError(f"{path} has rows with an empty {found.path!r}; wanted one image file per row")
-        if max(len(name), len(label or ""), len(part or "")) > _LONGEST:
+        if max(map(len, (name, label or "", part or "", group or ""))) > _LONGEST:
             raise UserError(f"{path}: row {len(labels) + 1:,} has a cell of more than {_LONGEST:,} characters")
         id_ = escape(name.encode("utf-8", "surrogateescape"))
         if id_ in ids:
@@ -75,26 +80,28 @@ def read_table(path: Path) -> Table:
         ids[id_] = None
         labels.append(words.setdefault(label, label) if label else None)
         parts.append(words.setdefault(part, part) if part else None)
-    return Table(list(ids), labels, parts if found.part else None)
+        groups.append(words.setdefault(group, group) if group else None)
+    return Table(list(ids), labels, parts if found.part else None, groups if found.group else None)
 
 
 class _Columns(NamedTuple):
-    """Names of the columns that are read; of labels and parts None where there are none."""
+    """Names of the columns that are read; of labels, parts and groups None where there are none."""
 
     path: str
     label: str | None
     part: str | None
+    group: str | None
 
 
-_Row = tuple[str | None, str | None, str | None]
+_Row = tuple[str | None, str | None, str | None, str | None]
 
 
 def _found(columns: Sequence[str]) -> _Columns | None:
-    """The columns that hold paths, labels and parts, by their usual names in any case; None without paths."""
+    """The columns that hold paths, labels, parts and groups, by their usual names in any case; None without paths."""
     plain = {name.strip().lower().replace(" ", "_").replace("-", "_"): name for name in reversed(columns)}
     first = lambda names: next((plain[name] for name in names if name in plain), None)
     path = first(_PATHS)
-    return None if path is None else _Columns(path, first(_LABELS), first(_SPLITS))
+    return None if path is None else _Columns(path, first(_LABELS), first(_SPLITS), first(_GROUPS))
 
 
 def _needs_path(path: Path, columns: Sequence[str], told: str = "") -> _Columns:
@@ -144,17 +151,17 @@ def _cells(path: Path, encoding: str, errors: str, separator: str, found: _Colum
         try:
             rows = csv.reader(lines, delimiter=separator)
             columns = next(rows, [])
-            at, label, part = (columns.index(name) if name in columns else len(columns) for name in found)
+            places = [columns.index(name) if name in columns else len(columns) for name in found]
             for row in rows:
                 lines.length = 0
                 if not row:  # blank lines are no rows
                     continue
-                cells = [row[place] if place < len(row) else None for place in (at, label, part)]
+                cells = [row[place] if place < len(row) else None for place in places]
                 if any(cell and not cell.isascii() for cell in cells):
                     read = _decoded(path, cells)
                     recoded += read != cells
                     cells = read
-                yield cells[0], cells[1], cells[2]
+                yield cells[0], cells[1], cells[2], cells[3]
         except csv.Error as error:
             raise UserError(f"{path} is not a CSV file: {error}") from error
     if recoded:

@@ -31,6 +31,7 @@ class ImageData(pl.LightningDataModule):
         contrastive_batch: images per process and step where a step is made of chunks; batches then come as `Chunks`.
         world_size: number of processes.
         images_per_step: images of a step over all processes, if not so many for each.
+        paired: see `ViewLoader`.
 
     Attributes:
         images_per_step: images of a step over all processes.
@@ -51,6 +52,7 @@ class ImageData(pl.LightningDataModule):
         contrastive_batch: int | None = None,
         world_size: int = 1,
         images_per_step: int | None = None,
+        paired: bool = False,
     ):
         super().__init__()
         if contrastive_batch is not None and contrastive_batch <= batch_size:
@@ -60,7 +62,7 @@ class ImageData(pl.LightningDataModule):
             )
         self.source, self.views = source, views
         self.batch_size, self.seed, self.threads = batch_size, seed, threads
-        self.views_on, self.channels_last = views_on, channels_last
+        self.views_on, self.channels_last, self.paired = views_on, channels_last, paired
         self.chunk = None if contrastive_batch is None else batch_size
         self._per_process = contrastive_batch or batch_size
         self.images_per_step = images_per_step or self._per_process * world_size
@@ -88,6 +90,7 @@ class ImageData(pl.LightningDataModule):
             threads=self.threads,
             on_device=self.views_on == "device",
             chunk=self.chunk,
+            paired=self.paired,
         )
         return self.loader
 
@@ -103,7 +106,11 @@ class ImageData(pl.LightningDataModule):
         if self.views_on == "device":
             stored, *params = batch["views"]
             views = views_at(self.views, batch["key"].epoch)
-            batch["views"] = [apply_device(stored, param, view.size) for param, view in zip(params, views, strict=True)]
+            count = len(params[0])  # of twice as many images the second half are the partners
+            shown = [stored[:count], *[stored[-count:]] * (len(views) - 1)]
+            batch["views"] = [
+                apply_device(images, param, view.size) for images, param, view in zip(shown, params, views, strict=True)
+            ]
         if self.channels_last:
             batch["views"] = [view.contiguous(memory_format=torch.channels_last) for view in batch["views"]]
         return batch

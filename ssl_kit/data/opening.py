@@ -1,7 +1,7 @@
 """What a user names, as a `Source`.
 
 open_source("photos")             a folder, any nesting
-open_source("list.csv")           or .parquet: a column `path`, relative to the file, and perhaps `label`
+open_source("list.csv")           or .parquet: a column `path`, relative to the file, perhaps `label`, `split`, `group`
 open_source(["photos", "scans"])  several folders: ids begin with their names
 open_source((images, labels))     (N, H, W) or (N, H, W, C) arrays; lists of files or pictures, data sets: given.py
 open_source("digits"), "mnist5k"  built-in, no download; "mnist5k:train" is the part that evaluation trains on
@@ -116,8 +116,8 @@ def open_labelled(
     A folder with `train/` and `test/`, or `train.csv` and `test.csv` (or `.parquet`), gives those; so does a table with
     a column `split`. Names of parts may be any usual ones in any case (training, testing; val, valid, validation, dev).
     What is called val joins train, or is tested on where nothing is called test. Classes are those of train.
-    Everything else is split 80 : 20, stratified, by a fixed seed: the same rows in every run. Images without a label
-    are left out.
+    Everything else is split 80 : 20, stratified, by a fixed seed: the same rows in every run; images of one group
+    (a column of a table) stay together. Images without a label are left out.
 
     Raises:
         UserError: see `open_source`; or test has images of fewer than two classes, so that every score would be 1.
@@ -126,7 +126,8 @@ def open_labelled(
     parts = _parts(data, reading, max_bad)
     if parts is None:
         whole = opened(_listed(data, reading, False, max_bad, True), limit=limit)
-        test, known = stratified(whole.labels(), _TEST_FRACTION), whole.labels() >= 0
+        test = stratified(whole.labels(), _TEST_FRACTION, groups=whole.groups())
+        known = whole.labels() >= 0
         return _checked(
             whole.subset(known & ~test, f"{whole.name}:train"), whole.subset(known & test, f"{whole.name}:test")
         )
@@ -158,6 +159,10 @@ def _parts(data: Data, reading: Reading, max_bad: float) -> tuple[Listed, Listed
         whole = _of_table(path, table, reading, max_bad)
         _say_parts(str(data), {part: part for part in named if part is not None})
         test = np.array([part == ("test" if "test" in named else "val") for part in named])
+        if whole.grouped is not None:
+            both = np.intersect1d(whole.grouped[test], whole.grouped[~test])
+            if len(both := both[both >= 0]):
+                warn(f"{path}: {len(both):,} groups lie in train and in test: scores will be too good")
         made = whole.subset(~test, f"{data}:train"), whole.subset(test, f"{data}:test")
         for part in made:
             part.bad = Skipped(len(part), max_bad)
@@ -249,7 +254,23 @@ def _listed(data: Data, reading: Reading, measure: bool, max_bad: float, labelle
 def _of_table(path: Path, table: manifests.Table, reading: Reading, max_bad: float) -> Listed:
     labels, classes = encode(table.labels, str(path))
     bad = Skipped(len(table.ids), max_bad)
-    return Listed(str(path), table.ids, labels, classes, reading, path.parent, bad, np.arange(len(table.ids)))
+    rows = np.arange(len(table.ids))
+    return Listed(
+        str(path), table.ids, labels, classes, reading, path.parent, bad, rows, grouped=_numbered(table, path)
+    )
+
+
+def _numbered(table: manifests.Table, path: Path) -> np.ndarray | None:
+    """(N,) int64 groups of a table, -1 alone; says what they are."""
+    if table.groups is None:
+        return None
+    number = {
+        name: place for place, name in enumerate(dict.fromkeys(name for name in table.groups if name is not None))
+    }
+    grouped = np.array([-1 if name is None else number[name] for name in table.groups], np.int64)
+    alone = f", {(grouped < 0).sum():,} stand alone" if (grouped < 0).any() else ""
+    say(f"{path}: the column 'group' holds {len(number):,} groups of {(grouped >= 0).sum():,} images{alone}")
+    return grouped
 
 
 def builtin_source(name: str, reading: Reading = RGB) -> Listed:
@@ -274,7 +295,9 @@ def _decoded(source: Listed, in_memory: Literal["auto"] | bool | Callable[[bool]
         source.bad.add(name, reason)
     source.bad.check()
     rows = np.setdiff1d(np.arange(len(source)), list(bad))
-    source = replace(source, names=source.ids(), targets=source.labels(), images=images, rows=rows)
+    source = replace(
+        source, names=source.ids(), targets=source.labels(), grouped=source.groups(), images=images, rows=rows
+    )
     return source
 
 

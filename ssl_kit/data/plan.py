@@ -9,7 +9,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from ssl_kit.core.errors import UserError
-from ssl_kit.core.random import permutation
+from ssl_kit.core.random import permutation, uniform_array
+
+_PARTNER = 199  # stream of the second view, which its own draws do not reach; see ssl_kit/core/random.py
 
 
 class Planned(NamedTuple):
@@ -100,3 +102,27 @@ def following(plan: Sequence[np.ndarray], number: int) -> Callable[[int], Iterat
     """The images of the batches after batch `number`, dealt out to its places."""
     count = len(plan[number])
     return lambda place: itertools.islice(itertools.chain(*plan[number + 1 :]), place, None, count)
+
+
+class Partners:
+    """Another image of each image's group, a pure function of (seed, epoch, position); itself where it is alone.
+
+    Args:
+        groups: (N,) int64 of a source, -1 alone.
+    """
+
+    def __init__(self, groups: np.ndarray):
+        self.groups = groups
+        self._order = np.argsort(groups, kind="stable")  # members lie together
+        self._place = np.argsort(self._order)  # of each image among them
+        _, first, of, count = np.unique(groups, return_index=True, return_inverse=True, return_counts=True)
+        self._first = self._place[first][of]  # (N,) where the group of each begins
+        self._others = np.where(groups >= 0, count[of] - 1, 0)  # (N,) members beside it
+
+    def draw(self, seed: int, epoch: int, rows: np.ndarray) -> np.ndarray:
+        """(R,) positions of the partners of `rows`, every other member of a group equally often."""
+        drawn = uniform_array(seed, epoch, rows, _PARTNER, 1)[:, 0].astype(np.float64)
+        others, own = self._others[rows], self._place[rows] - self._first[rows]
+        chosen = np.floor(drawn * others).astype(np.int64)
+        chosen += chosen >= own  # itself is left out
+        return np.where(others > 0, self._order[self._first[rows] + np.minimum(chosen, others)], rows)

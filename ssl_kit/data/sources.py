@@ -60,6 +60,9 @@ class Source(Protocol):
     def labels(self, rows: Rows = _ALL) -> np.ndarray:
         """(R,) int64 positions in `classes`, -1 = unknown."""
 
+    def groups(self, rows: Rows = _ALL) -> np.ndarray | None:
+        """(R,) int64: images that have the same number belong together, -1 stands alone; None where none is known."""
+
     def sizes(self, rows: Rows) -> np.ndarray:
         """(R, 2) int64 height and width, upright; of files from their headers, 0 and 0 where there is none to read."""
 
@@ -92,6 +95,7 @@ class Listed:
         images: pixels of all, (M, H, W, C) or a list of (H_i, W_i, C), uint8 or uint16; None = files, read when needed.
         rows: (N,) int64, which of them this source has.
         folders: where those of several places lie: the first part of an id -> its folder.
+        grouped: (M,) int64 group of each, -1 alone; None where none is known.
     """
 
     name: str
@@ -104,6 +108,7 @@ class Listed:
     rows: np.ndarray = field(repr=False)
     images: np.ndarray | Sequence[np.ndarray] | None = field(default=None, repr=False)
     folders: dict[str, Path] | None = None
+    grouped: np.ndarray | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -130,6 +135,10 @@ class Listed:
     def labels(self, rows: Rows = _ALL) -> np.ndarray:
         """(R,) int64."""
         return self.targets[self.rows[rows]]
+
+    def groups(self, rows: Rows = _ALL) -> np.ndarray | None:
+        """(R,) int64, or None."""
+        return None if self.grouped is None else self.grouped[self.rows[rows]]
 
     def sizes(self, rows: Rows) -> np.ndarray:
         """(R, 2) int64 height and width."""

@@ -76,6 +76,11 @@ class Method(pl.LightningModule):
         """The timm name and arguments where a recipe leaves the encoder open, for images of (height, width) pixels."""
         return choose_architecture(image_size)
 
+    @property
+    def takes_groups(self) -> bool:
+        """Whether another image of its group may stand for an image in all views but the first."""
+        return self.num_views > 1
+
     @abstractmethod
     def loss(self, views: list[Tensor], key: Key) -> dict[str, Tensor]:
         """The training objective.

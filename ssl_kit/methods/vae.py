@@ -148,6 +148,11 @@ class VAE(Method):
         self._checked = False
 
     @property
+    def takes_groups(self) -> bool:
+        """Never: a second view is what the decoder is to make of the first, the same image."""
+        return False
+
+    @property
     def preset(self) -> str:
         """Mild views, which are also what is to be reconstructed; SimCLR's, and clean targets, when `augmented`."""
         return "aavae" if self.augmented else "vae"

@@ -151,6 +151,16 @@ def _check_memory(learner: Method, view_schedule: ViewSchedule, images: int, dev
         )
 
 
+def _say_groups(learner: Method, training: Source) -> None:
+    if training.groups() is None:
+        return
+    name = type(learner).__name__
+    if learner.takes_groups:
+        say(f"groups: in all views but the first {name} sees another image of the group, which is no negative")
+    else:
+        say(f"groups: not used by {name}, which learns from each image alone; hold-outs are of whole groups")
+
+
 def fit_to_machine(
     learner: Method,
     training: Source,
@@ -191,7 +201,9 @@ def fit_to_machine(
         channels_last=channels_last.value,
         world_size=world_size(),
         images_per_step=images_per_step,
+        paired=learner.takes_groups,
     )
+    _say_groups(learner, training)
     if views_on == "host":
         _check_memory(learner, view_schedule, settings.batch_size, device.value)
     duration = Duration(settings.epochs, settings.minutes, loader.steps_per_epoch / learner.optim.accumulate)
@@ -323,7 +335,7 @@ def check_resumable(folder: Path, recipe: dict[str, Any], source: Source, proces
         raise UserError(f"--resume: the run was begun on {had:,} images, {source.name} has {images:,} now")
     if "read" not in data:
         say("the images are compared by their number alone: the run was begun by an earlier version")
-    elif (changed := difference(data, source, recipe["seed"])) is not None:
+    elif (changed := difference(data, source, record.get("seed", recipe["seed"]))) is not None:
         raise UserError(
             f"--resume: {source.name} has changed since the run was begun: {changed}; --overwrite starts anew"
         )

@@ -71,19 +71,21 @@ def hold_out(source: Source) -> tuple[Source, Source | None, Source | None]:
 
 
 def asked_apart(source: Source) -> tuple[Source, Source | None, Source | None]:
-    """(the other images, kNN gallery among them, kNN queries), as far as there are labels."""
+    """(the other images, kNN gallery among them, kNN queries), as far as there are labels; groups stay together."""
     labels = source.labels()
     labelled = labels >= 0
     if len(source.classes) < 2 or labelled.sum() < 100:
         return source, None, None
     fraction = min(_HELD_OUT, _QUERIES / labelled.sum())
     held = np.zeros(len(source), bool)
-    held[labelled] = stratified(labels[labelled], fraction)
+    groups = source.groups()
+    held[labelled] = stratified(labels[labelled], fraction, groups=None if groups is None else groups[labelled])
     if len(np.unique(labels[held])) < 2:  # a few images of each of many classes, or one class alone has more
         return source, None, None
     rest = np.flatnonzero(labelled & ~held)
     gallery = rest[_spread(len(rest), _GALLERY)]
-    return source.subset(~held), source.subset(gallery), source.subset(held)
+    kin = held if groups is None else held | (np.isin(groups, groups[held]) & (groups >= 0))  # also without a label
+    return source.subset(~kin), source.subset(gallery), source.subset(held)
 
 
 def kept(folder: Path) -> str:
