@@ -13,7 +13,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import ssl_kit
 from ssl_kit.core.errors import UserError
-from ssl_kit.core.reading import RGB
+from ssl_kit.core.reading import GREY, RGB
 from ssl_kit.data.opening import open_labelled, open_source
 
 SMALL = {
@@ -96,6 +96,12 @@ def test_a_data_set_that_does_not_fit_is_read_when_needed(images, monkeypatch):
     assert np.array_equal(source.read([5])[0], images[0][5])
     few = source.subset([3, 9])
     assert np.array_equal(few.read([1])[0], images[0][9]) and few.ids() == ["03", "09"]
+
+
+def test_a_list_of_one_name_is_that_name(forms, tmp_path):
+    assert open_source(["mnist5k"], reading=GREY).ids() == open_source("mnist5k", reading=GREY).ids()
+    assert open_source([forms["table"]]).ids() == open_source(forms["table"]).ids()
+    assert len(open_source([forms["paths"][0][3]], least=1)) == 1  # a list of one image
 
 
 def test_several_folders_are_one_source(tmp_path):

@@ -140,8 +140,7 @@ def open_labelled(
 
 def _parts(data: Data, reading: Reading, max_bad: float) -> tuple[Listed, Listed] | None:
     """What a set of several parts is trained and tested on, None where it has none; says what is which."""
-    if isinstance(data, list | tuple) and len(data) == 1 and isinstance(data[0], str | Path):
-        data = data[0]
+    data = _alone(data)
     if isinstance(data, Mapping):
         return _parts_of(data, reading, max_bad)
     if not isinstance(data, str | Path):
@@ -186,6 +185,14 @@ def _parts_of(data: Mapping[str, Data], reading: Reading, max_bad: float) -> tup
     return _listed(named["train"], reading, False, max_bad, True), _listed(tested, reading, False, max_bad, True)
 
 
+def _alone(data: Data) -> Data:
+    """The one of a list of one name, as the command line gives it; a list of one image file stays a list."""
+    if not isinstance(data, list | tuple) or len(data) != 1 or not isinstance(data[0], str | Path):
+        return data
+    path = Path(data[0])
+    return data if path.is_file() and path.suffix.lower() not in manifests.TABLES else data[0]
+
+
 def places(data: Data) -> list[str]:
     """The folders and files that data is read from, as they were named; none of what is in memory."""
     given = data if isinstance(data, list | tuple) else [data]
@@ -224,6 +231,7 @@ def _checked(train: Source, test: Source) -> tuple[Source, Source]:
 
 def _listed(data: Data, reading: Reading, measure: bool, max_bad: float, labelled: bool) -> Listed:
     """The source with nothing decoded yet (arrays and built-in sets are in memory as they come)."""
+    data = _alone(data)
     if isinstance(data, list | tuple) and (folders := places(data)) and all(Path(one).is_dir() for one in folders):
         return joined([_listed(one, reading, False, max_bad, labelled) for one in folders], max_bad)
     if not isinstance(data, str | Path):
