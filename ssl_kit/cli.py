@@ -179,6 +179,7 @@ def _parse(verb: str, settings: type, rest: list[str], everything: bool) -> Entr
     from jsonargparse import ArgumentError, ArgumentParser
 
     from ssl_kit.verbs.recipes import (
+        allowed_function,
         brief,
         check_class_paths,
         last_of_each_pair,
@@ -191,6 +192,7 @@ def _parse(verb: str, settings: type, rest: list[str], everything: bool) -> Entr
     rest = _flags([_underscored(argument) for argument in rest], settings)
     rest = _joined(rest, settings)
     rest, allow = _taken(rest, ("--allow",))
+    rest, readers = _taken(rest, ("--reader",) if "reader" in settings.__annotations__ else ())
     rest, recipes = _taken(rest, ("-c", "--config"))
     own = _own_recipe(rest) if "--resume=true" in rest else None  # a resumed run needs nothing said again
     restrict_imports(allow)
@@ -222,6 +224,8 @@ def _parse(verb: str, settings: type, rest: list[str], everything: bool) -> Entr
     check_class_paths(parsed.as_dict(), allow)  # options name classes too
     values = parser.instantiate(parsed).as_dict() if verb not in _WITH_RECIPE else _instantiated(parser, parsed)
     values.pop("config", None)
+    if readers:
+        values["reader"] = allowed_function(readers[-1], allow, "reader")
     if "data" in values:
         values["data"] = _data(values["data"], named)
     return values
@@ -242,13 +246,13 @@ def _add_arguments(parser: ArgumentParser, verb: str, settings: type, method: st
         for option in positional:
             count = "+" if option.several else None if option.default is None else "?"
             parser.add_argument(option.name, type=str, nargs=count)
-        add(skip={option.name for option in positional})
+        add(skip={option.name for option in positional} | {"reader"})
         return
     from ssl_kit.verbs.defaults import add_recipe_arguments
 
     several = next(option.several for option in options(_VERBS / f"{verb}.py") if option.name == "data")
     parser.add_argument("data", nargs="*" if several else "?", default=None, help="folder, manifest or built-in set")
-    add(skip={"data", "method", "trainer"})
+    add(skip={"data", "method", "trainer", "reader"})
     if verb == "pretrain":
         add_recipe_arguments(parser, method)
 

@@ -7,19 +7,24 @@ encoder afterwards reads them the same way.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
+from ssl_kit.core.console import say
 from ssl_kit.core.errors import UserError
 
+# A reader of the user's own: the bytes of a file and its id to (H, W), (H, W, C) or (C, H, W) of integers or floats
+Function: TypeAlias = Callable[[bytes, str], Any]
 Range: TypeAlias = tuple[tuple[float, float], ...]  # (low, high) of each channel, or one for all of them
 ANY = "any"  # a kind of number that stands for every one
 KINDS = (ANY, "float", "uint8", "int8", "uint16", "int16", "uint32", "int32")
 MAX_CHANNELS = 1_024
-_LONGEST_NAME = 100  # characters of a band's name
+_LONGEST_NAME = 100  # characters of a band's name, or of a reader's
+_READER = re.compile(r"[\w.]+:[\w.<>]+")
 
 
 @dataclass(frozen=True)
@@ -31,11 +36,16 @@ class Reading:
         bands: names of the bands to take, in this order; empty = all.
         ranges: {kind of number: what becomes 0 and 1}; a kind is numpy's name, "float" for all floats, or "any". A
             kind that is missing is read over its full depth: 0..255, 0..4,095 for 12 bits, 0..65,535, 0..1 for floats.
+        reader: "module:function" that reads the files, if it is one of the user's own: a word for messages. Nothing is
+            imported because of it.
+        function: that reader, which only who runs the program can give.
     """
 
     channels: int = 3
     bands: tuple[str, ...] = ()
     ranges: Mapping[str, Range] = field(default_factory=dict)
+    reader: str = ""
+    function: Function | None = field(default=None, compare=False, repr=False)
 
     def limits(self, kind: str) -> Range | None:
         """What becomes 0 and 1 of this kind of number; None = the ends of its depth."""
@@ -50,7 +60,21 @@ class Reading:
         said: dict[str, object] = {"bands": list(self.bands)} if self.bands else {}
         if self.ranges:
             said["range"] = {kind: [list(pair) for pair in range_] for kind, range_ in self.ranges.items()}
-        return said
+        return said | ({"reader": self.reader} if self.reader else {})
+
+    def by(self, function: Function | None) -> Reading:
+        """The same, with files read by `function`, or as formats say where it is None; says what an encoder expects.
+
+        Raises:
+            UserError: it is a name: who calls from Python holds the function.
+        """
+        if isinstance(function, str):
+            raise UserError(f"reader {function!r}: give the function itself; names are for the command line")
+        name = "" if function is None else f"{function.__module__}:{function.__qualname__}"
+        if self.reader and name != self.reader:
+            now = f"{name} reads them now" if name else f"give --reader {self.reader} where they are such files"
+            say(f"reader: the encoder was trained on files that {self.reader} read; {now}")
+        return replace(self, reader=name, function=function)
 
 
 RGB, GREY = Reading(3), Reading(1)
@@ -73,10 +97,10 @@ def reading_in(preprocessing: object) -> Reading:
     channels = told.get("channels", 3)
     if not isinstance(channels, int) or not 0 < channels <= MAX_CHANNELS:
         raise ValueError(f"channels {str(channels)[:60]}; wanted a number of channels")
-    return read_reading(channels, told.get("bands"), told.get("range"))
+    return read_reading(channels, told.get("bands"), told.get("range"), told.get("reader"))
 
 
-def read_reading(channels: int, bands: object, ranges: object) -> Reading:
+def read_reading(channels: int, bands: object, ranges: object, reader: object = None) -> Reading:
     """The reading that a stranger's JSON tells.
 
     Raises:
@@ -90,7 +114,11 @@ def read_reading(channels: int, bands: object, ranges: object) -> Reading:
         raise ValueError(f"bands are {str(bands)[:60]}; wanted a name for each of {channels} channels")
     if not isinstance(ranges, dict) or not set(ranges) <= set(KINDS):
         raise ValueError(f"range is {str(ranges)[:60]}; wanted low and high values by kind of number")
-    return Reading(channels, tuple(names)).within({kind: _range(pairs, channels) for kind, pairs in ranges.items()})
+    reader = "" if reader is None else reader
+    if not isinstance(reader, str) or len(reader) > _LONGEST_NAME or (reader and not _READER.fullmatch(reader)):
+        raise ValueError(f"reader is {str(reader)[:60]}; wanted module:function")
+    found = {kind: _range(pairs, channels) for kind, pairs in ranges.items()}
+    return Reading(channels, tuple(names), found, reader)
 
 
 def _range(pairs: object, channels: int) -> Range:

@@ -29,7 +29,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageFile
 
-from ssl_kit.core.reading import RGB, Reading
+from ssl_kit.core.reading import RGB, Function, Reading
 from ssl_kit.data import arrays, deep, dicom, tiff
 from ssl_kit.data.limits import BadImageError, check_image, check_jpeg, check_pixels, jpeg_header, short
 from ssl_kit.data.samples import Opacity, Samples, of_array, pixels_of
@@ -92,7 +92,7 @@ def image_size(data: bytes) -> tuple[int, int]:
     return (width, height) if turned else (height, width)
 
 
-def decode(data: bytes, reading: Reading = RGB, smallest: tuple[int, int] | None = None) -> Decoded:
+def decode(data: bytes, reading: Reading = RGB, smallest: tuple[int, int] | None = None, name: str = "") -> Decoded:
     """Decodes one image file, upright.
 
     Args:
@@ -100,12 +100,13 @@ def decode(data: bytes, reading: Reading = RGB, smallest: tuple[int, int] | None
         reading: which channels and values of it are wanted.
         smallest: (height, width) in pixels that the upright image must still have at least. A JPEG is then decoded at
             the smallest size that allows it; without it, and for all other formats, at full size.
+        name: id of the image, for a reader of the user's own.
 
     Raises:
         BadImageError: the file is no image, truncated, damaged, too large, of a format that is not read, or has other
             channels or values than are wanted.
     """
-    if (samples := samples_of(data, reading)) is not None:
+    if (samples := samples_of(data, reading, name)) is not None:
         return Decoded(_upright(pixels_of(samples, reading), samples.orientation), 1.0, 1.0)
     if reading.bands or reading.channels not in (1, 3):
         raise BadImageError(f"an image of 1 or 3 channels, not {reading.channels}: wanted a TIFF, .npy or .npz")
@@ -117,12 +118,14 @@ def decode(data: bytes, reading: Reading = RGB, smallest: tuple[int, int] | None
     return decoded._replace(image=pixels_of(of_array(decoded.image), reading))
 
 
-def samples_of(data: bytes, reading: Reading) -> Samples | None:
+def samples_of(data: bytes, reading: Reading, name: str = "") -> Samples | None:
     """What a file holds before its values become pixels; None for those of 8 bits that Pillow reads.
 
     Raises:
         BadImageError: damaged, too large, or of a kind that is not read.
     """
+    if reading.function is not None:
+        return _read_by(reading.function, reading.reader, data, name)
     special = _special(data)
     if special is not None:
         return special.read(data, reading)
@@ -130,6 +133,15 @@ def samples_of(data: bytes, reading: Reading) -> Samples | None:
         with _open(data):  # judges its size
             return deep.read(data, reading)
     return None
+
+
+def _read_by(function: Function, reader: str, data: bytes, name: str) -> Samples:
+    """What a reader of the user's own gives."""
+    try:
+        values = np.asarray(function(data, name))
+    except Exception as error:  # whatever somebody's code raises, this file has not become an image
+        raise BadImageError(f"{reader}: {type(error).__name__}: {short(error)}") from error
+    return of_array(values, f"array of {reader}")
 
 
 def of_pillow(image: Image.Image, reading: Reading) -> np.ndarray:

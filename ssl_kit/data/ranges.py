@@ -43,9 +43,12 @@ def of_source(source: Source) -> Reading:
     reading = source.reading
 
     def look(row: int) -> _Seen | None:
-        stored = source.read([row])[0]
+        own = reading.function is not None
+        stored = source.content(row) if own else source.read([row])[0]
         try:
-            samples = samples_of(stored, reading) if isinstance(stored, bytes) else None
+            samples = (
+                samples_of(stored, reading, source.ids([row])[0] if own else "") if isinstance(stored, bytes) else None
+            )
             return None if samples is None else _seen(samples, reading)
         except BadImageError:  # it is counted when it is decoded
             return None

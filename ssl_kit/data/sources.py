@@ -171,7 +171,17 @@ class Listed:
     def _stored(self, rows: Rows) -> Iterator[Stored]:
         """One image after the other."""
         for row in self.rows[rows].tolist():
-            yield self._file(self.names[row]) if self.images is None else self.images[row]
+            yield self._file_or_made(self.names[row]) if self.images is None else self.images[row]
+
+    def _file_or_made(self, name: str) -> Stored:
+        """A file; or what a reader of the user's own makes of it, which has no header to ask for a size."""
+        stored = self._file(name)
+        if self.reading.function is None or isinstance(stored, BadImageError):
+            return stored
+        try:
+            return decode(stored, self.reading, name=name).image
+        except BadImageError as error:
+            return error
 
     def _path(self, name: str) -> bytes:
         assert self.root is not None, "a source without files has its images in memory"

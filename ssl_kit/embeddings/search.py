@@ -34,7 +34,7 @@ from ssl_kit.core.sealed import LARGE_JSON, Entries, fingerprint
 from ssl_kit.data.decode import decode
 from ssl_kit.data.given import pixels_given
 from ssl_kit.data.limits import BadImageError
-from ssl_kit.data.listing import read_regular, unescape
+from ssl_kit.data.listing import escape_path, read_regular, unescape
 from ssl_kit.data.manifests import is_builtin
 from ssl_kit.data.opening import builtin_source
 from ssl_kit.data.sources import Source, pixels
@@ -341,7 +341,7 @@ def _pixels(image: Image, reading: Reading) -> np.ndarray:
     if path.is_dir() or not path.exists():
         raise UserError(f"{path} is {'a folder' if path.is_dir() else 'not there'}: give image files")
     try:
-        return decode(read_regular(os.fsencode(path)), reading).image
+        return decode(read_regular(os.fsencode(path)), reading, name=escape_path(path)).image
     except (BadImageError, OSError) as error:
         raise UserError(f"{path} cannot be decoded: {error}; give an image file") from error
 

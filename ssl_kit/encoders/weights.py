@@ -95,7 +95,7 @@ def read_stored(folder: Path) -> Stored:
         raise DamagedError(f"{folder / RECORD}: a standard deviation of {min(std)}; wanted more than 0")
     args = {key: value for key, value in args.items() if key not in _OURS}
     try:
-        reading = read_reading(channels, seen.get("bands"), seen.get("range"))
+        reading = read_reading(channels, seen.get("bands"), seen.get("range"), seen.get("reader"))
     except ValueError as error:
         raise DamagedError(f"{folder / RECORD}: {error}") from error
     return Stored(name, args, image_size, channels, mean, std, dim, record["sha256"], reading)

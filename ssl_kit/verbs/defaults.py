@@ -333,6 +333,8 @@ def check_resumable(folder: Path, recipe: dict[str, Any], source: Source, proces
     data, images = record.get("data", {}), len(source)
     if (had := data.get("images", images)) != images:
         raise UserError(f"--resume: the run was begun on {had:,} images, {source.name} has {images:,} now")
+    if (began := data.get("reader", "")) != source.reading.reader:
+        raise UserError(f"--resume: the images were read by {began or 'no reader of your own'}; give --reader as then")
     if "read" not in data:
         say("the images are compared by their number alone: the run was begun by an earlier version")
     elif (changed := difference(data, source, record.get("seed", recipe["seed"]))) is not None:

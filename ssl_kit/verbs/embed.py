@@ -16,6 +16,7 @@ from ssl_kit.core.console import if_interrupted, next_command, result
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import MANIFEST, read_manifest
 from ssl_kit.core.owned import Former, check_place
+from ssl_kit.core.reading import Function
 from ssl_kit.core.sealed import LARGE_JSON
 from ssl_kit.core.settings import verb
 from ssl_kit.data.listing import escape_path
@@ -39,6 +40,7 @@ class Settings:
         layers: concatenate the outputs of so many last stages (CNN) or blocks (ViT) to one vector.
         shard: i/N makes every N-th part of 65,536 images, i from 0; the last shard to end completes the folder.
         limit: embed only so many images, spread over the source, for a first try.
+        reader: module:function of your own that reads the files, behind --allow MODULE: (bytes, id) -> array.
         batch_size: images per forward pass; changes the speed, not the features.
         precision: auto is bfloat16 where the machine is fast at it, float32 elsewhere; float32 is the same everywhere.
         max_bad: fraction of the images that may be undecodable, in [0, 1]; 0 is strict: the first one is an error.
@@ -54,6 +56,7 @@ class Settings:
     layers: int = 1
     shard: str | None = None
     limit: int | None = None
+    reader: Function | None = None
     batch_size: int = 256
     precision: Precision = "auto"
     max_bad: float = 0.05
@@ -71,7 +74,11 @@ def embed(settings: Settings) -> dict[str, Any]:
     _may_write(folder, settings.overwrite, settings.shard)
     # decoded when needed: each image is looked at once, and rows do not depend on how much memory is free
     source = open_source(
-        settings.data, limit=settings.limit, reading=loaded.reading, max_bad=settings.max_bad, in_memory=False
+        settings.data,
+        limit=settings.limit,
+        reading=loaded.reading.by(settings.reader),
+        max_bad=settings.max_bad,
+        in_memory=False,
     )
 
     whole = torch.zeros(1, loaded.channels, *loaded.image_size, device=next(loaded.parameters()).device)

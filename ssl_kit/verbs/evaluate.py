@@ -18,7 +18,7 @@ from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import append_line, write_csv
 from ssl_kit.core.locking import lock
 from ssl_kit.core.owned import check_place, record_in
-from ssl_kit.core.reading import Reading
+from ssl_kit.core.reading import Function, Reading
 from ssl_kit.core.settings import verb
 from ssl_kit.data.opening import open_labelled, places
 from ssl_kit.data.sources import Source
@@ -73,6 +73,7 @@ class Settings:
         leaks: count near-duplicates of test images among the training images.
         drop_leaks: leave such test images out of every score.
         limit: use only so many images, train and test together, for a first try.
+        reader: module:function of your own that reads the files, behind --allow MODULE: (bytes, id) -> array.
         max_bad: fraction of the images that may be undecodable, in [0, 1]; 0 is strict: the first one is an error.
         seed: of the held-out split, the untrained network and the bootstrap.
         batch_size: images per forward pass; changes the speed, not the scores.
@@ -91,6 +92,7 @@ class Settings:
     leaks: bool = True
     drop_leaks: bool = False
     limit: int | None = None
+    reader: Function | None = None
     max_bad: float = 0.05
     seed: int = 0
     batch_size: int = 256
@@ -122,6 +124,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
         settings.max_bad,
         settings.seed,
         settings.batch_size,
+        settings.reader,
     )
     folders = _folders([one.path for one in asked], settings.out)
     for folder in folders:
@@ -185,6 +188,7 @@ class _Options:
     max_bad: float
     seed: int
     batch_size: int
+    reader: Function | None
 
 
 class _Opened:
@@ -196,9 +200,9 @@ class _Opened:
 
     def parts(self, reading: Reading) -> tuple[Source, Source, Leaks | None]:
         """Train, test (without leaks, if that is asked for) and the leaks between them."""
-        key = str(reading)
+        options, key = self.options, str(reading)
         if key not in self._parts:
-            options = self.options
+            reading = reading.by(options.reader)
             train, test = open_labelled(options.labelled, limit=options.limit, reading=reading, max_bad=options.max_bad)
             found = find_leaks(train, test) if self.options.leaks or self.options.drop_leaks else None
             if found is not None:

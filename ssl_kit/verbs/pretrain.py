@@ -17,7 +17,7 @@ from ssl_kit.core.errors import UserError
 from ssl_kit.core.machine import Precision, Switch, keep_memory, lightning_precision
 from ssl_kit.core.owned import check_place
 from ssl_kit.core.process import Signals
-from ssl_kit.core.reading import reading_of
+from ssl_kit.core.reading import Function, reading_of
 from ssl_kit.core.settings import verb
 from ssl_kit.data.fingerprint import fingerprint
 from ssl_kit.data.listing import write_skipped
@@ -76,6 +76,7 @@ class Settings:
         channels: 3 for colour, 1 for grey, as many as a TIFF or array has bands, or names of bands: red,nir.
         range: values of images of more than 8 bits that become 0 and 1: LOW,HIGH, a pair for each channel with spaces
             between, full for the ends of their depth; auto measures them where they fill under a quarter of it.
+        reader: module:function of your own that reads the files, behind --allow MODULE: (bytes, id) -> array.
         epochs: passes over the images; by default 100, more where that is under 2,000 steps.
         minutes: train for so long instead; the schedule is fitted to the measured speed.
         batch_size: images per process and step; by default 256, fewer where that leaves under 8 steps an epoch.
@@ -112,6 +113,7 @@ class Settings:
     grow: dict[int, int] | None = None
     channels: int | str = 3
     range: str = "auto"
+    reader: Function | None = None
     epochs: float | None = None
     minutes: float | None = None
     batch_size: int | None = None
@@ -168,7 +170,7 @@ def pretrain(settings: Settings) -> dict[str, Any]:
         source = open_source(
             settings.data,
             limit=settings.limit,
-            reading=reading,
+            reading=reading.by(settings.reader),
             measure=measured,
             in_memory=all_fit,
             max_bad=settings.max_bad,
@@ -334,6 +336,7 @@ def _describe(record: RunRecord, settings: Settings, source: Source, learner: Me
         "images": len(source),
         "skipped": len(source.bad.rows),
         "classes": len(source.classes),
+        "reader": source.reading.reader,
         **fingerprint(source, settings.seed),
     }
     record.begin(

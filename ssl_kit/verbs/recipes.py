@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import ast
 import difflib
+import importlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import yaml
@@ -25,7 +26,7 @@ _DEEPEST = 30  # lists and mappings inside each other
 _MOST_OPEN = 100  # brackets; the scanner looks at all open ones for every word of a line: 1,000 take it a second
 _OWN_PATH = re.compile(r"ssl_kit(?:\.\w+)+")
 # What says where a run goes and with whom it talks, not how it learns: for the command line only
-_PLACES = ("run", "out", "html", "csv", "json", "resume", "overwrite", "allow", "wandb", "tensorboard")
+_PLACES = ("run", "out", "html", "csv", "json", "resume", "overwrite", "allow", "reader", "wandb", "tensorboard")
 _TRAINER_PLACES = ("devices", "num_nodes", "strategy", "default_root_dir", "logger", "callbacks", "profiler")
 _EITHER = (("epochs", "minutes"),)  # of each pair the one that is named last counts
 
@@ -168,6 +169,24 @@ def _check_class_path(path: str, allow: Sequence[str]) -> None:
     tree = ast.parse(file.read_text(encoding="utf-8")) if _OWN_PATH.fullmatch(path) and file.is_file() else None
     if tree is None or not any(isinstance(node, ast.ClassDef) and node.name == name for node in tree.body):
         raise UserError(f"{path}: {module} defines no class {name!r}; see docs/methods.md for those there are")
+
+
+def allowed_function(name: str, allow: Sequence[str], option: str) -> Callable[..., object]:
+    """The function of "module:function", which the command line names and allows; never what a file names.
+
+    Raises:
+        UserError: it is no such name, of a module that is not allowed, or not there. Nothing was imported before that.
+    """
+    module, _, function = name.partition(":")
+    if not re.fullmatch(r"\w+(\.\w+)*:\w+", name):
+        raise UserError(f"--{option} {name!r}: wanted module:function")
+    if not any(f"{module}.".startswith(f"{allowed}.") for allowed in allow):
+        raise UserError(f"--{option} {name} is code that would be run; if you trust {module}, add --allow {module}")
+    try:
+        found: Callable[..., object] = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"--{option} {name}: {error}; the module must be installed, or on PYTHONPATH") from error
+    return found
 
 
 def restrict_imports(allow: Sequence[str] = ()) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from ssl_kit.core.console import next_command, progress, say, table, warn
 from ssl_kit.core.errors import UserError
+from ssl_kit.core.reading import Function
 from ssl_kit.core.sealed import Entries
 from ssl_kit.core.settings import verb
 from ssl_kit.data.listing import escape_path, folder_of_images, unescape
@@ -46,6 +47,7 @@ class Settings:
         k: images to find for each; at most as many as there are. An image named by its id does not find itself.
         html: file to write the answer to as pictures.
         encoder: run folder or encoder folder, when it is no longer where the embeddings were made.
+        reader: module:function of your own that reads the files, behind --allow MODULE: (bytes, id) -> array.
         trust_index: open the index whoever made it; by default one that you did not sign is not used, and the vectors
             answer exactly.
     """
@@ -56,6 +58,7 @@ class Settings:
     k: int = 12
     html: str | None = None
     encoder: str | None = None
+    reader: Function | None = None
     trust_index: bool = False
 
 
@@ -73,6 +76,8 @@ def search(settings: Settings) -> Entries:
         raise UserError("no image was given: name one or more image files after the embeddings folder")
     _make_missing_index(Path(settings.emb))
     index = Index.load(settings.emb, encoder=settings.encoder, trust_index=settings.trust_index)
+    if settings.reader is not None:
+        index.encoder.reading = index.encoder.reading.by(settings.reader)
     asked = _queries(names)
     answers, skipped = _answers(index, asked, settings.k, _DRAWN if settings.html is not None else 0)
     queries = [_record(query, found) for query, _, found in answers]
