@@ -4,6 +4,7 @@ What makes it quick is added behind the printed words (two steps of training, sm
 A block that cannot run here stands behind a comment that says why: `<!-- not run: needs several GPUs -->`.
 """
 
+import io
 import json
 import os
 import re
@@ -18,8 +19,10 @@ from inspect import signature
 from pathlib import Path
 from typing import NamedTuple
 
+import pydicom
 import pytest
 from PIL import Image
+from pydicom.dataset import FileDataset, FileMetaDataset
 from stripes import pattern
 
 from ssl_kit import cli
@@ -81,6 +84,9 @@ def template(tmp_path_factory):
             for number in range(30 if name in many else 15):
                 Image.fromarray(pattern(label, number)).save(folder / name / kind / f"{number:03d}.jpg", quality=95)
     shutil.copy(folder / "DATA" / "cat" / "003.jpg", folder / "image.jpg")
+    (folder / "ct").mkdir()
+    for number in range(32):
+        (folder / "ct" / f"{number:02d}.dcm").write_bytes(slice_of_ct(number))
     for example in (ROOT / "docs" / "examples").iterdir():
         if example.is_file():
             shutil.copy(example, folder)
@@ -95,6 +101,25 @@ def template(tmp_path_factory):
     return folder
 
 
+def slice_of_ct(number):
+    """A DICOM file of 16 x 16 values of 12 bits, 1,024 more than Hounsfield units."""
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = (
+        pydicom.uid.ExplicitVRLittleEndian,
+        pydicom.uid.CTImageStorage,
+    )
+    meta.MediaStorageSOPInstanceUID = f"1.2.{number + 1}"
+    told = FileDataset("", {}, file_meta=meta, preamble=bytes(128))
+    told.Rows = told.Columns = 16
+    told.SamplesPerPixel, told.PhotometricInterpretation = 1, "MONOCHROME2"
+    told.BitsAllocated, told.BitsStored, told.HighBit, told.PixelRepresentation = 16, 12, 11, 0
+    told.RescaleSlope, told.RescaleIntercept = 1, -1024
+    told.PixelData = (8 * pattern(number % 4, number)[:, :, 0].astype("<u2")).tobytes()
+    data = io.BytesIO()
+    told.save_as(data, enforce_file_format=True)
+    return data.getvalue()
+
+
 @pytest.fixture
 def world(template, tmp_path, monkeypatch):
     """A copy of the template that is the current folder; everything at smoke size."""
@@ -102,7 +127,7 @@ def world(template, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "world")
     smaller(monkeypatch)
     yield tmp_path / "world"
-    for name in ("barlow", "test_barlow"):
+    for name in ("barlow", "test_barlow", "hounsfield"):
         sys.modules.pop(name, None)
 
 
