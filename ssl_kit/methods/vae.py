@@ -112,6 +112,7 @@ class VAE(Method):
     kl_weight: Tensor
     prefixes: Tensor
 
+    takes_groups = False  # a second view is what the decoder is to make of the first: the same image
     shows = (
         "Each image is squeezed into a short code and drawn again from it. What is lost, and what does each number of "
         "the code change?"
@@ -146,11 +147,6 @@ class VAE(Method):
         self.register_buffer("kl_weight", torch.tensor(float(beta)), persistent=False)
         self.register_buffer("prefixes", torch.tensor(self.dims), persistent=False)
         self._checked = False
-
-    @property
-    def takes_groups(self) -> bool:
-        """Never: a second view is what the decoder is to make of the first, the same image."""
-        return False
 
     @property
     def preset(self) -> str:

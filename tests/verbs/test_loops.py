@@ -211,3 +211,20 @@ def test_the_examples_change_six_lines_at_most(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     loops = import_module("loops")
     assert {name: loops.changed(name) for name in loops.NAMES} == {"lightly_cifar": 6, "plain_loop": 5}
+
+
+def test_a_training_that_lightning_resumes_goes_on_with_its_curves(tmp_path):
+    watch = lambda: Monitor(arrays(30), tmp_path / "seen")
+    trainer = trained(tmp_path, watch(), epochs=5).trainer
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    with pytest.raises(UserError, match="holds a run already"):
+        trained(tmp_path, watch(), epochs=10)
+    torch.manual_seed(0)
+    again = pl.Trainer(max_epochs=10, callbacks=[watch()], logger=False, enable_progress_bar=False, accelerator="cpu")
+    loader = ViewLoader(arrays(60), "simclr", batch_size=24)
+    loader.epoch = 5
+    again.fit(Plain(), loader, ckpt_path=tmp_path / "half.ckpt")
+    rows = read_curves(tmp_path / "seen" / "metrics.csv")
+    assert [row["step"] for row in rows if "loss" in row] == [20, 40, 50, 60, 80, 100]
+    assert [row["step"] for row in rows if "effective_rank" in row] == [0, 50, 100]
+    assert rows[-1]["turned"] > 0.01 and rows[-1]["seconds"] > rows[3]["seconds"]
