@@ -220,7 +220,8 @@ def test_a_training_that_lightning_resumes_goes_on_with_its_curves(tmp_path):
     with pytest.raises(UserError, match="holds a run already"):
         trained(tmp_path, watch(), epochs=10)
     torch.manual_seed(0)
-    again = pl.Trainer(max_epochs=10, callbacks=[watch()], logger=False, enable_progress_bar=False, accelerator="cpu")
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    again = pl.Trainer(max_epochs=10, callbacks=[watch()], default_root_dir=tmp_path, **quiet)
     loader = ViewLoader(arrays(60), "simclr", batch_size=24)
     loader.epoch = 5
     again.fit(Plain(), loader, ckpt_path=tmp_path / "half.ckpt")
