@@ -7,6 +7,7 @@ folder of a stranger. Only scripts with this page's nonce run, images are data U
 
 from __future__ import annotations
 
+import functools
 import math
 import secrets
 import shlex
@@ -137,15 +138,20 @@ def strip_html(
 
 def render(template: str, /, **context: object) -> str:
     """The HTML of a template of this folder; every string of `context` is escaped unless it is `Markup`."""
+    made = {"nonce": secrets.token_urlsafe(16), "version": __version__}
+    return _environment().get_template(template).render(**made, **context)
+
+
+@functools.cache  # compiling the templates takes 0.3 s, and a run writes its page again and again
+def _environment() -> Environment:
     folder = files("ssl_kit.report")
-    environment = Environment(
+    return Environment(
         loader=FunctionLoader(lambda name: folder.joinpath(name).read_text(encoding="utf-8")),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(template).render(nonce=secrets.token_urlsafe(16), version=__version__, **context)
 
 
 def write_page(path: Path | str, page: str) -> None:
