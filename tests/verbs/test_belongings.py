@@ -7,6 +7,7 @@ import sys
 from contextlib import nullcontext
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
@@ -138,12 +139,12 @@ def test_a_mistake_is_found_before_anything_is_removed_or_trained(run, images, c
 
 
 def test_a_network_whose_weights_cannot_be_kept_is_not_trained(run, images, capsys, monkeypatch):
-    def shares(self, *arguments, **options):
+    def sparse(self, *arguments, **options):
         original(self, *arguments, **options)
-        self.model.again = self.model.bn1.weight  # two names for one tensor: safetensors does not store that
+        self.model.register_buffer("again", torch.eye(2).to_sparse())  # safetensors does not store that
 
     original = Encoder.__init__
-    monkeypatch.setattr(Encoder, "__init__", shares)
+    monkeypatch.setattr(Encoder, "__init__", sparse)
     before = files(run)
     assert pretrain(images, run, "--overwrite") == 2
     assert "could not be kept after training" in told(capsys) and files(run) == before
