@@ -14,6 +14,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from ssl_kit.api import Run, pretrain
 from ssl_kit.core.console import spoken
+from ssl_kit.core.sealed import Entries
 from ssl_kit.data.opening import open_source
 from ssl_kit.embeddings.embeddings import embed
 from ssl_kit.encoders.network import Network
@@ -52,7 +53,7 @@ class SSLTransformer(TransformerMixin, BaseEstimator):
         image_shape: tuple[int, ...] | None = None,
         random_state: int = 0,
         folder: str | None = None,
-        options: dict[str, Any] | None = None,
+        options: Entries | None = None,
     ):
         self.recipe = recipe
         self.encoder = encoder

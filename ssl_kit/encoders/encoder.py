@@ -25,7 +25,7 @@ from ssl_kit.core.errors import DamagedError, UserError
 from ssl_kit.core.files import atomic_folder, settle, sha256, verify_file, write_json, write_sealed
 from ssl_kit.core.machine import choose_device, convolves
 from ssl_kit.core.reading import Reading
-from ssl_kit.core.sealed import read_sealed
+from ssl_kit.core.sealed import Entries, read_sealed
 from ssl_kit.core.tensors import check_finite, read_tensors
 from ssl_kit.encoders.weights import (
     CONFIG,
@@ -67,7 +67,7 @@ class Encoder(nn.Module):
     def __init__(
         self,
         name: str = "auto",
-        args: dict[str, Any] | None = None,
+        args: Entries | None = None,
         image_size: tuple[int, int] = (32, 32),
         channels: int = 3,
         mean: tuple[float, ...] = (0.5,),
@@ -160,7 +160,7 @@ class Encoder(nn.Module):
         """Whether channels_last memory makes it faster: it holds 2-D convolutions other than a patch embedding."""
         return convolves(self.model)
 
-    def save(self, folder: Path | str, provenance: dict[str, Any] | None = None) -> Path:
+    def save(self, folder: Path | str, provenance: Entries | None = None) -> Path:
         """Writes the encoder folder atomically, so that timm alone can load it, and sets `sha256`.
 
         Args:
@@ -187,7 +187,7 @@ class Encoder(nn.Module):
         self.sha256 = digest
         return folder
 
-    def preprocessing(self) -> dict[str, Any]:
+    def preprocessing(self) -> Entries:
         """How pixels become input: what a user of the features must repeat, in JSON."""
         return {
             "image_size": list(self.image_size),
@@ -198,7 +198,7 @@ class Encoder(nn.Module):
             **self.reading.to_json(),
         }
 
-    def _timm_config(self) -> dict[str, Any]:
+    def _timm_config(self) -> Entries:
         preprocessing = self.preprocessing()
         fixed = {"first_conv", "classifier", "pool_size", "fixed_input_size"}
         inherited = {key: value for key, value in self.model.pretrained_cfg.items() if key in fixed}
@@ -295,7 +295,7 @@ def find_encoder(path: Path | str) -> Path:
     raise UserError(f"{path} holds no {RECORD}; give a run folder or an encoder folder that ssl_kit wrote")
 
 
-def choose_architecture(image_size: Sequence[int]) -> tuple[str, dict[str, Any]]:
+def choose_architecture(image_size: Sequence[int]) -> tuple[str, Entries]:
     """The default timm name and arguments for images of this size, (height, width) in pixels, on this machine.
 
     Without an accelerator networks are a quarter of the arithmetic: what learns nothing in an evening helps nobody.
@@ -306,7 +306,7 @@ def choose_architecture(image_size: Sequence[int]) -> tuple[str, dict[str, Any]]
     return "resnet18" if alone else "resnet50", {}
 
 
-def _create_timm(name: str, args: dict[str, Any], image_size: tuple[int, int], channels: int) -> Any:
+def _create_timm(name: str, args: Entries, image_size: tuple[int, int], channels: int) -> Any:
     if not timm.is_model(name):  # also refuses `hf-hub:` and `local-dir:`, which would fetch or read elsewhere
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise UserError(
@@ -328,7 +328,7 @@ def _create_timm(name: str, args: dict[str, Any], image_size: tuple[int, int], c
         raise UserError(f"timm cannot build {name} with these arguments: {why}; see encoder.args") from error
 
 
-def _build(name: str, args: dict[str, Any], image_size: tuple[int, int], channels: int) -> Any:
+def _build(name: str, args: Entries, image_size: tuple[int, int], channels: int) -> Any:
     return timm.create_model(name, pretrained=False, in_chans=channels, **_size_argument(name, image_size), **args)
 
 
@@ -339,7 +339,7 @@ def _afford(name: str, args: str, image_size: tuple[int, int], channels: int) ->
         _build(name, json.loads(args), image_size, channels)
 
 
-def _size_argument(name: str, image_size: tuple[int, int]) -> dict[str, Any]:
+def _size_argument(name: str, image_size: tuple[int, int]) -> Entries:
     # only models with position embeddings are built for one size; timm says so in their configuration
     config = timm.get_pretrained_cfg(name, allow_unregistered=True)
     return {"img_size": list(image_size)} if config is not None and config.fixed_input_size else {}

@@ -16,6 +16,7 @@ from timm.models import register_model
 from torch import Tensor, nn
 
 from ssl_kit.core.errors import UserError
+from ssl_kit.core.sealed import Entries
 
 Network: TypeAlias = nn.Module | Callable[[], nn.Module]
 
@@ -36,7 +37,7 @@ class Given(nn.Module):
         super().__init__()
         self.module = module
         self.num_features = self.head_hidden_size = dim
-        self.pretrained_cfg: dict[str, Any] = {}
+        self.pretrained_cfg: Entries = {}
         self.reset_classifier(num_classes)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import sha256
-from ssl_kit.core.sealed import read_json
+from ssl_kit.core.sealed import Entries, read_json
 from ssl_kit.core.tensors import check_finite, read_tensors
 from ssl_kit.encoders.encoder import Encoder, cached_weights, find_encoder
 from ssl_kit.encoders.weights import CONFIG, RECORD, WEIGHTS, check_arguments, check_fits
@@ -75,8 +75,8 @@ def _from_timm_folder(folder: Path, channels: int) -> Encoder:
 def _loaded(
     given: str,
     name: str,
-    args: dict[str, Any],
-    described: dict[str, Any],
+    args: Entries,
+    described: Entries,
     file: Path,
     channels: int,
     *,
@@ -97,7 +97,7 @@ def _loaded(
         mean, std = _average(mean), _average(std)
     encoder = Encoder(name, args, (height, width), channels, mean, std)
     # from this file, in timm's own format, whatever timm knows of the origin of its weights
-    local: dict[str, Any] = {"file": str(file), "source": "", "hf_hub_id": None, "custom_load": False}
+    local: Entries = {"file": str(file), "source": "", "hf_hub_id": None, "custom_load": False}
     local |= {"num_classes": num_classes, "input_size": (source_channels, height, width)}  # sizes position embeddings
     try:
         model: Any = timm.create_model(

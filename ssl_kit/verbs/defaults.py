@@ -31,6 +31,7 @@ from ssl_kit.core.machine import (
     use_tf32,
 )
 from ssl_kit.core.process import on_this_machine
+from ssl_kit.core.sealed import Entries
 from ssl_kit.data.fingerprint import difference
 from ssl_kit.data.loader import ViewLoader
 from ssl_kit.data.module import ImageData
@@ -250,13 +251,13 @@ def add_recipe_arguments(parser: ArgumentParser, method: str | None) -> None:
     parser.add_class_arguments(Trainer, "trainer", instantiate=False)
 
 
-def default_method(class_path: str = SIMCLR) -> dict[str, Any]:
+def default_method(class_path: str = SIMCLR) -> Entries:
     """A method, SimCLR if no other is named, with everything chosen from the images."""
     return {"class_path": class_path, "init_args": {"encoder": {"class_path": _ENCODER}}}
 
 
 def build_method(
-    spec: dict[str, Any] | None,
+    spec: Entries | None,
     *,
     image_size: tuple[int, int],
     channels: int,
@@ -297,7 +298,7 @@ def _class(path: str) -> type[Method]:
     return getattr(importlib.import_module(module), name)
 
 
-def resolved_recipe(settings: Settings, method: Method) -> dict[str, Any]:
+def resolved_recipe(settings: Settings, method: Method) -> Entries:
     """All settings of a run as one recipe: how it learns, neither where it goes nor what is measured on the images.
 
     Callbacks and loggers given from Python as objects cannot be written down: a repeated run must be given them again.
@@ -318,13 +319,13 @@ def resolved_recipe(settings: Settings, method: Method) -> dict[str, Any]:
     return recipe
 
 
-def save_recipe(path: Path, recipe: dict[str, Any]) -> None:
+def save_recipe(path: Path, recipe: Entries) -> None:
     """Writes a resolved recipe: `ssl-kit pretrain -c recipe.yaml` repeats the run."""
     with atomic_file(path) as temporary:
         temporary.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def check_resumable(folder: Path, recipe: dict[str, Any], source: Source, processes: int) -> None:
+def check_resumable(folder: Path, recipe: Entries, source: Source, processes: int) -> None:
     """Raises `UserError` when a run would go on with other settings or images than it was begun with.
 
     The batch size may be another where so many `processes` make the same step of it.

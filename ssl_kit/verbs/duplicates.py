@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from ssl_kit.core.machine import available_cores
 from ssl_kit.core.owned import check_output, record_in
 from ssl_kit.core.random import permutation
 from ssl_kit.core.reading import reading_in
+from ssl_kit.core.sealed import Entries
 from ssl_kit.core.settings import verb
 from ssl_kit.data.decode import decode
 from ssl_kit.data.limits import BadImageError
@@ -92,7 +93,7 @@ class Settings:
 
 
 @verb(Settings)
-def duplicates(settings: Settings) -> dict[str, Any]:
+def duplicates(settings: Settings) -> Entries:
     """Find groups of images that show the same picture, and outliers; or leaks between two embeddings folders.
 
     A few groups and outliers are left in the run that made the encoder, for its report.
@@ -157,7 +158,7 @@ def _neighbours(a: Embeddings, b: Embeddings) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([scores for scores, _ in made]), np.concatenate([rows for _, rows in made])
 
 
-def _limits(folder: Path, a: Embeddings, threshold: float | None, encoder: str | None) -> tuple[Limits, dict[str, Any]]:
+def _limits(folder: Path, a: Embeddings, threshold: float | None, encoder: str | None) -> tuple[Limits, Entries]:
     """The limits and how they were found: from planted copies of a sample of the images."""
     sample = np.sort(permutation(0, 0, len(a), _STREAM_SAMPLE)[:_PLANTED])
     originals = {int(row): picture(a.info, a.ids[row], None) for row in sample}
@@ -275,7 +276,7 @@ def _look_at(embeddings: Embeddings, row: int) -> _Look | None:
     return _Look(hashlib.sha256(data).digest(), pixels, thumbnail(image))
 
 
-def _grouped(a: Embeddings, found: list[Pair], far: np.ndarray, outliers: int) -> dict[str, Any]:
+def _grouped(a: Embeddings, found: list[Pair], far: np.ndarray, outliers: int) -> Entries:
     """The groups as records, of each the first image the one to keep; and the images with the largest `far` (N,)."""
     sets = groups(np.array([pair[:2] for pair in found], np.int64).reshape(-1, 2), len(a))
     best: dict[int, tuple[float, str]] = {}
@@ -295,7 +296,7 @@ def _grouped(a: Embeddings, found: list[Pair], far: np.ndarray, outliers: int) -
     }
 
 
-def _leaks(a: Embeddings, b: Embeddings, found: list[Pair]) -> dict[str, Any]:
+def _leaks(a: Embeddings, b: Embeddings, found: list[Pair]) -> Entries:
     listed = [
         {"id": a.ids[one], "other": b.ids[two], "cosine": round(score, 4), "kind": kind}
         for one, two, score, kind in found
@@ -305,7 +306,7 @@ def _leaks(a: Embeddings, b: Embeddings, found: list[Pair]) -> dict[str, Any]:
     return {**sizes, "leaks": listed}
 
 
-def _tell(record: dict[str, Any]) -> None:
+def _tell(record: Entries) -> None:
     limit = record["limits"]
     if limit["by"] == "pictures":
         say(
@@ -331,7 +332,7 @@ def _tell(record: dict[str, Any]) -> None:
         table(title, head, [["pairs", *kinds]])
 
 
-def _write_csv(path: Path, record: dict[str, Any]) -> None:
+def _write_csv(path: Path, record: Entries) -> None:
     """One line per image of a group and per outlier, or per leak."""
     if record["other"] is not None:
         columns = ("id", "other", "cosine", "kind")
@@ -346,7 +347,7 @@ def _write_csv(path: Path, record: dict[str, Any]) -> None:
     write_csv(path, ("group", "id", "cosine", "kind", "keep"), [*members, *far])
 
 
-def _draw(path: Path, a: Embeddings, b: Embeddings, record: dict[str, Any]) -> None:
+def _draw(path: Path, a: Embeddings, b: Embeddings, record: Entries) -> None:
     """A strip per group or leak, then one of the outliers."""
     from ssl_kit.report.page import strip_html
 
@@ -381,7 +382,7 @@ def _run_of(a: Embeddings) -> Path | None:
     return run if same else None
 
 
-def _draw_for_report(run: Path, a: Embeddings, record: dict[str, Any]) -> None:
+def _draw_for_report(run: Path, a: Embeddings, record: Entries) -> None:
     """The largest groups and the farthest outliers, as RUN/pictures/duplicates.json."""
     from ssl_kit.report.pictures import draw_duplicates
 

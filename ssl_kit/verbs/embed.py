@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,7 +16,7 @@ from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import MANIFEST, read_manifest
 from ssl_kit.core.owned import Former, check_place
 from ssl_kit.core.reading import Function
-from ssl_kit.core.sealed import LARGE_JSON
+from ssl_kit.core.sealed import LARGE_JSON, Entries
 from ssl_kit.core.settings import verb
 from ssl_kit.data.listing import escape_path
 from ssl_kit.data.opening import open_source, places
@@ -64,7 +63,7 @@ class Settings:
 
 
 @verb(Settings)
-def embed(settings: Settings) -> dict[str, Any]:
+def embed(settings: Settings) -> Entries:
     """Turn images into feature vectors; writes an embeddings folder. The same command again goes on after a stop."""
     folder = Path(settings.out)
     part = parse_shard(settings.shard) if settings.shard is not None else None
@@ -137,7 +136,7 @@ def _put_back_unless_begun(replaced: Former) -> Iterator[None]:
         raise
 
 
-def _completed(folder: Path, out: str, done: Embedded, record: dict[str, Any]) -> dict[str, Any]:
+def _completed(folder: Path, out: str, done: Embedded, record: Entries) -> Entries:
     """Says what the finished folder holds, and records it."""
     manifest = read_manifest(folder, verify=False, limit=LARGE_JSON)
     size = sum((folder / name).stat().st_size for name in (*manifest["files"], MANIFEST))
@@ -154,7 +153,7 @@ def _completed(folder: Path, out: str, done: Embedded, record: dict[str, Any]) -
     return {name: manifest[name] for name in ("rows", "dims", "skipped")} | {"bytes": size}
 
 
-def _waiting(folder: Path, done: Embedded, record: dict[str, Any], source: Source) -> dict[str, Any]:
+def _waiting(folder: Path, done: Embedded, record: Entries, source: Source) -> Entries:
     """Says which parts are still to come."""
     rate = f"{record['images_per_second']:,.0f} images/s"
     result(

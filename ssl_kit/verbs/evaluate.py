@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from ssl_kit.core.files import append_line, write_csv
 from ssl_kit.core.locking import lock
 from ssl_kit.core.owned import check_place, record_in
 from ssl_kit.core.reading import Function, Reading
+from ssl_kit.core.sealed import Entries
 from ssl_kit.core.settings import verb
 from ssl_kit.data.opening import open_labelled, places
 from ssl_kit.data.sources import Source
@@ -99,7 +100,7 @@ class Settings:
 
 
 @verb(Settings)
-def evaluate(settings: Settings) -> dict[str, Any]:
+def evaluate(settings: Settings) -> Entries:
     """Score features on labelled images, beside pixels, PCA and the untrained network.
 
     Everything that can be chosen (k, temperature, l2) is chosen on a part of train; test is read once.
@@ -213,7 +214,7 @@ class _Opened:
         return self._parts[key]
 
 
-def _one(asked: _Asked, folder: Path, opened: _Opened, options: _Options) -> tuple[Scored, dict[str, Any]]:
+def _one(asked: _Asked, folder: Path, opened: _Opened, options: _Options) -> tuple[Scored, Entries]:
     """Scores one encoder: features one kind after the other, then what they have in common."""
     started, seed = time.perf_counter(), options.seed
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -18,6 +18,7 @@ from ssl_kit.core.machine import Precision, Switch, keep_memory, lightning_preci
 from ssl_kit.core.owned import check_place
 from ssl_kit.core.process import Signals
 from ssl_kit.core.reading import Function, reading_of
+from ssl_kit.core.sealed import Entries
 from ssl_kit.core.settings import verb
 from ssl_kit.data.fingerprint import fingerprint
 from ssl_kit.data.listing import write_skipped
@@ -102,7 +103,7 @@ class Settings:
 
     data: list[str] | str
     _: KW_ONLY
-    method: dict[str, Any] | None = None
+    method: Entries | None = None
     views: ViewRecipe = ViewRecipe()  # noqa: RUF009 (frozen)
     run: str | None = None
     resume: bool = False
@@ -133,7 +134,7 @@ class Settings:
     diagnose: bool = False
     wandb: bool = False
     tensorboard: bool = False
-    trainer: dict[str, Any] | None = None
+    trainer: Entries | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -148,7 +149,7 @@ class Settings:
 
 
 @verb(Settings)
-def pretrain(settings: Settings) -> dict[str, Any]:
+def pretrain(settings: Settings) -> Entries:
     """Train an encoder on images without labels; writes a run folder.
 
     Returns:
