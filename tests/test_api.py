@@ -6,9 +6,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import ssl_kit
@@ -212,15 +209,6 @@ def test_the_package_shows_its_verbs_and_prints_no_commands(images, tmp_path, ca
         ssl_kit.pretrain(images[0], epoch=1)
     with pytest.raises(UserError, match="no recipe file or packaged recipe is called 'byoll'"):
         ssl_kit.pretrain(images[0], recipe="byoll")
-
-
-def test_a_pipeline_of_scikit_learn():
-    images, labels = load_digits(return_X_y=True)
-    options = {"batch_size": 64, "views": {"flip_x": 0.0}}
-    features = ssl_kit.SSLTransformer(epochs=2, image_shape=(8, 8), options=options)
-    classifier = make_pipeline(features, LogisticRegression(max_iter=2_000)).fit(images[:1200], labels[:1200])
-    assert classifier.score(images[1200:], labels[1200:]) > 0.7  # chance is 0.1
-    assert features.fit(images[:100]).transform(images[:7]).shape == (7, features.encoder_.dim)
 
 
 @parametrize_with_checks([ssl_kit.SSLTransformer("vae", epochs=1, options=QUICK)])
