@@ -37,6 +37,10 @@ _COMMON = (
     ("--json", "print one JSON document on stdout; everything else goes to stderr"),
     ("--quiet", "print results and warnings only"),
     ("--help", "this text"),
+    (
+        "--encoder MODULE:FUNCTION",
+        "a network of your own, to train or that a folder names; with --allow MODULE",
+    ),
     ("--help-all", "every option with its type, those of the method and the trainer included (slow)"),
 )
 _RECIPE = (
@@ -182,10 +186,12 @@ def _parse(verb: str, settings: type, rest: list[str], everything: bool) -> Entr
         allowed_function,
         brief,
         check_class_paths,
+        data_of,
         last_of_each_pair,
         read_how,
         read_recipe,
         restrict_imports,
+        with_network,
         without_places,
     )
 
@@ -193,6 +199,7 @@ def _parse(verb: str, settings: type, rest: list[str], everything: bool) -> Entr
     rest = _joined(rest, settings)
     rest, allow = _taken(rest, ("--allow",))
     rest, readers = _taken(rest, ("--reader",) if "reader" in settings.__annotations__ else ())
+    rest = with_network(*_taken(rest, ("--encoder",)), allow, verb)
     rest, recipes = _taken(rest, ("-c", "--config"))
     own = _own_recipe(rest) if "--resume=true" in rest else None  # a resumed run needs nothing said again
     restrict_imports(allow)
@@ -227,7 +234,7 @@ def _parse(verb: str, settings: type, rest: list[str], everything: bool) -> Entr
     if readers:
         values["reader"] = allowed_function(readers[-1], allow, "reader")
     if "data" in values:
-        values["data"] = _data(values["data"], named)
+        values["data"] = data_of(values["data"], named)
     return values
 
 
@@ -271,19 +278,6 @@ def _instantiated(parser: ArgumentParser, parsed: Namespace) -> Entries:
         usual = parser.get_defaults().trainer.as_dict()
         values["trainer"] = {key: value for key, value in trainer.as_dict().items() if value != usual[key]}
     return values
-
-
-def _data(given: list[str] | str | None, named: list[str] | str | None) -> list[str] | str:
-    """The positional DATA wins over a recipe's, and says so."""
-    if isinstance(given, list):
-        given = given[0] if len(given) == 1 else given or None
-    if given is None and named is None:
-        raise UserError("no DATA was given: name a folder of images, a manifest or a built-in set")
-    if given is not None and named is not None and given != named:
-        from ssl_kit.core.console import say
-
-        say(f"data: {given} (the recipe's {named} is not used)")
-    return given if given is not None else named if isinstance(named, list) else str(named)
 
 
 def _underscored(argument: str) -> str:

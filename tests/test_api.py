@@ -9,6 +9,7 @@ from PIL import Image
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import ssl_kit
+from ssl_kit import cli
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.reading import GREY, RGB
 from ssl_kit.data.opening import open_labelled, open_source
@@ -189,6 +190,28 @@ def test_a_network_of_ones_own_is_trained_kept_and_loaded(images, tmp_path, reci
             ssl_kit.load_run(run.folder).embed(images[0][:4])
     again = ssl_kit.load_run(run.folder, encoder=Tiny)
     assert np.array_equal(np.asarray(again.embed(images[0][:4])), features)
+
+
+def test_a_network_of_ones_own_on_the_command_line(images, tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n\n\nclass Mine(nn.Sequential):\n    dim = 6\n\n\n"
+        "def make():\n    return Mine(nn.Conv2d(3, 6, 3, 2))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for row, image in enumerate(images[0][:20]):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "photos" / f"{row:02d}.png")
+    place, own = [str(tmp_path / "photos"), "--run", str(tmp_path / "run")], ["--encoder", "mine:make"]
+    steps = ["--trainer.max_steps", "1", "--batch-size", "8"]
+    assert cli.main(["pretrain", *place, *steps, *own]) == 2
+    assert "if you trust mine, add --allow mine" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert cli.main(["pretrain", *place, *steps, *own, "--allow", "mine"]) == 0
+    embed = ["embed", str(tmp_path / "run"), str(tmp_path / "photos"), "--out", str(tmp_path / "emb")]
+    with monkeypatch.context() as patch:
+        patch.setattr("timm.is_model", lambda name: False)  # as in another process
+        assert cli.main(embed) == 2
+        assert "no timm model is called 'mine'" in capsys.readouterr().err
+    assert cli.main([*embed, *own, "--allow", "mine"]) == 0
 
 
 def test_a_network_states_its_features():

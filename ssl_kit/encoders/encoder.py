@@ -311,7 +311,8 @@ def _create_timm(name: str, args: Entries, image_size: tuple[int, int], channels
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise UserError(
             f"no timm model is called {name!r}; nearest: {', '.join(near) or 'none'} (timm.list_models()); a network "
-            "of your own is named to Python first: ssl_kit.load_run(RUN, encoder=NETWORK)"
+            "of your own must be given: --encoder MODULE:FUNCTION --allow MODULE, or "
+            "ssl_kit.load_run(RUN, encoder=NETWORK)"
         )
     check_sizes(image_size, channels)
     check_arguments(args, f"encoder.args of {name}")

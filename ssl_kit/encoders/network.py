@@ -68,7 +68,7 @@ def register(network: Network, name: str | None = None) -> str:
     Args:
         network: a module with a number `dim`, the length of its features (B, dim); or a function that makes one. Of a
             module copies with fresh weights are made.
-        name: by default that of its class or function.
+        name: by default that of its class.
 
     Returns:
         The name: letters, digits and underscores, lower case.
@@ -77,10 +77,11 @@ def register(network: Network, name: str | None = None) -> str:
         UserError: it has no `dim`, or timm has a model of that name.
     """
     make = network if not isinstance(network, nn.Module) else lambda: _fresh(network)
-    plain = re.sub(r"\W", "_", name or str(getattr(network, "__name__", type(network).__name__))).lower()
+    one = network if isinstance(network, nn.Module) else network()
+    plain = re.sub(r"\W", "_", name or type(one).__name__).lower()
     if timm.is_model(plain) and plain not in _GIVEN:
         raise UserError(f"timm has a model called {plain!r}: give the network another name")
-    dim = getattr(network if isinstance(network, nn.Module) else make(), "dim", None)
+    dim = getattr(one, "dim", None)
     if not isinstance(dim, int) or dim < 1:
         raise UserError(f"{plain} states no `dim`: wanted a number, the length of its features (B, dim)")
     if plain not in _GIVEN:

@@ -13,6 +13,7 @@ import importlib
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import yaml
 from jsonargparse import set_parsing_settings
@@ -21,9 +22,13 @@ import ssl_kit
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.sealed import Entries
 
+if TYPE_CHECKING:
+    from ssl_kit.encoders.network import Network
+
 _MAX_BYTES = 2**17  # of a recipe; the longest packaged one has 2 kB
 _DEEPEST = 30  # lists and mappings inside each other
 _MOST_OPEN = 100  # brackets; the scanner looks at all open ones for every word of a line: 1,000 take it a second
+_FUNCTION = re.compile(r"\w+(\.\w+)*:\w+")
 _OWN_PATH = re.compile(r"ssl_kit(?:\.\w+)+")
 # What says where a run goes and with whom it talks, not how it learns: for the command line only
 _PLACES = ("run", "out", "html", "csv", "json", "resume", "overwrite", "allow", "reader", "wandb", "tensorboard")
@@ -178,7 +183,7 @@ def allowed_function(name: str, allow: Sequence[str], option: str) -> Callable[.
         UserError: it is no such name, of a module that is not allowed, or not there. Nothing was imported before that.
     """
     module, _, function = name.partition(":")
-    if not re.fullmatch(r"\w+(\.\w+)*:\w+", name):
+    if not _FUNCTION.fullmatch(name):
         raise UserError(f"--{option} {name!r}: wanted module:function")
     if not any(f"{module}.".startswith(f"{allowed}.") for allowed in allow):
         raise UserError(f"--{option} {name} is code that would be run; if you trust {module}, add --allow {module}")
@@ -187,6 +192,36 @@ def allowed_function(name: str, allow: Sequence[str], option: str) -> Callable[.
     except (ImportError, AttributeError) as error:
         raise UserError(f"--{option} {name}: {error}; the module must be installed, or on PYTHONPATH") from error
     return found
+
+
+def data_of(given: list[str] | str | None, named: list[str] | str | None) -> list[str] | str:
+    """The positional DATA wins over a recipe's, and says so."""
+    if isinstance(given, list):
+        given = given[0] if len(given) == 1 else given or None
+    if given is None and named is None:
+        raise UserError("no DATA was given: name a folder of images, a manifest or a built-in set")
+    if given is not None and named is not None and given != named:
+        from ssl_kit.core.console import say
+
+        say(f"data: {given} (the recipe's {named} is not used)")
+    return given if given is not None else named if isinstance(named, list) else str(named)
+
+
+def with_network(rest: list[str], given: list[str], allow: Sequence[str], verb: str) -> list[str]:
+    """The options of a command line in which `--encoder module:function` names a network of one's own.
+
+    It is made known by the name of its class, which is what an encoder folder says of it; `pretrain` trains it. Any
+    other value of `--encoder` stays an option of the verb.
+    """
+    for value in given:
+        if Path(value).exists() or not _FUNCTION.fullmatch(value):
+            rest = [*rest, f"--encoder={value}"]
+            continue
+        from ssl_kit.encoders.network import register
+
+        name = register(cast("Network", allowed_function(value, allow, "encoder")))
+        rest = [*rest, f"--method.encoder.name={name}"] if verb == "pretrain" else rest
+    return rest
 
 
 def restrict_imports(allow: Sequence[str] = ()) -> None:
