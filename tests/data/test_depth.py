@@ -62,7 +62,7 @@ def test_rgb_tiff_of_any_depth_and_layout(bits, layout):
     assert np.array_equal(decode(data, GREY).image[:, :, 0], scaled(grey, bits))
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16, np.float32])
 def test_white_is_zero_at_any_depth(dtype):
     values = np.linspace(0, 1, 35).reshape(5, 7)
     values = values.astype(dtype) if dtype is np.float32 else (values * np.iinfo(dtype).max).astype(dtype)
@@ -128,11 +128,12 @@ def test_pages_as_channels_or_the_first_of_them():
 @pytest.mark.parametrize("dtype", [np.float32, np.int16])
 def test_no_data_is_left_out_and_black(dtype):
     values = (noise(30, 40) % 900).astype(dtype)
-    values[:3] = -9999
-    data = tif(values, extratags=[(42113, "s", 0, "-9999", True)])
     reading = GREY.within({ANY: ((0, 899),)})
-    got = decode(data, reading).image[:, :, 0]
-    assert (got[:3] == 0).all() and len(np.unique(got[3:])) == len(np.unique(values[3:]))
+    for nodata in (-9999, 5000):
+        values[:3] = nodata
+        data = tif(values, extratags=[(42113, "s", 0, f"{nodata}", True)])
+        got = decode(data, reading).image[:, :, 0]
+        assert (got[:3] == 0).all() and len(np.unique(got[3:])) == len(np.unique(values[3:]))
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import DamagedError, sha256, write_sealed
+from ssl_kit.core.reading import Reading
 from ssl_kit.core.sealed import read_sealed
 from ssl_kit.encoders import Encoder, find_encoder
 from ssl_kit.encoders.encoder import initialise
@@ -105,6 +106,18 @@ def test_fresh_has_other_weights_and_the_same_preprocessing(encoder):
     assert fresh.preprocessing() == encoder.preprocessing() and fresh.dim == encoder.dim
     assert not torch.equal(fresh(images(encoder)), encoder(images(encoder)))
     assert torch.equal(fresh(images(encoder)), encoder.fresh(seed=1)(images(encoder)))
+
+
+def test_which_bands_and_values_are_meant_travels_in_the_folder(tmp_path):
+    made = Encoder("resnet18_small", {"channels": [4, 4, 4, 4]}, (16, 16), 2)
+    made.reading = Reading(2, ("red", "nir")).within({"uint16": ((0, 4095), (3, 900))})
+    made.save(tmp_path / "encoder")
+    assert Encoder.load(tmp_path / "encoder").reading == made.reading == made.fresh().reading
+    record = read_sealed(tmp_path / "encoder" / "encoder.json")
+    record["preprocessing"]["range"] = {"uint16": [[9, 1]]}
+    write_sealed(tmp_path / "encoder" / "encoder.json", record)
+    with pytest.raises(DamagedError, match=r"range is .*; wanted \[low, high\]"):
+        Encoder.load(tmp_path / "encoder")
 
 
 def test_a_standard_resnet_needs_nothing_of_ours_to_load(tmp_path):
