@@ -16,12 +16,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ssl_kit import methods
 from ssl_kit.core.console import spoken
 from ssl_kit.core.errors import UserError
-from ssl_kit.core.files import read_json
+from ssl_kit.core.files import MANIFEST, read_json, read_manifest
 from ssl_kit.core.owned import RUN
-from ssl_kit.core.sealed import Entries
+from ssl_kit.core.sealed import LARGE_JSON, Entries
 from ssl_kit.data.opening import Data, open_source
 from ssl_kit.embeddings.embeddings import Embeddings
 from ssl_kit.embeddings.embeddings import embed as embedded
@@ -103,10 +105,16 @@ class Run(dict[str, Any]):
         """
         kept = self.folder / "embeddings" if data is None and out is None else out
         if kept is None:
+            if options:
+                raise TypeError(f"embed() takes {', '.join(options)} only with out=, where the features are kept")
+            one = isinstance(data, np.ndarray) and data.ndim == 3 and data.shape[-1] == self.encoder.channels
             with spoken(False):
-                source = open_source(data, reading=self.encoder.reading, least=1)
+                source = open_source([data] if one else data, reading=self.encoder.reading, least=1)
             return embedded(self.encoder, source)
-        if not (Path(kept) / "manifest.json").is_file():
+        if (Path(kept) / MANIFEST).is_file():
+            made = read_manifest(Path(kept), verify=False, limit=LARGE_JSON).get("encoder_sha256")
+            options["overwrite"] = data is not None or made != self.encoder.sha256
+        if options.get("overwrite") is not False:
             embed(str(self.folder), self._data(data), out=str(kept), verbose=False, **options)
         return Embeddings.load(kept)
 

@@ -223,6 +223,20 @@ def test_a_network_states_its_features():
             ssl_kit.pretrain(np.zeros((4, 8, 8), np.uint8), encoder=wrong)
 
 
+def test_kept_features_are_those_of_the_run_and_the_images(images, tmp_path):
+    options = {"epochs": 1, "verbose": False, "overwrite": True, **QUICK}
+    run = ssl_kit.pretrain(images[0], run=str(tmp_path / "run"), **options)
+    first = np.asarray(run.embed())
+    assert np.array_equal(np.asarray(run.embed()), first) and first.shape[0] == 60
+    again = ssl_kit.pretrain(255 - images[0][:20], run=str(tmp_path / "run"), **{**options, "seed": 1})
+    assert np.asarray(again.embed()).shape[0] == 20
+    assert again.search(255 - images[0][3], k=1)[0][0].id == "03"
+    assert [len(again.embed(images[0][:n], out=tmp_path / "other")) for n in (5, 9)] == [5, 9]
+    assert np.asarray(again.embed(images[0][4])).shape[0] == 1  # one image
+    with pytest.raises(TypeError, match="layers only with out="):
+        again.embed(images[0], layers=2)
+
+
 def test_the_package_shows_its_verbs_and_prints_no_commands(images, tmp_path, capsys):
     assert {"pretrain", "evaluate", "report", "views", "load_run", "SSLTransformer"} <= set(dir(ssl_kit))
     ssl_kit.views(images[0], out=str(tmp_path / "views.png"), count=2, image_size=8)

@@ -48,8 +48,14 @@ class Reading:
     function: Function | None = field(default=None, compare=False, repr=False)
 
     def limits(self, kind: str) -> Range | None:
-        """What becomes 0 and 1 of this kind of number; None = the ends of its depth."""
-        return self.ranges.get(kind, self.ranges.get(ANY))
+        """What becomes 0 and 1 of this kind of number; None = the ends of its depth.
+
+        Deep integers of another kind than was measured are the same values in another type.
+        """
+        found = self.ranges.get(kind, self.ranges.get(ANY))
+        if found is None and kind not in ("float", "uint8"):
+            found = next((one for other, one in self.ranges.items() if other not in ("float", "uint8")), None)
+        return found
 
     def within(self, ranges: Mapping[str, Range]) -> Reading:
         """The same with these ranges."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -16,7 +16,7 @@ from PIL import Image
 from ssl_kit.core.console import say
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.machine import fits_in_memory
-from ssl_kit.core.reading import Reading
+from ssl_kit.core.reading import ANY, Reading
 from ssl_kit.data import ranges
 from ssl_kit.data.decode import of_pillow
 from ssl_kit.data.labels import encode
@@ -58,8 +58,11 @@ def of_arrays(images: np.ndarray, names: Labels | None, reading: Reading, name: 
     ids = numbers(len(images))
     labels, classes = encode([None] * len(images) if names is None else list(names), name)
     try:
+        looked = (_samples(images[row]) for row in ranges.spread(len(images)))
         if measure:
-            reading = ranges.of_images(name, (_samples(images[row]) for row in ranges.spread(len(images))), reading)
+            reading = ranges.of_images(name, looked, reading)
+        elif images.dtype != np.uint8 and ANY not in reading.ranges:
+            ranges.check_images(name, looked, reading)
         count, height, width = images.shape[:3]
         if count:
             tall = pixels_of(_samples(images.reshape(count * height, width, -1)), reading)
@@ -125,11 +128,16 @@ def of_python(data: Any, reading: Reading, measure: bool, max_bad: float) -> Lis
     if labels is not None and len(labels) != len(images):
         raise UserError(f"{len(images):,} images but {len(labels):,} labels; wanted one label per image")
     if hasattr(images, "permute") and getattr(images, "ndim", 0) == 4:  # torch's order
-        images = images.permute(0, 2, 3, 1).cpu().numpy()
+        images = images.detach().permute(0, 2, 3, 1).cpu()
+        images = (images.float() if images.dtype.itemsize == 2 and images.is_floating_point() else images).numpy()
     if isinstance(images, np.ndarray):
         return of_arrays(images, labels, reading, "arrays", measure)
     if isinstance(images, list | tuple) and images and all(isinstance(one, str | Path) for one in images):
         return _of_files(list(map(Path, images)), labels, reading, max_bad)
+    if isinstance(images, Mapping) or hasattr(images, "iloc"):
+        raise UserError(
+            f"got a {type(images).__name__}; wanted images, or a .csv or .parquet file with a column of paths"
+        )
     if not hasattr(images, "__getitem__") or not hasattr(images, "__len__"):
         raise UserError(
             f"got {type(images).__name__}; wanted a folder, a table, arrays, a list or a data set with a length"

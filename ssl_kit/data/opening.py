@@ -24,7 +24,7 @@ from ssl_kit.core.console import progress, say, warn
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.machine import available_cores, fits_in_memory, in_order
 from ssl_kit.core.random import permutation
-from ssl_kit.core.reading import RGB, Reading
+from ssl_kit.core.reading import ANY, RGB, Reading
 from ssl_kit.data import manifests, ranges
 from ssl_kit.data.given import joined, of_arrays, of_python
 from ssl_kit.data.labels import Part, encode, folder_labels, part_of, stratified
@@ -95,7 +95,10 @@ def _opened(
     if labelled:
         _needs_labels(source)
     if not source.in_memory:
-        source = replace(source, reading=ranges.of_source(source)) if measure else source
+        if measure:
+            source = replace(source, reading=ranges.of_source(source))
+        elif ANY not in source.reading.ranges:  # what was typed is meant
+            ranges.check(source)
         source = _decoded(source, in_memory, threads or available_cores())
         _enough(source, least)
     say(_found(source))

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ssl_kit.core.console import say
+from ssl_kit.core.console import say, warn
 from ssl_kit.core.machine import available_cores
 from ssl_kit.core.random import permutation
 from ssl_kit.core.reading import Range, Reading
@@ -25,6 +25,7 @@ from ssl_kit.data.sources import Source
 _IMAGES, _FIRST = 2_048, 256  # that are looked at; so many tell whether there are deep ones at all
 _PIXELS = 2**14  # of each of them
 _CUT = (0.1, 99.9)  # percentiles that become 0 and 1
+_OUTSIDE = 1 / 4  # of the values: from here on it is told
 _FILLED = 1 / 4  # of the depth: from here on the full depth is the range
 
 
@@ -39,7 +40,12 @@ class _Seen(NamedTuple):
 
 def of_source(source: Source) -> Reading:
     """The source's reading with the range that its images fill, by at most 2,048 of them; says what it has found."""
-    rows = permutation(0, 0, len(source))[:_IMAGES]
+    return _told(source.name, _looked_at(source, _IMAGES), source.reading)
+
+
+def _looked_at(source: Source, most: int) -> list[_Seen]:
+    """What images show that are no plain ones of 8 bits, at most so many of them."""
+    rows = permutation(0, 0, len(source))[:most]
     reading = source.reading
 
     def look(row: int) -> _Seen | None:
@@ -57,7 +63,41 @@ def of_source(source: Source) -> Reading:
         seen = list(pool.map(look, rows[:_FIRST].tolist()))
         if any(seen):
             seen += pool.map(look, rows[_FIRST:].tolist())
-    return _told(source.name, [one for one in seen if one is not None], reading)
+    return [one for one in seen if one is not None]
+
+
+def check(source: Source) -> None:
+    """Warns where images use other values than the reading says, which somebody else's images have settled."""
+    _compared(source.name, _looked_at(source, _FIRST), source.reading)
+
+
+def check_images(name: str, images: Iterable[Samples], reading: Reading) -> None:
+    """As `check`, of images in memory."""
+    _compared(name, [_seen(samples, reading) for samples in images], reading)
+
+
+def _compared(name: str, seen: list[_Seen], reading: Reading) -> None:
+    by_kind = defaultdict(list)
+    for one in seen:
+        if one.kind != "uint8" and len(one.values):
+            by_kind[one.kind].append(one)
+    for kind, images in by_kind.items():
+        limits, found = reading.limits(kind), _range(images)
+        values = np.concatenate([one.values for one in images])
+        if limits is None:
+            if found is not None:
+                warn(
+                    f"{name}: {kind} values from {values.min():g} to {values.max():g} fill under a quarter of "
+                    "their depth: they will be nearly of one grey, for the encoder knows no range of such images"
+                )
+            continue
+        low, high = np.array(limits).T
+        outside = float(((values < low) | (values > high)).mean())
+        if outside > _OUTSIDE:
+            warn(
+                f"{name}: {100 * outside:.0f} % of the values lie outside the range that the encoder was trained on "
+                f"({low.min():g} to {high.max():g}): they are cut to its ends"
+            )
 
 
 def of_images(name: str, images: Iterable[Samples], reading: Reading) -> Reading:

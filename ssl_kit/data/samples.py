@@ -174,6 +174,11 @@ def _full(samples: Samples, reading: Reading) -> Range:
     """
     if samples.full is not None:
         return (samples.full,)
+    if samples.values.dtype.itemsize == 4 and samples.values.dtype.kind != "f" and not _fills(samples.values):
+        raise BadImageError(
+            f"{samples.what} of {samples.kind} from {samples.values.min()} to {samples.values.max()}, next to nothing "
+            "of its depth: convert it to 8 or 16 bits, or say --range LOW,HIGH"
+        )
     if samples.values.dtype.kind != "f":
         return (depth(samples.values.dtype, samples.bits),)
     ends = [0.0, 0.0]
@@ -188,6 +193,11 @@ def _full(samples: Samples, reading: Reading) -> Range:
             f"{low:.6g},{high:.6g}"
         )
     return ((0.0, 1.0),)
+
+
+def _fills(values: np.ndarray) -> bool:
+    """Whether 32-bit integers have more than 16 bits in them: otherwise they would all be one grey."""
+    return int(values.max()) - int(values.min()) > 2**16
 
 
 def depth(dtype: np.dtype[np.generic], bits: int) -> tuple[int, int]:

@@ -84,7 +84,8 @@ def read(data: bytes, reading: Reading) -> Samples:
             if several and page.samplesperpixel == 1 and reading.channels not in (1, 3):
                 return _stacked(file, page, data, reading.channels)
             note = "the first of several pages is read" if several else ""
-            return _samples(page, page.asarray(maxworkers=1), note)
+            plain = reading.channels in (1, 3) and not reading.bands
+            return _samples(page, page.asarray(maxworkers=1), note, plain)
     except BadImageError:
         raise
     except UNREADABLE as error:
@@ -163,7 +164,7 @@ def _oriented(page: tifffile.TiffPage) -> int:
     return value if value in range(1, 9) else 1
 
 
-def _samples(page: tifffile.TiffPage, values: np.ndarray, note: str = "") -> Samples:
+def _samples(page: tifffile.TiffPage, values: np.ndarray, note: str = "", plain: bool = False) -> Samples:
     """What a page's values mean."""
     count, bits = page.samplesperpixel, page.bitspersample
     if values.ndim == 2:
@@ -193,7 +194,7 @@ def _samples(page: tifffile.TiffPage, values: np.ndarray, note: str = "") -> Sam
             colours, opacity = 3, ""
         case _:
             raise BadImageError(f"TIFF of photometric interpretation {photometric} with {bits} bits, which is not read")
-    if len(extras) > bool(opacity) and photometric == _RGB and not note:
+    if len(extras) > bool(opacity) and photometric == _RGB and plain and not note:
         note = "samples beside RGB are left out"
     return Samples(
         values,

@@ -313,3 +313,20 @@ def test_pictures_of_pillow_are_read_as_their_files_are():
     assert np.array_equal(pixels_given(clear, RGB, "image"), decode(data.getvalue()).image)
     with pytest.raises(UserError, match="5 bands: --channels 5"):
         pixels_given(noise(9, 9, 5), RGB, "the image")
+
+
+def test_images_that_use_other_values_than_the_encoder_knows_are_told_of(tmp_path, capsys):
+    images = camera()
+    known = open_source(images, reading=GREY, measure=True).reading
+    same = open_source(images.astype(np.int32), reading=known)  # the same values in another type
+    assert np.array_equal(same.stack[0], open_source(images, reading=known).stack[0])
+    assert capsys.readouterr().err == ""
+    for n, image in enumerate(images):
+        tifffile.imwrite(tmp_path / f"{n:02d}.tif", image)
+    for data in (images, tmp_path):
+        open_source(data, reading=GREY)
+        assert "uint16 values from 0 to 4095 fill under a quarter" in capsys.readouterr().err
+    open_source(images * 16, reading=known)
+    assert "of the values lie outside the range that the encoder was trained on" in capsys.readouterr().err
+    with pytest.raises(UserError, match="next to nothing of its depth"):
+        open_source(images.astype(np.int32), reading=GREY)
