@@ -37,7 +37,8 @@ class Settings:
         data: folder (searched recursively), .csv or .parquet manifest with a `path` column, or a built-in set.
         out: the picture to write.
         views: what may happen to an image, as in a recipe.
-        image_size: side of a view in pixels; default: the shorter side of the first image, at most 224.
+        image_size: side of a view in pixels, the shorter of two; default: the shorter side of the first image, at most
+            224.
         channels: of the images: 3, 1, as many as a TIFF or array has bands, or names of bands: red,nir.
         range: of images of more than 8 bits: auto, full or LOW,HIGH; see `ssl-kit pretrain --help`.
         count: originals, one row each.
@@ -50,7 +51,7 @@ class Settings:
     _: KW_ONLY
     out: str = "views.png"
     views: ViewRecipe = ViewRecipe()  # noqa: RUF009 (frozen)
-    image_size: int | None = None
+    image_size: int | tuple[int, int] | None = None
     channels: int | str = 3
     range: str = "auto"
     count: int = 8
@@ -69,7 +70,8 @@ def views(settings: Settings) -> Entries:
     source = open_source(settings.data, reading=reading, measure=measure, in_memory=False)
     chosen = _decodable(source, settings.count)
     images, rows = list(chosen.values()), np.array(list(chosen), np.int64)
-    side = settings.image_size or min(_LARGEST_DEFAULT, *images[0].shape[:2])
+    asked = settings.image_size  # a run's recipe has both sides
+    side = min(asked) if isinstance(asked, list | tuple) else asked or min(_LARGEST_DEFAULT, *images[0].shape[:2])
     views = views.fitted("simclr", (side, side), source.channels)
     drawn = views.build((side, side), source.channels, settings.views_per_image)
     grid = _grid(images, rows, drawn, side, settings.seed, settings.epoch)

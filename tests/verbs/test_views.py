@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ssl_kit import cli
 from ssl_kit.core.errors import UserError
 from ssl_kit.verbs.views import views
 from ssl_kit.views.host import apply_host
@@ -53,3 +54,11 @@ def test_mistakes_are_named(folder: Path) -> None:
         views(str(folder), count=0)
     with pytest.raises(UserError, match="hue need 3 channels"):
         views(str(folder), out=str(folder.parent / "x.png"), views=ViewRecipe(hue=0.1), channels=1)
+
+
+def test_the_recipe_of_a_run_says_its_size_by_two_sides(folder: Path) -> None:
+    recipe = folder.parent / "recipe.yaml"
+    recipe.write_text("{image_size: [16, 16], views: {preset: mae}}")
+    out = folder.parent / "views.png"
+    assert cli.main(["views", str(folder), "-c", str(recipe), "--out", str(out), "--count", "1"]) == 0
+    assert Image.open(out).size == (9 * 20 + 4, 20 + 4)
