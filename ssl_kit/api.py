@@ -112,8 +112,9 @@ class Run(dict[str, Any]):
                 source = open_source([data] if one else data, reading=self.encoder.reading, least=1)
             return embedded(self.encoder, source)
         if (Path(kept) / MANIFEST).is_file():
-            made = read_manifest(Path(kept), verify=False, limit=LARGE_JSON).get("encoder_sha256")
-            options["overwrite"] = data is not None or made != self.encoder.sha256
+            made = read_manifest(Path(kept), verify=False, limit=LARGE_JSON)
+            same = made.get("encoder_sha256") == self.encoder.sha256 and made.get("layers") == 1
+            options["overwrite"] = data is not None or bool(options) or not same
         if options.get("overwrite") is not False:
             embed(str(self.folder), self._data(data), out=str(kept), verbose=False, **options)
         return Embeddings.load(kept)

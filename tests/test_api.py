@@ -233,6 +233,8 @@ def test_kept_features_are_those_of_the_run_and_the_images(images, tmp_path):
     assert again.search(255 - images[0][3], k=1)[0][0].id == "03"
     assert [len(again.embed(images[0][:n], out=tmp_path / "other")) for n in (5, 9)] == [5, 9]
     assert np.asarray(again.embed(images[0][4])).shape[0] == 1  # one image
+    assert np.asarray(again.embed(layers=2)).shape == (20, 8)  # asked for otherwise than it is kept
+    assert np.asarray(again.embed()).shape == (20, again.encoder.dim)
     with pytest.raises(TypeError, match="layers only with out="):
         again.embed(images[0], layers=2)
 

@@ -21,7 +21,8 @@ from ssl_kit.core.errors import UserError
 Function: TypeAlias = Callable[[bytes, str], Any]
 Range: TypeAlias = tuple[tuple[float, float], ...]  # (low, high) of each channel, or one for all of them
 ANY = "any"  # a kind of number that stands for every one
-KINDS = (ANY, "float", "uint8", "int8", "uint16", "int16", "uint32", "int32")
+WIDE = ("uint32", "int32")
+KINDS = (ANY, "float", "uint8", "int8", "uint16", "int16", *WIDE)
 MAX_CHANNELS = 1_024
 _LONGEST_NAME = 100  # characters of a band's name, or of a reader's
 _READER = re.compile(r"[\w.]+:[\w.<>]+")
@@ -50,11 +51,11 @@ class Reading:
     def limits(self, kind: str) -> Range | None:
         """What becomes 0 and 1 of this kind of number; None = the ends of its depth.
 
-        Deep integers of another kind than was measured are the same values in another type.
+        Integers of 32 bits that were not met before are 16-bit values in another type.
         """
         found = self.ranges.get(kind, self.ranges.get(ANY))
-        if found is None and kind not in ("float", "uint8"):
-            found = next((one for other, one in self.ranges.items() if other not in ("float", "uint8")), None)
+        if found is None and kind in WIDE:
+            found = next((self.ranges[other] for other in ("uint16", "int16") if other in self.ranges), None)
         return found
 
     def within(self, ranges: Mapping[str, Range]) -> Reading:

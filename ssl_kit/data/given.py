@@ -192,9 +192,15 @@ def _of_items(items: Items, labels: Labels | None, reading: Reading, measure: bo
     if not len(items):
         raise UserError(f"{name} is empty; wanted at least 2 images")
     lazy = _Items(items, _picked(items), reading, name)
-    if measure:
-        looked = (_item_samples(lazy.both(int(row))[0]) for row in ranges.spread(len(items)))
-        lazy.reading = reading = ranges.of_images(name, (one for one in looked if one is not None), reading)
+    some = (_item_samples(lazy.both(int(row))[0]) for row in ranges.spread(len(items)))
+    looked = (one for one in some if one is not None)
+    try:
+        if measure:
+            lazy.reading = reading = ranges.of_images(name, looked, reading)
+        elif _item_samples(lazy.both(0)[0]) is not None and ANY not in reading.ranges:
+            ranges.check_images(name, looked, reading)
+    except BadImageError as error:
+        raise UserError(f"{name}: {error}") from error
     first = lazy[0]
     fits, why = fits_in_memory(first.nbytes * len(items))
     say(f"{name}: {why}: images are {'read once, into RAM' if fits else 'read when needed'}")

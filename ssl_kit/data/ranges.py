@@ -6,6 +6,7 @@ nearly black. Where a set fills less than a quarter of its depth, the range is t
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,13 +17,14 @@ import numpy as np
 from ssl_kit.core.console import say, warn
 from ssl_kit.core.machine import available_cores
 from ssl_kit.core.random import permutation
-from ssl_kit.core.reading import Range, Reading
+from ssl_kit.core.reading import WIDE, Range, Reading
 from ssl_kit.data.decode import samples_of
 from ssl_kit.data.limits import BadImageError
 from ssl_kit.data.samples import Samples, depth, measured
 from ssl_kit.data.sources import Source
 
 _IMAGES, _FIRST = 2_048, 256  # that are looked at; so many tell whether there are deep ones at all
+_CHECKED = 32  # that tell whether they use other values than an encoder knows
 _PIXELS = 2**14  # of each of them
 _CUT = (0.1, 99.9)  # percentiles that become 0 and 1
 _OUTSIDE = 1 / 4  # of the values: from here on it is told
@@ -68,22 +70,20 @@ def _looked_at(source: Source, most: int) -> list[_Seen]:
 
 def check(source: Source) -> None:
     """Warns where images use other values than the reading says, which somebody else's images have settled."""
-    _compared(source.name, _looked_at(source, _FIRST), source.reading)
+    _compared(source.name, _looked_at(source, _CHECKED), source.reading)
 
 
 def check_images(name: str, images: Iterable[Samples], reading: Reading) -> None:
     """As `check`, of images in memory."""
-    _compared(name, [_seen(samples, reading) for samples in images], reading)
+    _compared(name, [_seen(samples, reading) for samples in itertools.islice(images, _CHECKED)], reading)
 
 
 def _compared(name: str, seen: list[_Seen], reading: Reading) -> None:
-    by_kind = defaultdict(list)
-    for one in seen:
-        if one.kind != "uint8" and len(one.values):
-            by_kind[one.kind].append(one)
-    for kind, images in by_kind.items():
+    for kind, images in _by_kind(seen):
         limits, found = reading.limits(kind), _range(images)
         values = np.concatenate([one.values for one in images])
+        if not len(values):
+            continue
         if limits is None:
             if found is not None:
                 warn(
@@ -120,15 +120,13 @@ def _seen(samples: Samples, reading: Reading) -> _Seen:
 def _told(name: str, seen: list[_Seen], reading: Reading) -> Reading:
     for note, count in Counter(one.note for one in seen if one.note).items():
         say(f"{name}: {note}, in {count:,} of {len(seen):,} images looked at")
-    by_kind = defaultdict(list)
-    for one in seen:
-        if one.kind != "uint8":  # of 8 bits nothing is lost; the encoder normalises by mean and std
-            by_kind[one.kind].append(one)
-    ranges = {}
-    for kind, images in sorted(by_kind.items()):
+    ranges = dict[str, Range]()
+    for kind, images in _by_kind(seen):
         found = _range(images)
         low, high = images[0].full
         if found is None:
+            if kind in WIDE:  # else a dark image alone would look like 16-bit values in another type
+                ranges[kind] = ((low, high),)
             say(f"range of {kind}: {low:g} to {high:g}, the full depth (--range LOW,HIGH changes it)")
             continue
         ranges[kind] = found
@@ -139,6 +137,15 @@ def _told(name: str, seen: list[_Seen], reading: Reading) -> Reading:
             "which fill under a quarter of their depth; --range full or LOW,HIGH changes it)"
         )
     return reading.within(ranges)
+
+
+def _by_kind(seen: list[_Seen]) -> list[tuple[str, list[_Seen]]]:
+    """Images by their kind of number; of 8 bits nothing is lost, the encoder normalises by mean and deviation."""
+    found = defaultdict(list)
+    for one in seen:
+        if one.kind != "uint8":
+            found[one.kind].append(one)
+    return sorted(found.items())
 
 
 def _range(images: list[_Seen]) -> Range | None:

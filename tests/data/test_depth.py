@@ -326,7 +326,22 @@ def test_images_that_use_other_values_than_the_encoder_knows_are_told_of(tmp_pat
     for data in (images, tmp_path):
         open_source(data, reading=GREY)
         assert "uint16 values from 0 to 4095 fill under a quarter" in capsys.readouterr().err
+    pages = [image for image in images * 16]
+    open_source(images * 16, reading=known)
+    told = capsys.readouterr().err
+    open_source(pages, reading=known)  # a list of them
+    assert capsys.readouterr().err.partition(":")[2].partition(":")[2] == told.partition(":")[2].partition(":")[2]
     open_source(images * 16, reading=known)
     assert "of the values lie outside the range that the encoder was trained on" in capsys.readouterr().err
     with pytest.raises(UserError, match="next to nothing of its depth"):
         open_source(images.astype(np.int32), reading=GREY)
+
+
+def test_kinds_of_one_set_keep_their_own_ranges():
+    known = GREY.within({"int16": ((0, 900),)})
+    assert known.limits("uint16") is None and known.limits("int32") == ((0, 900),) and known.limits("float") is None
+    wide = np.random.default_rng(0).integers(-(2**31), 2**31, (10, 8, 8)).astype(np.int32)
+    wide[0] = 5  # one without a picture among them is no other kind
+    source = open_source(wide, reading=GREY, measure=True)
+    assert source.reading.ranges == {"int32": ((-(2**31), 2**31 - 1),)} and (source.stack[0][0] == 32768).all()
+    assert np.array_equal(open_source(wide[:3], reading=source.reading).stack[0], source.stack[0][:3])
