@@ -66,7 +66,8 @@ class ImageData(pl.LightningDataModule):
         self.chunk = None if contrastive_batch is None else batch_size
         self._per_process = contrastive_batch or batch_size
         self.images_per_step = images_per_step or self._per_process * world_size
-        self.steps_per_epoch = self._plan(0, world_size).steps_per_epoch
+        self.plan = self._plan(0, world_size)
+        self.steps_per_epoch = self.plan.steps_per_epoch
         self.total_steps = -1
         self.loader: ViewLoader | None = None
 
@@ -80,11 +81,10 @@ class ImageData(pl.LightningDataModule):
         """The stream of steps, from the trainer's own count of finished batches on."""
         trainer = self.trainer
         assert trainer is not None
-        plan = self._plan(trainer.global_rank, trainer.world_size)
-        progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+        self.plan = self._plan(trainer.global_rank, trainer.world_size)
         self.loader = ResumableLoader(
             self.source,
-            lambda: plan.batches(progress.total.processed),
+            lambda: self.plan.batches(self._done()),
             self.views,
             seed=self.seed,
             threads=self.threads,
@@ -93,6 +93,16 @@ class ImageData(pl.LightningDataModule):
             paired=self.paired,
         )
         return self.loader
+
+    def _done(self) -> int:
+        """Batches that training has finished."""
+        assert self.trainer is not None
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress
+        return int(progress.total.processed)
+
+    def images_of_each(self) -> list[int]:
+        """Of the batch at hand, of every process; empty where a file could turn out to be bad."""
+        return self.plan.images_of_each(self._done()) if self.source.in_memory else []
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Makes the views on the device when they are made there, and sets their memory format; of chunks, later."""

@@ -79,13 +79,25 @@ class TrainingPlan:
                 f"raise --{option} from {batch_size} to 2"
             )
 
+        self._bounds = np.linspace(0, count, self.steps_per_epoch + 1).round().astype(np.int64)  # of an epoch's steps
+
+    def images_of_each(self, step: int) -> list[int]:
+        """Of step number `step`, of every process, in rank order."""
+        step %= self.steps_per_epoch
+        share, more = divmod(int(self._bounds[step + 1] - self._bounds[step]), self.world_size)
+        return [share + (number < more) for number in range(self.world_size)]  # as np.array_split does
+
+    @property
+    def sizes(self) -> set[int]:
+        """How many images the steps of this process have: n, or n and n + 1."""
+        return {self.images_of_each(step)[self.rank] for step in range(self.steps_per_epoch)}
+
     def batches(self, start: int = 0) -> Iterator[Planned]:
         """All steps from number `start` on, without end."""
         for epoch in itertools.count(start // self.steps_per_epoch):
             order = permutation(self.seed, epoch, self.count)
-            bounds = np.linspace(0, self.count, self.steps_per_epoch + 1).round().astype(np.int64)
             for step in range(start - epoch * self.steps_per_epoch, self.steps_per_epoch):
-                begin, end = bounds[step : step + 2]
+                begin, end = self._bounds[step : step + 2]
                 whole = Planned(epoch, order[begin:end], _others(order, begin, end))
                 parts = np.array_split(whole.rows, self.world_size)
                 yield whole.part(parts[self.rank], sum(map(len, parts[: self.rank])))

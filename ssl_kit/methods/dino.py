@@ -112,7 +112,7 @@ class DINO(Method):
         """The teacher's scores (2B, K) as distributions."""
         with float32(scores):
             if self.balance == "sinkhorn":
-                return sinkhorn(scores, float(self.temperature_now))
+                return sinkhorn(scores, self.temperature_now)
             return (self.center(scores) / self.temperature_now).softmax(dim=1)
 
     def after_step(self, progress: float) -> None:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssl_kit.training.distributed import counts, sum_of_all
+from ssl_kit.training.distributed import sum_of_all
 
 Norm = Literal["batch", "layer"]
 _NORMS: dict[Norm, type[nn.Module]] = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
@@ -111,19 +111,19 @@ class Center(nn.Module):
         """Centred by the mean so far, into which these rows then enter while training."""
         centred = rows - self.mean
         if self.training:
-            batch = sum_of_all(rows.sum(dim=0)) / sum(counts(len(rows)))
-            self.mean.lerp_(batch, 1 - self.momentum)
+            total = sum_of_all(torch.cat([rows.sum(dim=0), rows.new_full((1,), len(rows))]))
+            self.mean.lerp_(total[:-1] / total[-1], 1 - self.momentum)
         return centred
 
 
 @torch.no_grad()
-def sinkhorn(scores: Tensor, temperature: float, iterations: int = 3) -> Tensor:
+def sinkhorn(scores: Tensor, temperature: float | Tensor, iterations: int = 3) -> Tensor:
     """Scores (B, K) to assignments (B, K): rows sum to 1, columns are alike over the images of all processes.
 
     Caron et al. 2020 (SwAV, arXiv:2006.09882), appendix A; in float32.
     """
     share = (scores.float() / temperature).exp()  # cosines over the temperature: 1 / 0.04 is far from overflow
-    total = sum(counts(len(scores)))
+    total = sum_of_all(share.new_full((), len(scores)))
     for _ in range(iterations):
         share = share / sum_of_all(share.sum(dim=0)) / share.shape[1]  # prototypes: 1 / K each
         share = share / share.sum(dim=1, keepdim=True) / total  # images: 1 / N each

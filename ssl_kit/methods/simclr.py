@@ -34,7 +34,7 @@ from ssl_kit.core.random import Key
 from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.methods.method import Method
 from ssl_kit.methods.parts import flatten_views, mlp
-from ssl_kit.training.distributed import others, world_size
+from ssl_kit.training.distributed import all_gather, counts, others, rank, world_size
 from ssl_kit.training.optim import Optim
 
 
@@ -111,7 +111,7 @@ def nt_xent(
         loss_i = -log( exp(s_ip) / (exp(s_ip) + sum_negatives exp(s_ij)) ) = -log sigmoid(s_ip - n_i),
         n_i = log sum_negatives exp(s_ij);    decoupled (DCL, Yeh et al. 2022): n_i - s_ip
 
-    `_LogNegatives` computes n without holding the 2B x 2B matrix s.
+    `_LogNegatives` computes n without holding the matrix s, `_whole` with it, where that is faster.
 
     With several processes the other processes' views are negatives too: the mean of the losses over the processes, each
     weighted by its share of the images, and its gradient, are those of one process on the joined batch.
@@ -136,18 +136,34 @@ def nt_xent(
     with torch.autocast(z.device.type, enabled=False):
         z = _unit(z.float() if z.dtype in (torch.bfloat16, torch.float16) else z)  # (2B, d)
         group = None if group is None else group.repeat(2)  # (2B,)
-        if len(z) <= _SMALL and world_size() == 1 and not decoupled:  # eq. 1 as it stands
-            s = (z @ z.T / temperature).fill_diagonal_(-math.inf)  # (2B, 2B); a view is not its own candidate
-            other = torch.arange(len(z), device=z.device).roll(len(z) // 2)
-            if group is not None:
-                s = s.masked_fill(_together(group, group).scatter(1, other[:, None], False), -math.inf)
-            return F.cross_entropy(s, other)
+        everywhere = counts(len(z), per_image=2)
+        if _fits(z, sum(everywhere)) and not decoupled:
+            return _whole(z, temperature, group, everywhere)
         positive = (z * z.roll(len(z) // 2, dims=0)).sum(dim=1) / temperature  # (2B,)
-        negative: Tensor = _LogNegatives.apply(z, temperature, bfloat16, group)  # (2B,)
+        negative: Tensor = _LogNegatives.apply(z, temperature, bfloat16, group, everywhere)  # (2B,)
         if decoupled and group is not None:
             negative = torch.where(negative.isneginf(), 0.0, negative)
         losses = negative - positive if decoupled else -F.logsigmoid(positive - negative)
         return losses.mean()
+
+
+def _fits(z: Tensor, candidates: int) -> bool:
+    """Whether the whole matrix of similarities is faster than blocks of it."""
+    if z.is_cpu:
+        return len(z) <= _SMALL and world_size() == 1
+    return len(z) * candidates <= _MOST
+
+
+def _whole(z: Tensor, temperature: float, group: Tensor | None, everywhere: list[int]) -> Tensor:
+    """Eq. 1 as it stands: unit rows (2B, d) of this process against those of all, M = sum(everywhere)."""
+    s = z @ all_gather(z, everywhere).T / temperature  # (2B, M)
+    own = sum(everywhere[: rank()]) if world_size() > 1 else 0  # where this process's rows begin
+    s.diagonal(own).fill_(-math.inf)  # a view is not its own candidate
+    other = own + torch.arange(len(z), device=z.device).roll(len(z) // 2)
+    if group is not None:
+        groups = all_gather(group, everywhere)
+        s = s.masked_fill(_together(group, groups).scatter(1, other[:, None], False), -math.inf)
+    return F.cross_entropy(s, other)
 
 
 def _together(rows: Tensor, others: Tensor) -> Tensor:
@@ -176,8 +192,9 @@ def _unit(z: Tensor) -> Tensor:
 # and processes exchange z, n and g, never s. Powers are of 2, because exp2 is four times as fast as exp on some CPUs
 # (torch hands exp to MKL).
 
-_SMALL = 512  # rows up to which the whole matrix is faster (64 rows: 0.4 against 1.1 ms, 256: 1.3 against 2.1)
-_BLOCK = 256  # rows
+_SMALL = 512  # rows up to which the whole matrix is faster on CPUs (64: 0.4 against 1.1 ms, 256: 1.3 against 2.1)
+_MOST = 2**26  # similarities up to which it is on accelerators (1,024 rows: 0.9 against 3.1 ms on an H200)
+_BLOCK, _DEVICE_BLOCK = 256, 1_024  # rows: what stays in a cache, what keeps an accelerator busy
 _SAFE = 60.0  # |s| in base 2 up to which powers, their sums and their reciprocals fit into float32: tau >= 0.024
 
 
@@ -185,6 +202,7 @@ class _Context(FunctionCtx):
     temperature: float
     bfloat16: bool
     group: Tensor | None
+    everywhere: list[int]
     saved_tensors: tuple[Tensor, Tensor, Tensor]
 
 
@@ -193,10 +211,11 @@ class _LogNegatives(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        context: _Context, z: Tensor, temperature: float, bfloat16: bool, group: Tensor | None = None
+        context: _Context, z: Tensor, temperature: float, bfloat16: bool, group: Tensor | None, everywhere: list[int]
     ) -> Tensor:
-        context.temperature, context.bfloat16 = temperature, bfloat16
-        candidates, group = _own_first(z), None if group is None else _own_first(group)
+        context.temperature, context.bfloat16, context.everywhere = temperature, bfloat16, everywhere
+        candidates = _own_first(z, everywhere)
+        group = None if group is None else _own_first(group, everywhere)
         context.group = group
         n = z.new_full((len(z),), -math.inf)  # base 2
         for here, s in _blocks(z, candidates, temperature, bfloat16, group):
@@ -214,15 +233,15 @@ class _LogNegatives(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(context: _Context, g: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(context: _Context, g: Tensor) -> tuple[Tensor, None, None, None, None]:
         z, candidates, n = context.saved_tensors
         temperature, bfloat16 = context.temperature, context.bfloat16
-        n, g = _own_first(torch.stack([n, g], dim=1)).unbind(dim=1)  # (M,) each
+        n, g = _own_first(torch.stack([n, g], dim=1), context.everywhere).unbind(dim=1)  # (M,) each
         if context.group is not None:  # where no negative is left g is 0, and 0 times infinity would be NaN
             n = torch.where(n.isneginf(), 0.0, n)
         scaled = g * torch.exp2(-n)
         gradient = torch.zeros_like(z)
-        weights = z.new_empty(_BLOCK * len(candidates))
+        weights = z.new_empty(_block(z) * len(candidates))
         low = candidates.bfloat16() if bfloat16 else candidates
         for here, s in _blocks(z, candidates, temperature, bfloat16, context.group):
             w, after = weights[: s.numel()].view_as(s), slice(here.start, None)
@@ -235,7 +254,7 @@ class _LogNegatives(torch.autograd.Function):
             w = w.to(low.dtype)
             gradient[here] += w @ low[after]
             gradient[here.stop :] += w[:, len(s) : len(z) - here.start].T @ low[here]
-        return gradient.div_(temperature), None, None, None
+        return gradient.div_(temperature), None, None, None, None
 
 
 def _blocks(
@@ -246,9 +265,10 @@ def _blocks(
     scaled = z / (temperature * math.log(2))
     if bfloat16:
         scaled, candidates = scaled.bfloat16(), candidates.bfloat16()
-    buffer = z.new_empty(_BLOCK * len(candidates))
-    for start in range(0, len(z), _BLOCK):
-        here = slice(start, min(start + _BLOCK, len(z)))
+    block = _block(z)
+    buffer = z.new_empty(block * len(candidates))
+    for start in range(0, len(z), block):
+        here = slice(start, min(start + block, len(z)))
         shape = (here.stop - start, len(candidates) - start)
         s = buffer[: math.prod(shape)].view(shape)
         if bfloat16:
@@ -263,9 +283,13 @@ def _blocks(
         yield here, s
 
 
-def _own_first(rows: Tensor) -> Tensor:
+def _block(z: Tensor) -> int:
+    return min(len(z), _BLOCK if z.is_cpu else _DEVICE_BLOCK)
+
+
+def _own_first(rows: Tensor, everywhere: list[int]) -> Tensor:
     """(2B, ...) of this process, then the rows of the others: (M, ...)."""
-    return torch.cat([rows, others(rows)]) if world_size() > 1 else rows
+    return torch.cat([rows, others(rows, everywhere)]) if world_size() > 1 else rows
 
 
 def _safe(temperature: float) -> bool:

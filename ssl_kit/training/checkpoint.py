@@ -38,7 +38,7 @@ from ssl_kit.core.owned import remove
 from ssl_kit.core.process import Signals
 from ssl_kit.core.sealed import sealed
 from ssl_kit.core.tensors import check_weights, read_tensors
-from ssl_kit.training.distributed import counts, world_size
+from ssl_kit.training.distributed import Word, exchange, world_size
 
 _FORMAT = 2  # 1 had the state of each callback apart
 _TENSORS, _REST = "state.safetensors", "state.json"
@@ -169,6 +169,7 @@ class Checkpoints:
 
     Attributes:
         stopped: the signal that ended training before its last step, or None.
+        heard: what several processes have said before this step.
     """
 
     def __init__(
@@ -182,6 +183,7 @@ class Checkpoints:
         self.folder, self.minutes, self.when_full = folder, minutes, when_full
         self.signals, self.saved = signals or Signals(), saved
         self.stopped: int | None = None
+        self.heard: list[Word] = []
         self._saved_at = time.monotonic()
         self._saved_step = 0  # what is on the disk, or need not be
 
@@ -190,14 +192,22 @@ class Checkpoints:
         self.signals.patient = True
         self.signals.take()
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+        self.heard = exchange(self.word())
         self._stop_if_asked(trainer)  # by a signal whose exception somebody has swallowed
+
+    def word(self) -> Word:
+        """What this process says: clocks differ, signals come to one, and all must save and stop at the same step."""
+        due = time.monotonic() - self._saved_at > 60 * self.minutes
+        return Word(signal=self.signals.received or 0, due=due)
 
     def after_step(self, trainer: pl.Trainer, healthy: Callable[[], bool]) -> None:
         """Saves when it is time, unless the newest step was bad: then a little later."""
         if _complete(trainer):
             return
-        stop, due = self._stop_if_asked(trainer), time.monotonic() - self._saved_at > 60 * self.minutes
-        if (stop or _first_of_all(due)) and healthy():  # else a resumed run makes the steps since the last again
+        if world_size() == 1:
+            self.heard = [self.word()]
+        stop = self._stop_if_asked(trainer)
+        if (stop or self.heard[0].due) and healthy():  # else a resumed run makes the steps since the last again
             self.save(trainer, needed=stop)
 
     def at_end(self, trainer: pl.Trainer) -> None:
@@ -245,7 +255,7 @@ class Checkpoints:
 
     def _stop_if_asked(self, trainer: pl.Trainer) -> bool:
         """Whether a signal, to any of the processes, asks to stop; then training ends at this step."""
-        number = max(counts(self.signals.received or 0))
+        number = max(word.signal for word in self.heard)
         if number:
             self.stopped, trainer.should_stop = number, True
         return bool(number)
@@ -254,11 +264,6 @@ class Checkpoints:
 def _complete(trainer: pl.Trainer) -> bool:
     """Whether this was the last step anyway."""
     return trainer.should_stop or trainer.global_step == trainer.max_steps
-
-
-def _first_of_all(flag: bool) -> bool:
-    """What the first process says: clocks differ, and all must save at the same step."""
-    return bool(counts(int(flag))[0]) if world_size() > 1 else flag
 
 
 class Generators(TypedDict):

@@ -62,7 +62,15 @@ class Data(Protocol):
     loader: Loader
 
 
-def data_of(trainer: pl.Trainer) -> Data:
+class PlannedData(Data, Protocol):
+    """Batches of a plan that all processes share."""
+
+    def images_of_each(self) -> list[int]:
+        """Of the batch at hand, of every process, where all know that; else empty."""
+        ...
+
+
+def data_of(trainer: pl.Trainer) -> PlannedData:
     """Where the batches of a training come from."""
     return trainer.datamodule  # type: ignore[attr-defined]
 

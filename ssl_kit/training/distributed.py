@@ -6,6 +6,7 @@ Slices of a batch may be unequal. Counts of rows are exchanged between the hosts
 program; the first one alone measures, draws, writes and speaks.
 
     joined        inside, they belong together; the one that fails first says why, the others end with it
+    exchange      all that the hosts tell each other after a step, at once
     wait          for what the first one does alone; so do Lightning's barriers
     broadcast    a value that the first one makes, for all
     all_gather_object      what each has found, for all
@@ -28,7 +29,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import lru_cache
-from typing import TypeAlias, TypeVar, cast
+from typing import NamedTuple, TypeAlias, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -46,8 +47,8 @@ Group: TypeAlias = "dist.ProcessGroup"  # a torch without it imports this file, 
 T = TypeVar("T")
 PATIENCE = timedelta(minutes=30)  # for what one process does alone
 
-
 _by_itself = False
+_images: list[int] = []  # of each process in the batch that they are at, where all know it
 
 
 def rank() -> int:
@@ -89,15 +90,50 @@ def leave() -> None:
     Nothing may hold a group beyond this. gloo's threads let go of the last tensors when they get to it; when that is
     while the interpreter ends, the process is aborted after all went well (SIGABRT, pytorch/pytorch#179291).
     """
+    _images.clear()
     patient_group.cache_clear()
     _host_group.cache_clear()
     dist.destroy_process_group()
 
 
-def counts(count: int, group: Group | None = None) -> list[int]:
-    """How many rows each process has, in rank order; `count` is this one's. Every process must call it."""
+class Word(NamedTuple):
+    """What a process says after a step: a signal to stop, whether a save is due, seconds of training."""
+
+    signal: int = 0
+    due: bool = False
+    seconds: float = 0.0
+
+
+def exchange(word: Word) -> list[Word]:
+    """The word of each process, in rank order: between the hosts, so that no accelerator waits."""
+    if world_size() == 1:
+        return [word]
+    parts = [torch.zeros(len(word), dtype=torch.float64) for _ in range(world_size())]
+    dist.all_gather(parts, torch.tensor(word, dtype=torch.float64), group=_host_group(dist.group.WORLD))
+    return [Word(int(signal), bool(due), seconds) for signal, due, seconds in (part.tolist() for part in parts)]
+
+
+def settle(images: list[int]) -> None:
+    """What `counts` is asked for rows of each image it answers by `images` of each process, until the next batch.
+
+    All processes must say the same; none ends it.
+    """
+    _images[:] = images
+
+
+def counts(count: int, group: Group | None = None, *, per_image: int | None = None) -> list[int]:
+    """How many rows each process has, in rank order; `count` is this one's. Every process must call it.
+
+    Args:
+        count: rows of this process.
+        group: that carries it; by default that of the hosts.
+        per_image: rows of each image of the batch, where every process has so many: then see `settle`.
+    """
     if world_size() == 1:
         return [count]
+    if per_image is not None and _images:
+        assert count == per_image * _images[rank()], (count, per_image, _images)
+        return [per_image * images for images in _images]
     parts = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
     dist.all_gather(parts, torch.tensor([count]), group=group or _host_group(dist.group.WORLD))
     return [int(part) for part in parts]
@@ -109,24 +145,26 @@ def share_weight(count: int) -> float:
     Data-parallel training averages gradients over W processes as if their slices were equal. A mean over n of N images
     times W * n / N makes that average the gradient of the mean over all N images; 1.0 for equal slices.
     """
-    everywhere = counts(count)
+    everywhere = counts(count, per_image=1)
     return count * len(everywhere) / sum(everywhere)
 
 
-def all_gather(rows: Tensor) -> Tensor:
+def all_gather(rows: Tensor, everywhere: list[int] | None = None) -> Tensor:
     """Joins the rows of all processes, in rank order, keeping the gradient: (n, ...) to (N, ...), n may differ.
+
+    `everywhere` is what `counts` gives of them, asked here if not given.
 
     Backward sums what every process's loss asks of these rows. Together with the averaging of parameter gradients over
     processes this is the gradient of the mean loss, as one process would have it on the joined batch.
     """
-    return _Gather.apply(rows) if world_size() > 1 else rows
+    return _Gather.apply(rows, everywhere or counts(len(rows))) if world_size() > 1 else rows
 
 
-def others(rows: Tensor) -> Tensor:
+def others(rows: Tensor, everywhere: list[int] | None = None) -> Tensor:
     """The rows of all other processes, in rank order, without gradient: (n, ...) to (N - n, ...)."""
     if world_size() == 1:
         return rows[:0]
-    parts = _all_rows(rows, counts(len(rows)))
+    parts = _all_rows(rows, everywhere or counts(len(rows)))
     return torch.cat([part for process, part in enumerate(parts) if process != rank()])
 
 
@@ -139,15 +177,6 @@ def rows_of_each(rows: Tensor) -> list[Tensor]:
         return [rows]
     group = patient_group(dist.group.WORLD)
     return _all_rows(rows, counts(len(rows), group), group)
-
-
-def largest(value: float) -> float:
-    """The largest of the processes' values, between the hosts: no accelerator waits for it."""
-    if world_size() == 1:
-        return value
-    most = torch.tensor([value], dtype=torch.float64)
-    dist.all_reduce(most, dist.ReduceOp.MAX, group=_host_group(dist.group.WORLD))
-    return most.item()
 
 
 def mean_of_all(values: Tensor) -> Tensor:
@@ -170,15 +199,15 @@ class _Counted(FunctionCtx):
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(context: _Counted, rows: Tensor) -> Tensor:
-        context.counts = counts(len(rows))
-        return torch.cat(_all_rows(rows, context.counts))
+    def forward(context: _Counted, rows: Tensor, everywhere: list[int]) -> Tensor:
+        context.counts = everywhere
+        return torch.cat(_all_rows(rows, everywhere))
 
     @staticmethod
-    def backward(context: _Counted, *gradients: Tensor) -> Tensor:
+    def backward(context: _Counted, *gradients: Tensor) -> tuple[Tensor, None]:
         total = gradients[0].contiguous()
         dist.all_reduce(total)  # sum: every process's loss depends on these rows
-        return total.split(context.counts)[rank()]
+        return total.split(context.counts)[rank()], None
 
 
 def _all_rows(rows: Tensor, everywhere: list[int], group: Group | None = None) -> list[Tensor]:

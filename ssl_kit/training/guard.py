@@ -86,14 +86,11 @@ class Guard:
         self._bad = torch.zeros_like(self.held)
         if scaled:
             self.patience = _SCALER_PATIENCE
-        kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-        for buffer in module.buffers():
-            kinds.setdefault((buffer.dtype, buffer.device), []).append(buffer)
-        self._buffers = list(kinds.values())
+        self._buffers = by_type(module.buffers())
 
     def before_step(self) -> None:
         """Copies the buffers before the first forward pass of an optimiser step."""
-        self._before = [_joined(group) for group in self._buffers]
+        self._before = [joined(group) for group in self._buffers]
         self._bad = self.spoilt
 
     def see(self, loss: Tensor) -> None:
@@ -113,7 +110,7 @@ class Guard:
         scale = scaler._get_scale_async() if scaler is not None and _skips(optimizer) else None
         if scale is not None:  # the optimiser divides by it itself
             norm = norm / scale
-        after = [_joined(group) for group in self._buffers]
+        after = [joined(group) for group in self._buffers]
         bad = self._bad | ~norm.isfinite()
         for values in after:
             if values.is_floating_point():
@@ -125,7 +122,7 @@ class Guard:
         self.held = bad | (self._state[_LONGEST] >= self.patience)
         self._state = _counted(self._state, bad, norm, step)
         for group, old, new in zip(self._buffers, self._before, after, strict=True):
-            _restore(group, torch.where(self.held.to(old.device), old, new))
+            restore(group, torch.where(self.held.to(old.device), old, new))
         self._hold(optimizer, gradients, norm, scaled=scaler is not None)
 
     def _hold(self, optimizer: Optimizer, gradients: list[Tensor], norm: Tensor, *, scaled: bool) -> None:
@@ -137,8 +134,7 @@ class Guard:
         elif _skips(optimizer):
             vars(optimizer).update(found_inf=self.held.float())
         else:  # a scaler has looked already: NaN that came now would be applied
-            for gradient in gradients:
-                gradient.copy_(torch.where(self.held, 0.0, gradient))
+            zero_where(self.held, gradients)
 
     def look(self, step: int) -> dict[str, float]:
         """Reads the counts: the one place where the device is waited for.
@@ -211,13 +207,33 @@ def _skips(optimizer: Optimizer) -> bool:
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
-def _joined(buffers: Iterable[Tensor]) -> Tensor:
+def by_type(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Groups of one type on one device, for `joined`."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    return list(kinds.values())
+
+
+def joined(buffers: Iterable[Tensor]) -> Tensor:
+    """The values of a group as one vector: what is done to it is one call to an accelerator, not one for each."""
     return torch.cat([buffer.reshape(-1) for buffer in buffers])
 
 
-def _restore(buffers: list[Tensor], values: Tensor) -> None:
+def restore(buffers: list[Tensor], values: Tensor) -> None:
+    """Writes what `joined` gave, or the like, back into a group."""
     parts = values.split([buffer.numel() for buffer in buffers])
     torch._foreach_copy_(buffers, [part.view(buffer.shape) for part, buffer in zip(parts, buffers, strict=True)])
+
+
+def zero_where(held: Tensor, tensors: list[Tensor]) -> None:
+    """Sets all to 0 where `held`, () bool; also what is NaN, which a product would leave."""
+    if held.is_cpu:
+        for values in tensors:
+            values.masked_fill_(held, 0.0)
+    else:
+        for group in by_type(tensors):
+            restore(group, torch.where(held, 0.0, joined(group)))
 
 
 _COLUMNS = ("step", "layer", "gradient_norm", "weight_norm", "dead")

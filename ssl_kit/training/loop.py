@@ -6,8 +6,8 @@
     its gradients      diagnose takes their norms, the guard decides whether the step counts, and clips
     the optimiser, then the schedule, move on: Lightning does that
     after a batch      diagnose writes, curves collect
-    after a step       method.after_step, averaged weights, length of the run, curves, bar, monitor (which may save the
-                       best state), checkpoint
+    after a step       processes talk; method.after_step, averaged weights, length of the run, curves, bar, monitor
+                       (which may save the best state), checkpoint
 
 A step may be made of several batches (`accumulate`). Whatever has state says it in `Loop.state_dict`, for the
 checkpoint. Each process also has its own generator: dropout draws from it.
@@ -32,10 +32,19 @@ from torch.optim import Optimizer
 
 from ssl_kit.core.console import say
 from ssl_kit.training.checkpoint import Checkpoints, Generators, SafeCheckpointIO, State, generators, set_generators
-from ssl_kit.training.chunked import Batch
+from ssl_kit.training.chunked import Batch, data_of
 from ssl_kit.training.curves import Bar, Curves
-from ssl_kit.training.distributed import all_gather_object, expect_promptness, rank, world_size
-from ssl_kit.training.guard import Diagnose, Guard
+from ssl_kit.training.distributed import (
+    Word,
+    all_gather_object,
+    counts,
+    exchange,
+    expect_promptness,
+    rank,
+    settle,
+    world_size,
+)
+from ssl_kit.training.guard import Diagnose, Guard, by_type, joined, restore
 from ssl_kit.training.optim import EMA, Duration
 
 
@@ -104,6 +113,8 @@ class Loop(pl.Callback):
     ) -> None:
         """Before the forward pass."""
         first = batch_idx % trainer.accumulate_grad_batches == 0
+        if world_size() > 1 and "chunks" not in batch:  # they are counted when they are made
+            settle(data_of(trainer).images_of_each() or counts(len(batch["key"].index)))
         if self.diagnose is not None:
             self.diagnose.watch(trainer.global_step, pl_module)
         if first:
@@ -143,6 +154,8 @@ class Loop(pl.Callback):
             expect_promptness()
         self._progress = min(1.0, max(self._progress, step / total))
         _move_on(method, self._progress, self.guard.held)
+        if world_size() > 1:
+            self._exchange()
         if self.ema is not None:
             self.guard.spoilt = self.ema.move(method.get_submodule("encoder"), step, total, self.guard.held)
         if self.duration is not None:
@@ -155,6 +168,14 @@ class Loop(pl.Callback):
             self.monitor.after_step(trainer, method)
         if self.checkpoints is not None:
             self.checkpoints.after_step(trainer, self.guard.healthy)
+
+    def _exchange(self) -> None:
+        word = Word() if self.checkpoints is None else self.checkpoints.word()
+        told = exchange(word._replace(seconds=0.0 if self.duration is None else self.duration.seconds()))
+        if self.checkpoints is not None:
+            self.checkpoints.heard = told
+        if self.duration is not None:
+            self.duration.heard = max(one.seconds for one in told)
 
     def _total(self, trainer: pl.Trainer) -> int:
         """Steps of the whole run, as far as known."""
@@ -311,12 +332,12 @@ def _move_on(method: pl.LightningModule, progress: float, held: Tensor) -> None:
         if not held:
             after_step(progress)
         return
-    state = [*method.buffers(), *(weight for weight in method.parameters() if not weight.requires_grad)]
-    before = [values.clone() for values in state]
+    state = by_type([*method.buffers(), *(weight for weight in method.parameters() if not weight.requires_grad)])
+    before = [joined(group) for group in state]
     after_step(progress)
     with torch.no_grad():
-        for values, old in zip(state, before, strict=True):
-            values.copy_(torch.where(held, old, values))
+        for group, old in zip(state, before, strict=True):
+            restore(group, torch.where(held, old, joined(group)))
 
 
 def _packed(state: Generators) -> State:

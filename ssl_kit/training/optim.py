@@ -1,7 +1,6 @@
 """The optimiser and its schedule as one record, every unit spelt out; how long a run is; averaged weights (EMA).
 
-EMA: an exponential moving average of the encoder's weights, kept beside the training.
-
+EMA: an exponential moving average of the encoder's weights, kept beside the training:
 theta <- tau * theta + (1 - tau) * w after every optimiser step: an average over about the last 1 / (1 - tau) steps.
 With `cosine`, tau grows from its first value to 1 over the run as in BYOL (Grill et al. 2020, arXiv:2006.07733,
 section 3.3). Running statistics of batch norm are copied, not averaged: they are averages already.
@@ -29,7 +28,8 @@ from ssl_kit.core.console import say
 from ssl_kit.core.errors import UserError, check_numbers
 from ssl_kit.training.checkpoint import State
 from ssl_kit.training.chunked import data_of
-from ssl_kit.training.distributed import largest
+from ssl_kit.training.distributed import world_size
+from ssl_kit.training.guard import zero_where
 
 E = TypeVar("E", bound=nn.Module)
 ParamGroup: TypeAlias = dict[str, Any]  # of an optimiser: its `params` and their options, as torch has them
@@ -306,11 +306,11 @@ class EMA:
         decay = cosine_decay(self.decay, (step - 1) / max(1, total - 1)) if self.cosine else self.decay
         averaged = self.encoder(trained)
         weights = list[Tensor](averaged.parameters())
-        difference = torch._foreach_sub(list[Tensor](trained.parameters()), weights)
+        difference = list(torch._foreach_sub(list[Tensor](trained.parameters()), weights))
         spoilt = ~torch.nn.utils.get_total_norm(difference).isfinite()
-        stay = held | spoilt  # no step, no move
         torch._foreach_mul_(difference, 1 - decay)
-        torch._foreach_add_(weights, [torch.where(stay, 0.0, change) for change in difference])  # NaN * 0 would be NaN
+        zero_where(held | spoilt, difference)  # no step, no move
+        torch._foreach_add_(weights, difference)
         torch._foreach_copy_(list(averaged.buffers()), list(trained.buffers()))
         return spoilt
 
@@ -338,6 +338,7 @@ class Duration:
 
     Attributes:
         total: steps of the whole run, as far as known.
+        heard: seconds of several processes, the longest that one has said: they must have one schedule and one end.
     """
 
     def __init__(self, epochs: float | None, minutes: float | None, steps_per_epoch: float):
@@ -347,7 +348,7 @@ class Duration:
         self.minutes = minutes
         self.total = max(1, round((_DEFAULT_EPOCHS if epochs is None else epochs) * steps_per_epoch))
         self._first: tuple[int, float] | None = None  # step and seconds where the measured part begins
-        self._before = 0.0  # seconds of earlier sittings
+        self.heard = self._before = 0.0  # `_before`: seconds of earlier sittings
         self._began: float | None = None
 
     @property
@@ -368,17 +369,16 @@ class Duration:
         """With `minutes`: sets the schedule's horizon from the speed so far."""
         if self.minutes is None:
             return
-        # clocks differ, and all processes must have one schedule and one end
-        step, seconds, limit = trainer.global_step, largest(self.seconds()), 60 * self.minutes
+        step, seconds = trainer.global_step, self.seconds() if world_size() == 1 else self.heard
         if self._first is None:
             self._first = (step + _UNMEASURED, 0.0)
         if step == self._first[0]:
             self._first = (step, seconds)
         elif step > self._first[0]:
             speed = (step - self._first[0]) / (seconds - self._first[1])
-            self.total = max(step + 1, step + round(speed * (limit - seconds)))
+            self.total = max(step + 1, step + round(speed * (60 * self.minutes - seconds)))
             self._plan(trainer, self.total)
-        if seconds >= limit or step >= self.total:
+        if seconds >= 60 * self.minutes or step >= self.total:
             trainer.should_stop = True
 
     def _plan(self, trainer: pl.Trainer, total: int) -> None:

@@ -29,6 +29,11 @@ def test_an_epoch_shows_every_image_once_in_steps_of_nearly_one_size(count, batc
         assert max(sizes) - min(sizes) <= 1 and max(sizes) <= batch * world
     first, second = (np.concatenate([p.rows for p in epochs[0][e * steps : (e + 1) * steps]]) for e in range(2))
     assert count < 20 or not np.array_equal(first, second)
+    for step in range(2 * steps):  # which every process knows of all
+        wanted = [len(plan[step].rows) for plan in epochs]
+        assert all(plan.images_of_each(step) == wanted for plan in plans)
+    for plan, planned in zip(plans, epochs, strict=True):
+        assert plan.sizes == {len(one.rows) for one in planned} and max(plan.sizes) - min(plan.sizes) <= 1
 
 
 @pytest.mark.parametrize("start", [1, 14, 15, 31])

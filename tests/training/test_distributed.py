@@ -9,7 +9,19 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from ssl_kit.training.distributed import all_gather, counts, leave, others, rank, share_weight, world_size
+from ssl_kit.methods import simclr
+from ssl_kit.training.distributed import (
+    Word,
+    all_gather,
+    counts,
+    exchange,
+    leave,
+    others,
+    rank,
+    settle,
+    share_weight,
+    world_size,
+)
 
 COUNTS = (5, 2, 4, 1)  # rows of the ranks
 
@@ -38,6 +50,7 @@ def one_rank(number, world, port, queue):
     for loss in (
         lambda: (own @ weight).tanh().square().mean() * share_weight(len(own)),  # a mean over images: MAE, VAE
         lambda: between_rows(all_gather(own @ weight)),  # every process computes the loss of the joined batch
+        *(lambda whole=whole: contrasted(own @ weight, own, whole) * share_weight(len(own)) for whole in (False, True)),
     ):
         weight.grad = None
         value = loss()
@@ -46,19 +59,35 @@ def one_rank(number, world, port, queue):
         torch.distributed.all_reduce(weight.grad)
         torch.distributed.all_reduce(value)
         results.append((value.item() / world, (weight.grad / world).numpy()))
+    told = exchange(Word(signal=number, due=number == 0, seconds=0.5 * number))
+    assert told == [(i, i == 0, 0.5 * i) for i in range(world)]
+    settle(counts(len(own)))
+    gather, torch.distributed.all_gather = torch.distributed.all_gather, None  # nothing more is exchanged
+    assert counts(2 * len(own), per_image=2) == [2 * len(part) for part in slices]
+    assert share_weight(len(own)) == len(own) * world / len(images)
+    torch.distributed.all_gather = gather
     if number == 0:
         queue.put(results)
     torch.distributed.barrier()
     leave()
 
 
+def contrasted(z, images, whole):
+    """NT-Xent of two views, with groups: by the whole matrix, or in blocks of it."""
+    simclr._fits = lambda *_: whole
+    group = (images[:, 0] > 0).long() - (images[:, 1] > 0).long()  # -1, 0 or 1
+    return simclr.nt_xent(torch.cat([z, z.flip(1)]), 0.5, group=group)
+
+
 @pytest.mark.parametrize("world", [2, 3])
-def test_unequal_slices_equal_one_process(world, free_port):
+def test_unequal_slices_equal_one_process(world, free_port, monkeypatch):
+    monkeypatch.setattr(simclr, "_fits", simclr._fits)
     queue = mp.get_context("spawn").SimpleQueue()
     mp.spawn(one_rank, args=(world, free_port, queue), nprocs=world)
     found = queue.get()
     images, weight = rows()
-    for (value, gradient), loss in zip(found, (lambda z: z.tanh().square().mean(), between_rows), strict=True):
+    losses = (lambda z: z.tanh().square().mean(), between_rows, *[lambda z: contrasted(z, images, False)] * 2)
+    for (value, gradient), loss in zip(found, losses, strict=True):
         weight.grad = None
         wanted = loss(images @ weight)
         wanted.backward()
