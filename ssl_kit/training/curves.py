@@ -34,7 +34,9 @@ COLUMNS = (
     *("knn_pixels", "knn_pca", "crops_top1", "crops_pixels"),
 )
 _PLACE = ("step", "epoch", "images", "seconds")  # of every row
-_MEASURE_STEPS = 200  # between measurements, at least: with labels one costs about ten steps
+_EARLY = (100, 200)  # steps after which the verdict may say something
+_MEASURE_STEPS = 200  # between measurements that are asked for by epochs, at least
+_SHARE, _PASSES = 0.02, 3  # of the training that looks may take, where a step costs a forward pass three times over
 
 Score = Callable[[pl.LightningModule], dict[str, float]]
 Judge = Callable[[Sequence[Row]], Verdict]
@@ -52,7 +54,9 @@ class Curves:
         measure: given the method, returns scores of the current encoder (rank, kNN, ...); also called before the first
             step, so that everything can be compared with the untrained encoder.
         judge: the verdict on the rows so far, asked after each measurement.
-        measure_every: epochs between measurements; never more often than every 200 steps.
+        measure_every: epochs between measurements, never more often than every 200 steps; None: after 100 steps, after
+            200, at the end, and between where all of them stay under 2 % of the training, counted in images.
+        measured: images that one measurement embeds.
         encoder: the part of a method whose weights are followed.
         data: where the batches of a training come from.
     """
@@ -64,12 +68,13 @@ class Curves:
         interval: int = 20,
         measure: Score | None = None,
         judge: Judge = lambda history: Verdict("unknown", "nothing was measured yet"),
-        measure_every: float = 1.0,
+        measure_every: float | None = None,
+        measured: int = 0,
         encoder: Callable[[pl.LightningModule], nn.Module] = lambda method: method.get_submodule("encoder"),
         data: Callable[[pl.Trainer], Data] = data_of,
     ):
         self.path, self.interval, self.measure, self.measure_every = path, interval, measure, measure_every
-        self.judge, self.encoder, self.data = judge, encoder, data
+        self.judge, self.encoder, self.data, self.measured = judge, encoder, data, measured
         self.row: Row = {}
         self.history: list[Row] = []
         self.verdict = Verdict("unknown", "nothing was measured yet")
@@ -201,8 +206,13 @@ class Curves:
         return True
 
     def _time_to_measure(self) -> bool:
-        epochs, steps = self.row["epoch"] - self._measured[0], self.row["step"] - self._measured[1]
-        return epochs >= self.measure_every and steps >= _MEASURE_STEPS
+        if self.measure_every is not None:
+            epochs, steps = self.row["epoch"] - self._measured[0], self.row["step"] - self._measured[1]
+            return epochs >= self.measure_every and steps >= _MEASURE_STEPS
+        embedded = self.measured * (1 + sum("effective_rank" in row for row in self.history))
+        return self.row["step"] in _EARLY or (
+            self.row["step"] > max(_EARLY) and embedded / _PASSES < _SHARE * self.row["images"]
+        )
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         began = time.perf_counter()

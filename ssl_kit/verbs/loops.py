@@ -142,10 +142,10 @@ def opened(data: Data | Listed, channels: int | str = 3) -> Source:
 class Monitor(pl.Callback):
     """Watches the training of any LightningModule as our own runs are watched, and ends in the same report.
 
-    Before the first step and after every epoch it looks at fixed images through the encoder: effective rank and
-    spread, whether crops of an image find each other, kNN where there are labels; `metrics.csv` has the curves, and the
-    verdict follows from them. Training goes on to the bit as it would without: no weight, mode or random number of it
-    is touched.
+    Before the first step, early, at the end, and now and then between, it looks at fixed images through the encoder:
+    effective rank and spread, whether crops of an image find each other, kNN where there are labels; `metrics.csv` has
+    the curves, and the verdict follows from them. Training goes on to the bit as it would without: no weight, mode or
+    random number of it is touched.
 
     Args:
         data: the images that are looked at: whatever `ssl_kit.pretrain` takes. Better not those that are trained on;
@@ -158,7 +158,8 @@ class Monitor(pl.Callback):
         channels: of the images in `data`.
         mean: that the program's own transform subtracts, per channel or one number for all; images here are in [0, 1].
         std: that it divides by likewise.
-        every: epochs between looks; never more often than every 200 steps.
+        every: epochs between looks, never more often than every 200 steps; by default they come early, at the end, and
+            between as often as 2 % of the training pays for.
         overwrite: replace what an earlier training has left in `folder`.
 
     Raises:
@@ -175,7 +176,7 @@ class Monitor(pl.Callback):
         channels: int | str = 3,
         mean: Sequence[float] | float = 0.0,
         std: Sequence[float] | float = 1.0,
-        every: float = 1.0,
+        every: float | None = None,
         overwrite: bool = False,
     ):
         self.data, self.folder, self.encoder, self.size = data, folder, encoder, size
@@ -289,6 +290,7 @@ class Monitor(pl.Callback):
             measure=measure,
             judge=judge,
             measure_every=self.every,
+            measured=measure.embedded,
             encoder=network,
             data=lambda _: fed,
         )

@@ -116,6 +116,7 @@ class Measure:
     Attributes:
         held_out: images that kNN is measured on.
         cropped: images whose crops look for each other.
+        embedded: images that each look embeds, crops included.
     """
 
     def __init__(
@@ -135,6 +136,7 @@ class Measure:
         if gallery is not None and queries is not None:
             self.held_out = len(queries)
             self.scores.append(Neighbours(gallery, queries))
+        self.embedded = len(images) + 2 * self.cropped + self.held_out + (0 if gallery is None else len(gallery))
         few = images.subset(np.arange(min(_PAIRS, len(images))))
         rows = [np.arange(len(few))]
         self._contrast = float(next(iter(ViewLoader(few, rows, (view,))))["views"][0].std())

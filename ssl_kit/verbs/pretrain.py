@@ -85,7 +85,8 @@ class Settings:
             batch in the memory of the small one, for a third more time.
         seed: of everything random.
         precision: auto, float32, bfloat16 or float16.
-        evaluate_every: epochs between looks at the features (rank; kNN when there are labels), at least.
+        evaluate_every: epochs between looks at the features (rank; kNN when there are labels), at least; by default
+            they come early, at the end, and between as often as 2 % of the training pays for.
         checkpoint_minutes: minutes between checkpoints.
         when_full: the disk being full when a checkpoint is due: say so and go on, or stop.
         max_bad: fraction of files that may be undecodable before the run stops.
@@ -121,7 +122,7 @@ class Settings:
     contrastive_batch: int | None = None
     seed: int = 0
     precision: Precision = "auto"
-    evaluate_every: float = 1.0
+    evaluate_every: float | None = None
     checkpoint_minutes: float = 10.0
     when_full: Literal["continue", "stop"] = "continue"
     max_bad: float = 0.05
@@ -253,7 +254,13 @@ def _train(
     if ema is not None:
         measure.encoder = lambda method: ema.encoder(method.encoder)
     judge = judge_of(learner, measure, record)
-    curves = Curves(folder / "metrics.csv", measure=measure, judge=judge, measure_every=settings.evaluate_every)
+    curves = Curves(
+        folder / "metrics.csv",
+        measure=measure,
+        judge=judge,
+        measure_every=settings.evaluate_every,
+        measured=measure.embedded,
+    )
     checkpoints = Checkpoints(
         folder / "checkpoints", settings.checkpoint_minutes, signals, settings.when_full, saved=record.former.remove
     )

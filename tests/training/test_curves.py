@@ -62,6 +62,20 @@ def followed(tmp_path, optim=SGD, batches=8, **options):
     return curves, read_curves(tmp_path / "metrics.csv")
 
 
+def test_looks_come_early_at_the_end_and_where_two_hundredths_of_the_training_pay_for_them(tmp_path):
+    _, rows = followed(tmp_path, batches=730, measure=lambda module: {"effective_rank": 2.0}, measured=15)
+    looks = [row["step"] for row in rows if "effective_rank" in row]
+    wanted = [0, 100, 200]
+    for step in range(204, 729, 4):
+        if 15 * (len(wanted) + 1) / 3 < 0.02 * 8 * step:  # images embedded, at a third of what a trained one costs
+            wanted.append(step)
+    assert looks == [*wanted, 730] and 5 < len(looks) < 40
+    _, rows = followed(
+        tmp_path / "asked", batches=730, measure=lambda module: {"effective_rank": 2.0}, measure_every=30
+    )
+    assert [row["step"] for row in rows if "effective_rank" in row] == [0, 300, 600, 730]
+
+
 def test_rows_hold_what_the_loss_gives_and_the_range_of_the_views(tmp_path):
     _, rows = followed(tmp_path)
     views = [Random(8)._batch(number)["views"][0] for number in range(8)]

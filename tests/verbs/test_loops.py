@@ -118,7 +118,7 @@ def test_a_monitor_ends_in_a_report_and_changes_nothing(tmp_path):
     )
     rows = read_curves(tmp_path / "seen" / "metrics.csv")
     looks = [row for row in rows if "effective_rank" in row]
-    assert [row["step"] for row in looks] == [0, 200, 250]
+    assert [row["step"] for row in looks] == [0, 100, 200, 250]
     assert {"knn_top1", "crops_top1", "turned", "embedding_std"} <= set(looks[-1]) and looks[-1]["turned"] > 0.01
     steps = [row for row in rows if "loss" in row]
     assert steps[0]["loss"] == pytest.approx(np.mean(alone.losses[:20]), rel=1e-5) and steps[-1]["epoch"] == 25
