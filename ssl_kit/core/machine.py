@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import os
 import sys
 from collections import deque
@@ -28,6 +29,8 @@ Precision = Literal["auto", "float32", "bfloat16", "float16"]
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _OWN_FROZEN = 1_000  # objects: Python 3.12 itself begins with 375 set aside
 _COMPILE_STEPS = 3_000  # that make up for a minute of compiling: at 10 steps a second, 20 % faster
+_COMPILE_MINUTES = 10.0  # likewise
+_SHAPES = 64  # that code is kept for
 _SHARE = 0.25  # of the available memory that decoded images may take without being asked
 _ONEDNN_BLOCK = 16  # channels of oneDNN's AVX-512 kernels
 _LIGHTNING = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
@@ -132,33 +135,72 @@ def use_tf32(on: bool) -> None:
     torch.backends.cudnn.allow_tf32 = on
 
 
-def choose_compile(wanted: Switch, device: str, steps: int | None) -> Choice[bool]:
-    """Whether the encoder's blocks go through `torch.compile`.
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Inside, float32 products have all their bits, whatever `use_tf32` says; nothing waits for the device."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def choose_compile(wanted: Switch, device: str, steps: int | None, minutes: float | None = None) -> Choice[bool]:
+    """Whether device views and the encoder's blocks go through `torch.compile`.
 
     Args:
         wanted: auto, on or off.
         device: Lightning's name.
-        steps: of the run; None if minutes decide.
+        steps: of the run, where it is known.
+        minutes: of the run, if they decide; compiling is part of them.
+
+    Raises:
+        UserError: it was asked for, and no compiler works here.
     """
-    if wanted != "auto":
-        return Choice(wanted == "on", "asked for")
-    if device != "cuda":
-        return Choice(False, f"measured to gain nothing on a {device}")
-    if steps is not None and steps < _COMPILE_STEPS:
+    if wanted == "off" or (wanted == "auto" and device != "cuda"):
+        return Choice(False, "asked for" if wanted == "off" else f"measured to gain nothing on a {device}")
+    if wanted == "auto" and steps is not None and steps < _COMPILE_STEPS:
         return Choice(False, f"{steps:,} steps are too few to make up for compiling")
-    return Choice(True, "the run is long enough to make up for compiling")
+    if wanted == "auto" and minutes is not None and minutes < _COMPILE_MINUTES:
+        return Choice(False, f"{minutes:g} minutes are too few to make up for compiling")
+    failed = _no_compiler(device)
+    if failed and wanted == "on":
+        raise UserError(f"--compile on: torch.compile does not work here ({failed}); leave it out")
+    if failed:
+        return Choice(False, f"it does not work here: {failed}")
+    return Choice(True, "asked for" if wanted == "on" else "the run is long enough to make up for compiling")
+
+
+def _no_compiler(device: str) -> str:
+    """Why nothing can be compiled for a device; empty when a small function just was."""
+    try:
+        torch.compile(lambda values: values.sin() + 1)(torch.zeros(8, device=device))
+    except RuntimeError as error:  # all that Dynamo and its backends raise
+        return " ".join(str(error).split())[:120] or type(error).__name__
+    return ""
+
+
+def many_shapes() -> None:
+    """Lets torch.compile keep code for many shapes: two step sizes, times the sizes of the views, times equal blocks.
+
+    Beyond its limit of 8 it would go on without compiling, which nobody would notice.
+    """
+    dynamo = importlib.import_module("torch._dynamo")
+    dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, _SHAPES)
 
 
 def compile_blocks(network: nn.Module) -> None:
     """Compiles a network block by block, in place: equal blocks are compiled once, and every way through it profits.
 
-    (MAE leaves tokens out and the VAE stops before the classifier, so the network as a whole is not what runs.) State
-    dicts, copies and exports are as before.
+    For each shape that comes, as it is: code for any shape is slower. (MAE leaves tokens out and the VAE stops before
+    the classifier, so the network as a whole is not what runs.) State dicts, copies and exports are as before.
     """
+    many_shapes()
     for child in network.children():
         for part in child.children() if isinstance(child, nn.Sequential) else (child,):
             if next(part.parameters(), None) is not None:
-                part.compile()
+                part.compile(dynamic=False)
 
 
 def available_cores() -> int:

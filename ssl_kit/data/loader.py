@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Literal, NotRequired, TypeAlias, TypedDict
+from typing import Any, Literal, NotRequired, TypeAlias, TypedDict
 
 import numpy as np
 import torch
@@ -25,12 +25,14 @@ from ssl_kit.core.random import Key
 from ssl_kit.data.decode import decode
 from ssl_kit.data.limits import BadImageError
 from ssl_kit.data.plan import Partners, Planned, following
-from ssl_kit.data.sources import Source, Stored, size_of
+from ssl_kit.data.sources import Source, Stored, is_deep, size_of
 from ssl_kit.views.host import apply_host
 from ssl_kit.views.recipe import View
-from ssl_kit.views.sample import HEIGHT, LEFT, TOP, WIDTH, Params, sample
+from ssl_kit.views.sample import HEIGHT, LEFT, TOP, WIDTH, Params, columns_of, cropped, sample
 
 Kind: TypeAlias = tuple[int, View]  # the number of a view, and what it is
+_Made: TypeAlias = tuple[np.ndarray, list[np.ndarray], list[Params]]  # rows; views, or what they are made of; params
+_TORCH = {"uint8": torch.uint8, "uint16": torch.uint16}
 _PREFETCH = 2  # batches made ahead: one hides the making, the second hides its jitter
 _TOGETHER = 4  # decoded images that go through the view kernel in one call: its overhead is 0.1 ms
 
@@ -38,13 +40,16 @@ _TOGETHER = 4  # decoded images that go through the view kernel in one call: its
 class Batch(TypedDict):
     """One step's input: `views`, one (B, C, h, w) float32 in [0, 1] per view; `label` (B,) int64, -1 = unknown.
 
-    With a loader's `chunk`, `views` is empty and `chunks` makes them.
+    With a loader's `chunk`, `views` is empty and `chunks` makes them. Where a device is to make them, `params` are
+    those of each view and `views` what they are made of, see `made_on_device`.
     """
 
     views: list[Tensor]
     key: Key
     label: Tensor
     chunks: NotRequired[Chunks]
+    params: NotRequired[list[Tensor]]
+    cropped: NotRequired[bool]
 
 
 class ViewLoader:
@@ -60,7 +65,9 @@ class ViewLoader:
         threads: for decoding and for the view kernel; None uses all cores of this process.
         bad: for a plan of arrays: "drop" the rows of images that cannot be decoded, or "replace" them by the images of
             the following batches (so that batches keep their size).
-        on_device: leave the views to `ImageData.on_after_batch_transfer`: batches hold stored pixels and parameters.
+        on_device: leave the views to `made_on_device`: batches hold parameters, and pixels as stored where all images
+            have one size and are in memory, else crops. Both lie in pinned memory where there is a GPU.
+        stored: the device has the pixels: batches name their rows.
         chunk: images whose views are held at a time: batches come as `Chunks`.
         paired: make all views but the first of another image of the group, where the source knows groups; keys then
             name the group.
@@ -80,9 +87,14 @@ class ViewLoader:
         threads: int | None = None,
         bad: Literal["replace", "drop"] = "drop",
         on_device: bool = False,
+        stored: bool = False,
         chunk: int | None = None,
         paired: bool = False,
     ):
+        self.stored = stored
+        self._crop_kind: np.dtype[Any] = np.dtype(np.float32)
+        if on_device and source.stack is None:
+            self._crop_kind = np.dtype(np.uint16 if is_deep(source) else np.uint8)
         self.source, self.plan, self.chunk = source, plan, chunk
         self.views = views if isinstance(views, Mapping) else {0: views}
         self.seed, self.epoch, self.bad, self.on_device = seed, epoch, bad, on_device
@@ -139,12 +151,17 @@ class ViewLoader:
 
     def _make(self, planned: Planned, decoders: ThreadPoolExecutor) -> Batch:
         stack = self.source.stack
-        rows, made = self._stacked(planned, *stack) if stack else self._one_by_one(planned, decoders)
-        return {
+        rows, made, params = self._stacked(planned, *stack) if stack else self._one_by_one(planned, decoders)
+        batch: Batch = {
             "views": [torch.from_numpy(one) for one in made],
             "key": self._key(planned.epoch, rows),
             "label": torch.from_numpy(self.source.labels(rows)),
         }
+        if self.on_device:
+            if stack and not self.stored:  # (B, H, W, C)
+                batch["views"] = [images.permute(0, 3, 1, 2) for images in batch["views"]]
+            batch |= {"params": [torch.from_numpy(one) for one in params], "cropped": stack is None}
+        return batch
 
     def _key(self, epoch: int, rows: np.ndarray) -> Key:
         groups = None if self._partners is None else torch.from_numpy(self._partners.groups[rows])
@@ -154,52 +171,66 @@ class ViewLoader:
         """The images that all views but the first are made of."""
         return rows if self._partners is None else self._partners.draw(self.seed, epoch, rows)
 
-    def _stacked(self, planned: Planned, images: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Views of images that lie in one array; their pixels and parameters, where the device makes the views."""
+    def _stacked(self, planned: Planned, images: np.ndarray, places: np.ndarray) -> _Made:
+        """Views of images that lie in one array; what they are made of, where the device makes them."""
         rows, views = np.array(planned.rows, np.int64), views_at(self.views, planned.epoch)
         heights, widths = (np.full(len(rows), side) for side in images.shape[1:3])
         params = self._sample([*enumerate(views)], planned.epoch, rows, heights, widths)
         others = self._partners_of(planned.epoch, rows)
         if self.on_device:  # pixels stay as stored until they are there: a quarter of the traffic, once for all views
-            wanted = rows if others is rows else np.concatenate([rows, others])
-            return rows, [np.ascontiguousarray(images[places[wanted]].transpose(0, 3, 1, 2)), *params]
+            wanted = [places[one] for one in ([rows] if others is rows else [rows, others])]
+            return rows, wanted if self.stored else [self._gathered(images, one) for one in wanted], params
         threads = self.threads // self._producers
-        made = self._empty(len(rows), views)
+        made = [self._empty(len(rows), (images.shape[3], *view.size), np.dtype(np.float32)) for view in views]
         for which, (param, view, out) in enumerate(zip(params, views, made, strict=True)):
             apply_host((images, places[others if which else rows]), param, view.size, out=out, threads=threads)
-        return rows, made
+        return rows, made, params
 
-    def _empty(self, count: int, views: Sequence[View]) -> list[np.ndarray]:
-        return [self._buffers.take(count, (self.source.channels, *view.size)) for view in views]
+    def _gathered(self, images: np.ndarray, places: np.ndarray) -> np.ndarray:
+        out = self._empty(len(places), images.shape[1:], images.dtype)
+        return np.take(images, places, axis=0, out=out, mode="clip")  # any other mode makes a copy of its own first
+
+    def _empty(self, count: int, shape: tuple[int, ...], kind: np.dtype[Any]) -> np.ndarray:
+        """(count, *shape) with arbitrary contents.
+
+        What goes to a GPU is pinned by torch's own allocator, which gives memory out again only after its copy's event.
+        """
+        if not self.on_device:
+            return self._buffers.take(count, shape)
+        if not torch.cuda.is_available():
+            return np.empty((count, *shape), kind)
+        pinned: np.ndarray = torch.empty((count, *shape), dtype=_TORCH[kind.name], pin_memory=True).numpy()
+        return pinned
 
     def _sample(
         self, kinds: Sequence[Kind], epoch: int, rows: np.ndarray, heights: np.ndarray, widths: np.ndarray
     ) -> list[Params]:
         return [sample(view, self.seed, epoch, rows, which, heights, widths) for which, view in kinds]
 
-    def _one_by_one(self, planned: Planned, decoders: ThreadPoolExecutor) -> tuple[np.ndarray, list[np.ndarray]]:
+    def _one_by_one(self, planned: Planned, decoders: ThreadPoolExecutor) -> _Made:
         """Reads each image once, and cuts all its views out of one decoding at the smallest sufficient JPEG scale."""
         rows, views = np.array(planned.rows, np.int64), views_at(self.views, planned.epoch)
-        made, kinds = self._empty(len(rows), views), [*enumerate(views)]
+        made = [self._empty(len(rows), (self.source.channels, *view.size), self._crop_kind) for view in views]
+        rest, kinds = [np.empty((len(rows), columns_of(view.bands)), np.float32) for view in views], [*enumerate(views)]
         own = kinds if self._partners is None else kinds[:1]
         good = np.zeros(len(rows), bool)
         pending = np.arange(len(rows))  # places in the batch
         spare: dict[int, Iterator[int]] = {}
         while len(pending):
-            done = self._cut(planned.epoch, rows, rows, pending, own, made, decoders)
+            done = self._cut(planned.epoch, rows, rows, pending, own, (made, rest), decoders)
             good[pending[done]] = True
             pending = pending[~done]
             for place in pending.tolist():
                 rows[place] = next(spare.setdefault(place, planned.substitutes(place)), -1)
             pending = pending[rows[pending] >= 0]
         if len(own) < len(kinds):
-            others, rest = self._partners_of(planned.epoch, rows), np.flatnonzero(good)
+            others, lack = self._partners_of(planned.epoch, rows), np.flatnonzero(good)
             for images in (others, rows):  # a partner that cannot be decoded is the image itself, which just could be
-                rest = rest[~self._cut(planned.epoch, rows, images, rest, kinds[1:], made, decoders)]
-            good[rest] = False
+                lack = lack[~self._cut(planned.epoch, rows, images, lack, kinds[1:], (made, rest), decoders)]
+            good[lack] = False
         if not good.all():
-            rows, made = rows[good], [batch[good] for batch in made]
-        return rows, made
+            rows, made, rest = rows[good], [batch[good] for batch in made], [one[good] for one in rest]
+        return rows, made, rest
 
     def _cut(
         self,
@@ -208,10 +239,10 @@ class ViewLoader:
         images: np.ndarray,
         places: np.ndarray,
         kinds: Sequence[Kind],
-        made: list[np.ndarray],
+        out: tuple[list[np.ndarray], list[Params]],
         decoders: ThreadPoolExecutor,
     ) -> np.ndarray:
-        """Makes views of `images[places]`, drawn by `rows[places]`, at those places of `made`.
+        """Makes views of `images[places]`, drawn by `rows[places]`, at those places of `out`; or crops and the rest.
 
         Returns:
             (len(places),) bool: which images were good.
@@ -249,10 +280,15 @@ class ViewLoader:
             these = numbers[[image is not None for image in loaded]]
             at = found[these]
             for param, (which, view) in zip(params, kinds, strict=True) if pixels else ():
+                made, now = out[0][which], param[these]
+                if self.on_device:
+                    now, out[1][which][at] = cropped(now, view.size)
                 if at[-1] - at[0] == len(at) - 1:
-                    apply_host(pixels, param[these], view.size, out=made[which][at[0] : at[-1] + 1])
+                    apply_host(pixels, now, view.size, out=made[at[0] : at[-1] + 1])
                 else:  # around a bad one
-                    made[which][at] = apply_host(pixels, param[these], view.size)
+                    made[at] = apply_host(
+                        pixels, now, view.size, out=np.empty_like(made, shape=(len(at), *made.shape[1:]))
+                    )
             return at
 
         together = -(-len(places) // self.threads) if in_memory else _TOGETHER

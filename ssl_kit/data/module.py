@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.apply_func import move_data_to_device
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
 
+from ssl_kit.core.console import say, warn
 from ssl_kit.core.errors import UserError
+from ssl_kit.core.machine import size_text
 from ssl_kit.data.loader import ViewLoader, views_at
-from ssl_kit.data.plan import TrainingPlan
+from ssl_kit.data.plan import Planned, TrainingPlan
 from ssl_kit.data.sources import Source
-from ssl_kit.views.device import apply_device
+from ssl_kit.views.batch import made_on_device
+from ssl_kit.views.device import DeviceViews
 from ssl_kit.views.recipe import View
+
+_STORED = 0.25  # of the device's free memory that all pixels may take
 
 
 class ImageData(pl.LightningDataModule):
@@ -69,6 +77,9 @@ class ImageData(pl.LightningDataModule):
         self.plan = self._plan(0, world_size)
         self.steps_per_epoch = self.plan.steps_per_epoch
         self.total_steps = -1
+        self._make = DeviceViews()
+        self._compiled = False  # what runs in a step, for the shapes that are planned
+        self._store: Tensor | None = None  # all pixels, where the device has them
         self.loader: ViewLoader | None = None
 
     def _plan(self, rank: int, world_size: int) -> TrainingPlan:
@@ -82,17 +93,36 @@ class ImageData(pl.LightningDataModule):
         trainer = self.trainer
         assert trainer is not None
         self.plan = self._plan(trainer.global_rank, trainer.world_size)
-        self.loader = ResumableLoader(
+        device = trainer.strategy.root_device
+        self._store = _on(device, self.source) if self.views_on == "device" else None
+        self.loader = self._loader(lambda: self.plan.batches(self._done()))
+        self.loader.device = device
+        return self.loader
+
+    def _loader(self, plan: Sequence[np.ndarray] | Callable[[], Iterable[Planned]], epoch: int = 0) -> ResumableLoader:
+        return ResumableLoader(
             self.source,
-            lambda: self.plan.batches(self._done()),
+            plan,
             self.views,
             seed=self.seed,
+            epoch=epoch,
             threads=self.threads,
             on_device=self.views_on == "device",
+            stored=self._store is not None,
             chunk=self.chunk,
             paired=self.paired,
         )
-        return self.loader
+
+    def expect_compiled(self) -> None:
+        """From now on a step's code is of the planned shapes: that of the views on the device, too."""
+        self._make, self._compiled = DeviceViews(compiled=True), True
+
+    def trial(self, device: torch.device) -> Iterator[Any]:
+        """Batches as training will be given them, one of each shape that the plan has."""
+        for epoch in self.views:
+            for count in sorted(self.plan.sizes):
+                batch = next(iter(self._loader([np.arange(count)], epoch)))
+                yield self._finished(move_data_to_device(batch, device))
 
     def _done(self) -> int:
         """Batches that training has finished."""
@@ -104,30 +134,78 @@ class ImageData(pl.LightningDataModule):
         """Of the batch at hand, of every process; empty where a file could turn out to be bad."""
         return self.plan.images_of_each(self._done()) if self.source.in_memory else []
 
-    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Makes the views on the device when they are made there, and sets their memory format; of chunks, later."""
         if "chunks" in batch:
             device = batch["key"].index.device
             batch["chunks"].finish = lambda chunk: self._finished(move_data_to_device(chunk, device))
             return batch
+        arrived = batch.pop("arrived", None)
+        if arrived is not None:
+            arrived.wait()  # the stream that trains, not the host
+            for tensor in _tensors(batch):
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
         return self._finished(batch)
 
     def _finished(self, batch: Any) -> Any:
         if self.views_on == "device":
-            stored, *params = batch["views"]
-            views = views_at(self.views, batch["key"].epoch)
-            count = len(params[0])  # of twice as many images the second half are the partners
-            shown = [stored[:count], *[stored[-count:]] * (len(views) - 1)]
-            batch["views"] = [
-                apply_device(images, param, view.size) for images, param, view in zip(shown, params, views, strict=True)
-            ]
+            count = len(batch["key"].index)
+            if self._compiled and count not in self.plan.sizes and self.chunk is None:
+                warn(f"a step of {count} images: code is compiled for {sorted(self.plan.sizes)}, and anew for this one")
+            batch["views"] = made_on_device(
+                batch["views"],
+                batch.pop("params"),
+                views_at(self.views, batch["key"].epoch),
+                cropped=batch.pop("cropped"),
+                make=self._make,
+                store=self._store,
+            )
         if self.channels_last:
             batch["views"] = [view.contiguous(memory_format=torch.channels_last) for view in batch["views"]]
         return batch
 
 
+def _on(device: torch.device, source: Source) -> Tensor | None:
+    """All pixels of a source on an accelerator, (M, H, W, C), where they lie in one array and leave it room enough."""
+    if device.type != "cuda" or source.stack is None:
+        return None
+    images, free = source.stack[0], torch.cuda.mem_get_info(device)[0]
+    if images.nbytes > _STORED * free:
+        return None
+    say(f"pixels: {size_text(images.nbytes)}, on the device ({size_text(free)} free there)")
+    return torch.from_numpy(images).to(device)
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    """All tensors of a batch."""
+    for value in batch.values() if isinstance(batch, dict) else batch:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple | dict):
+            yield from _tensors(value)
+
+
 class ResumableLoader(ViewLoader):
-    """Tells Lightning that a resumed run continues at its step; there is nothing to store, the plan knows."""
+    """Tells Lightning that a resumed run continues at its step; there is nothing to store, the plan knows.
+
+    On a GPU batches are copied on a stream of their own: Lightning asks for a batch before it trains on the one before
+    it, so that it arrives meanwhile.
+    """
+
+    device = torch.device("cpu")
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = super().__iter__()
+        if self.device.type != "cuda" or self.chunk is not None:
+            yield from batches
+            return
+        side = torch.cuda.Stream(self.device)
+        move = lambda tensor: tensor.pin_memory().to(self.device, non_blocking=True)  # what is pinned stays as it is
+        for batch in batches:
+            with torch.cuda.stream(side):
+                moved: Any = apply_to_collection(batch, Tensor, move)
+            moved["arrived"] = side.record_event()
+            yield moved
 
     def state_dict(self) -> dict[str, Any]:
         """Empty: views and order are pure functions of the step."""

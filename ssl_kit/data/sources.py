@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, TypeAlias
@@ -21,6 +22,7 @@ Stored: TypeAlias = (
 )  # a file, pixels (H, W, C) uint8 or uint16, or why neither can be had
 
 _ALL = slice(None)
+_LOOKED_AT = 8  # images that tell how deep all are
 
 
 class Source(Protocol):
@@ -240,3 +242,12 @@ def pixels(source: Source, row: int, smallest: tuple[int, int] | None = None) ->
     if isinstance(stored, BadImageError):
         raise stored
     return decode(stored, source.reading, smallest=smallest).image if isinstance(stored, bytes) else stored
+
+
+def is_deep(source: Source) -> bool:
+    """Whether any of a few of its images has more than 8 bits."""
+    for row in np.linspace(0, len(source) - 1, min(_LOOKED_AT, len(source))).astype(np.int64).tolist():
+        with suppress(BadImageError):
+            if pixels(source, row).dtype == np.uint16:
+                return True
+    return False

@@ -83,6 +83,7 @@ class Loop(pl.Callback):
         bar: shows them.
         monitor: what is looked at while the run goes on.
         diagnose: gradients per layer.
+        rehearse: called before the first step of a sitting, when everything is on its device.
         seed: of the run, for the generators of processes that were not there when a checkpoint was written.
     """
 
@@ -97,10 +98,12 @@ class Loop(pl.Callback):
         bar: Bar | None = None,
         monitor: Monitor | None = None,
         diagnose: Diagnose | None = None,
+        rehearse: Callable[[pl.Trainer, pl.LightningModule], None] | None = None,
         seed: int = 0,
     ):
         self.guard, self.checkpoints, self.ema, self.duration = guard or Guard(), checkpoints, ema, duration
         self.curves, self.bar, self.monitor, self.diagnose, self.seed = curves, bar, monitor, diagnose, seed
+        self.rehearse = rehearse
         self._first = True  # step of this sitting
         self._progress = 0.0  # fraction of the run that is over, as the method was told
         self._generators: Generators | None = None  # of the first process, from a checkpoint
@@ -190,6 +193,8 @@ class Loop(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Before the first step of this sitting, with the state of the checkpoint loaded."""
+        if self.rehearse is not None:
+            self.rehearse(trainer, pl_module)
         if self.diagnose is not None:
             self.diagnose.start(trainer)
         self.guard.start(pl_module, scaled=getattr(trainer.precision_plugin, "scaler", None) is not None)

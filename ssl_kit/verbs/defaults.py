@@ -42,6 +42,7 @@ from ssl_kit.methods.method import Method
 from ssl_kit.training.distributed import world_size
 from ssl_kit.training.optim import Duration
 from ssl_kit.verbs.recipes import brief, read_recipe, without_places
+from ssl_kit.verbs.rehearsal import choose_place
 from ssl_kit.views.recipe import View, ViewRecipe, plain
 
 if TYPE_CHECKING:
@@ -132,10 +133,14 @@ def fit_to_data(settings: Settings, count: int, processes: int = 1) -> Settings:
 
 
 class Fitted(NamedTuple):
-    """Lightning's accelerator name and one of float32, bfloat16, float16."""
+    """Lightning's accelerator name, one of float32, bfloat16, float16, whether code is compiled, and settings that were
+    decided by trying: they go into the recipe as if typed.
+    """
 
     device: str
     precision: str
+    compiled: bool
+    decided: Entries
 
 
 def _check_memory(learner: Method, view_schedule: ViewSchedule, images: int, device: str) -> None:
@@ -173,14 +178,8 @@ def fit_to_machine(
     assert settings.batch_size is not None, "fit_to_data has chosen it"
     device = choose_device()
     precision = choose_precision(settings.precision, device.value)
-    views_on, reason = settings.views_on, "asked for"
-    if views_on == "auto":
-        # the device executor needs stored images of one size, and is slower than the host's on a CPU
-        suits = device.value != "cpu" and training.stack is not None
-        views_on = "device" if suits else "host"
-        reason = "an accelerator and images of one size" if suits else "no accelerator, or images not in memory as one"
-    elif views_on == "device" and training.stack is None:
-        raise UserError("--views_on device needs images of one size that fit into memory; use --views_on host")
+    threads = settings.threads or choose_threads(device.value).value
+    views_on = choose_place(settings.views_on, training, view_schedule[0], threads, device.value)
     channels_last = choose_channels_last(learner.encoder.model, device.value)
     if channels_last.value:
         learner.to(memory_format=torch.channels_last)
@@ -189,8 +188,7 @@ def fit_to_machine(
     say(f"memory format: {'channels_last' if channels_last.value else 'contiguous'} ({channels_last.reason})")
     if device.value == "cpu" and precision.value == "bfloat16" and unfuse_attention(learner):
         say("attention: plain products (torch's fused kernel is slow backwards in bfloat16 on a CPU)")
-    say(f"views on: {views_on} ({reason})")
-    threads = settings.threads or choose_threads(device.value).value
+    say(f"views on: {views_on.value} ({views_on.reason})")
     loader = ImageData(
         training,
         view_schedule,
@@ -198,27 +196,32 @@ def fit_to_machine(
         contrastive_batch=settings.contrastive_batch,
         seed=settings.seed,
         threads=threads,
-        views_on=views_on,
+        views_on=views_on.value,
         channels_last=channels_last.value,
         world_size=world_size(),
         images_per_step=images_per_step,
         paired=learner.takes_groups,
     )
     _say_groups(learner, training)
-    if views_on == "host":
+    if views_on.value == "host":
         _check_memory(learner, view_schedule, settings.batch_size, device.value)
     duration = Duration(settings.epochs, settings.minutes, loader.steps_per_epoch / learner.optim.accumulate)
     tf32 = choose_tf32(settings.tf32, device.value)
     use_tf32(tf32.value)
     say(f"tf32: {'on' if tf32.value else 'off'} ({tf32.reason})")
-    blocks = choose_compile(settings.compile, device.value, None if settings.minutes else duration.total)
-    if settings.diagnose:
-        blocks = Choice(False, "diagnose watches every ReLU")
-    if blocks.value:
+    code = Choice(False, "diagnose watches every ReLU")
+    if not settings.diagnose:
+        steps = None if settings.minutes else duration.total
+        code = choose_compile(settings.compile, device.value, steps, settings.minutes)
+    if code.value:
         compile_blocks(learner.encoder.model)
-    say(f"torch.compile: {'on' if blocks.value else 'off'} ({blocks.reason})")
+        loader.expect_compiled()
+    say(f"torch.compile: {'on' if code.value else 'off'} ({code.reason})")
     loader.total_steps = duration.total
-    return loader, duration, Fitted(device.value, precision.value)
+    decided: Entries = {}
+    if device.value != "cpu":  # there the clock had no say
+        decided = {"views_on": views_on.value, "compile": "on" if code.value else "off"}
+    return loader, duration, Fitted(device.value, precision.value, code.value, decided)
 
 
 SIMCLR = "ssl_kit.methods.simclr.SimCLR"

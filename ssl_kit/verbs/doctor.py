@@ -46,7 +46,8 @@ from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.methods.simclr import SimCLR
 from ssl_kit.verbs.recipes import packaged
 from ssl_kit.verbs.record import versions
-from ssl_kit.views.device import apply_device
+from ssl_kit.views.batch import made_on_device
+from ssl_kit.views.device import DeviceViews
 from ssl_kit.views.recipe import View, ViewRecipe
 from ssl_kit.views.sample import HEIGHT, WIDTH, sample
 
@@ -205,11 +206,11 @@ def _kinds(subject: Subject) -> tuple[View, ...]:
 
 def _load(source: Source, plan: Sequence[np.ndarray], subject: Subject, threads: int, place: str | None) -> None:
     """Two SimCLR views of each image, as training's loader makes them: on the device `place` where it can, if any."""
-    kinds, on_device = _kinds(subject), place is not None and source.stack is not None
-    for batch in ViewLoader(source, plan, kinds, threads=threads, on_device=on_device):
-        if on_device:
-            stored, *params = (tensor.to(place) for tensor in batch["views"])
-            made = [apply_device(stored, param, view.size) for param, view in zip(params, kinds, strict=True)]
+    kinds, make = _kinds(subject), DeviceViews()
+    for batch in ViewLoader(source, plan, kinds, threads=threads, on_device=place is not None):
+        if place is not None:
+            stored, params = batch["views"], batch["params"]
+            made = made_on_device(stored, params, kinds, cropped=batch["cropped"], make=make, device=place)
             made[-1][0, 0, 0, 0].item()  # waits for the device
 
 

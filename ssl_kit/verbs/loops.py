@@ -37,8 +37,7 @@ from ssl_kit.training.verdict import Row, verdict
 from ssl_kit.verbs.defaults import view_size
 from ssl_kit.verbs.monitor import Measure, asked_apart
 from ssl_kit.verbs.record import RunRecord, versions
-from ssl_kit.views.batch import recipe_of
-from ssl_kit.views.device import apply_device
+from ssl_kit.views.batch import made_on_device, recipe_of
 from ssl_kit.views.recipe import Preset, ViewRecipe, plain
 
 _COLLECTED = 2_048, 16  # images, and batches, that are kept of a training whose images nobody has named
@@ -63,8 +62,8 @@ class ViewLoader:
         seed: of order and views.
         epochs: of one iteration.
         channels: see `ssl_kit.pretrain`; of an opened source its own.
-        device: where the views are to be; on an accelerator they are made there, if the images are in memory and of one
-            size.
+        device: where the views are to be; on an accelerator they are made there, of images of several sizes from crops
+            that the host has cut.
         threads: for decoding and views; None = all cores, half of them without a `device`: the CPU trains too.
 
     Attributes:
@@ -119,15 +118,17 @@ class ViewLoader:
     def _batches(self, first: int) -> Iterator[tuple[list[Tensor], Tensor]]:
         plan = self._plan()
         steps: Iterable[Planned] = itertools.islice(plan.batches(first * plan.steps_per_epoch), len(self))
-        there = self.device.type != "cpu" and self.source.stack is not None
+        there = self.device.type != "cpu"
         batches = loader.ViewLoader(
             self.source, lambda: steps, self.views, seed=self.seed, threads=self.threads, on_device=there
         )
         for batch in batches:
-            made = [view.to(self.device, non_blocking=True) for view in batch["views"]]
             if there:
-                stored, *params = made
-                made = [apply_device(stored, one, view.size) for one, view in zip(params, self.views, strict=True)]
+                made = made_on_device(
+                    batch["views"], batch["params"], self.views, cropped=batch["cropped"], device=self.device
+                )
+            else:
+                made = batch["views"]
             yield made, batch["label"].to(self.device, non_blocking=True)
 
 

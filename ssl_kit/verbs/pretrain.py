@@ -6,6 +6,7 @@ import netrc
 import os
 import shlex
 from dataclasses import KW_ONLY, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,7 +52,7 @@ from ssl_kit.verbs.defaults import (
 )
 from ssl_kit.verbs.monitor import Measure, Monitor, Show, hold_out, judge_of, kept
 from ssl_kit.verbs.record import RunRecord, opened, versions
-from ssl_kit.verbs.rehearsal import rehearse
+from ssl_kit.verbs.rehearsal import compile_ahead, rehearse
 from ssl_kit.verbs.several import all_fit, check_images, check_processes, held, images_per_step
 from ssl_kit.views.recipe import View, ViewRecipe, plain
 
@@ -187,6 +188,7 @@ def pretrain(settings: Settings) -> Entries:
             check_resumable(folder, resolved_recipe(settings, learner), source, world_size())
         settings, together = images_per_step(settings, folder)
         loader, duration, fitted = fit_to_machine(learner, training, view_schedule, settings, together)
+        settings = replace(settings, **fitted.decided)
 
         if rank() == 0:
             if not settings.resume:
@@ -254,13 +256,8 @@ def _train(
     if ema is not None:
         measure.encoder = lambda method: ema.encoder(method.encoder)
     judge = judge_of(learner, measure, record)
-    curves = Curves(
-        folder / "metrics.csv",
-        measure=measure,
-        judge=judge,
-        measure_every=settings.evaluate_every,
-        measured=measure.embedded,
-    )
+    path, every = folder / "metrics.csv", settings.evaluate_every
+    curves = Curves(path, measure=measure, judge=judge, measure_every=every, measured=measure.embedded)
     checkpoints = Checkpoints(
         folder / "checkpoints", settings.checkpoint_minutes, signals, settings.when_full, saved=record.former.remove
     )
@@ -273,6 +270,7 @@ def _train(
         bar=Bar(curves),
         monitor=Monitor(record, curves, checkpoints, show, loader.source),
         diagnose=Diagnose(folder / "diagnose.csv") if settings.diagnose else None,
+        rehearse=partial(compile_ahead, loader) if fitted.compiled else None,
         seed=settings.seed,
     )
     trainer = _trainer(learner, duration, fitted, loop, settings)
@@ -283,9 +281,9 @@ def _train(
         images_per_step=loader.images_per_step,
         chance_loss=learner.chance_loss(loader.images_per_step),
     )
-    path = broadcast(lambda: str(newest(folder / "checkpoints") or "")) if settings.resume else ""
+    begun = broadcast(lambda: str(newest(folder / "checkpoints") or "")) if settings.resume else ""
     with record.written_by_others("tensorboard", "wandb"):
-        trainer.fit(learner, datamodule=loader, ckpt_path=path or None)
+        trainer.fit(learner, datamodule=loader, ckpt_path=begun or None)
     if checkpoints.stopped is not None:
         result(f"stopped; {kept(folder)}")
         wait()  # the first one has said all

@@ -1,8 +1,9 @@
-"""Views of a batch of images as somebody else's program holds it: `Views("simclr")(images)`."""
+"""Views of a whole batch: on a device, and as somebody else's program holds it, `Views("simclr")(images)`."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -19,6 +20,40 @@ from ssl_kit.views.sample import sample
 def recipe_of(recipe: ViewRecipe | Preset) -> ViewRecipe:
     """A recipe, or the name of a preset as one."""
     return ViewRecipe(preset=recipe) if isinstance(recipe, str) else recipe
+
+
+def made_on_device(
+    stored: Sequence[Tensor],
+    params: Sequence[Tensor],
+    views: Sequence[View],
+    *,
+    cropped: bool = False,
+    make: Callable[..., Tensor] = apply_device,
+    store: Tensor | None = None,
+    device: torch.device | str | None = None,
+) -> list[Tensor]:
+    """The views of a batch, on the device where its tensors are.
+
+    Args:
+        stored: pixels (B, C, H, W), uint8 or uint16: one tensor for all views, or the first view's and the others', or
+            one for each; with `store` its rows (B,).
+        params: (B, COLUMNS) of each view.
+        views: what they are of.
+        cropped: see `apply_device`.
+        make: `apply_device`, or what does the same.
+        store: (M, H, W, C) uint8 or uint16.
+        device: where the tensors are brought first.
+    """
+    if device is not None:
+        stored, params = ([one.to(device, non_blocking=True) for one in tensors] for tensors in (stored, params))
+    made = []
+    for number, (param, view) in enumerate(zip(params, views, strict=True)):
+        images = stored[min(number, len(stored) - 1)]
+        if store is not None:
+            whole = store.view(torch.int16) if store.dtype == torch.uint16 else store  # torch cannot index uint16
+            images = whole.index_select(0, images).view(store.dtype).permute(0, 3, 1, 2)
+        made.append(make(images, param, view.size, cropped=cropped))
+    return made
 
 
 class Views:

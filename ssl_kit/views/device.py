@@ -11,24 +11,28 @@ so three such steps before one turn of the hue and three after it hold all 24 or
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from ssl_kit.core.errors import UserError
+from ssl_kit.core.machine import full_float32, many_shapes
 from ssl_kit.views import sample as col
 from ssl_kit.views.sample import Params
 
 _GRAY = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green, blue
 
 
-def apply_device(images: Tensor, params: Params | Tensor, size: tuple[int, int]) -> Tensor:
+def apply_device(images: Tensor, params: Params | Tensor, size: tuple[int, int], *, cropped: bool = False) -> Tensor:
     """Makes one view per image, on the device of `images`.
 
     Args:
         images: (N, C, H, W) uint8 or uint16.
         params: (N, COLUMNS) float32 of `sample`, or more columns, as an array or a tensor.
         size: (h, w) of the views.
+        cropped: `images` are crops of that size already, and `params` what is left to do (`sample.cropped`).
 
     Returns:
         (N, C, h, w) float32 in [0, 1]; differs from `apply_host` by rounding only.
@@ -47,7 +51,9 @@ def apply_device(images: Tensor, params: Params | Tensor, size: tuple[int, int])
         params = torch.from_numpy(params)
     p = params.to(images.device, torch.float32, non_blocking=True)
 
-    x = _resample(images, p, size)
+    x = images.to(torch.float32) / torch.iinfo(images.dtype).max
+    if not cropped:
+        x = _resample(x, p, size)
     if p.shape[1] > col.COLUMNS:
         x = _jitter_apart(x, p)
     elif channels == 3:
@@ -67,15 +73,35 @@ def _wide(column: Tensor) -> Tensor:
     return column[:, None, None, None]
 
 
-def _resample(images: Tensor, p: Tensor, size: tuple[int, int]) -> Tensor:
-    """Crop, resize and mirrors: (N, C, H, W) as stored to (N, C, h, w)."""
+class DeviceViews:
+    """`apply_device` as training uses it: in full float32 whatever TF32 says, and compiled, if asked.
+
+    Compiled code is of one shape: for a batch of another number of images it is compiled anew.
+
+    Args:
+        compiled: by torch.compile: 0.8 instead of 7.6 ms for two views of 512 images of 32 px on an H200.
+    """
+
+    def __init__(self, compiled: bool = False):
+        self._make: Callable[..., Tensor] = apply_device
+        if compiled:
+            many_shapes()
+            self._make = torch.compile(apply_device, dynamic=False, fullgraph=True)
+
+    def __call__(self, images: Tensor, params: Tensor, size: tuple[int, int], *, cropped: bool = False) -> Tensor:
+        """As `apply_device`."""
+        with full_float32():
+            return self._make(images, params, size, cropped=cropped)
+
+
+def _resample(x: Tensor, p: Tensor, size: tuple[int, int]) -> Tensor:
+    """Crop, resize and mirrors: (N, C, H, W) to (N, C, h, w)."""
     turns = p[:, col.TURNS]
     # a quarter turn is a mirror and a transposition, which comes last
     flip_y = (p[:, col.FLIP_Y] != 0) ^ (turns == 2) ^ (turns == 3)
     flip_x = (p[:, col.FLIP_X] != 0) ^ (turns == 1) ^ (turns == 2)
-    rows = _triangle(p[:, col.TOP], p[:, col.HEIGHT], images.shape[2], size[0], flip_y)  # (N, h, H)
-    columns = _triangle(p[:, col.LEFT], p[:, col.WIDTH], images.shape[3], size[1], flip_x)  # (N, w, W)
-    x = images.to(torch.float32) / torch.iinfo(images.dtype).max
+    rows = _triangle(p[:, col.TOP], p[:, col.HEIGHT], x.shape[2], size[0], flip_y)  # (N, h, H)
+    columns = _triangle(p[:, col.LEFT], p[:, col.WIDTH], x.shape[3], size[1], flip_x)  # (N, w, W)
     # (N, 1, h, H) @ (N, C, H, W) @ (N, 1, W, w)
     return rows[:, None] @ (x @ columns[:, None].transpose(2, 3))
 

@@ -33,7 +33,7 @@ def apply_host(
         params: (N, COLUMNS) float32 of `sample`, or more columns; boxes may be fractional (of images decoded at a
             reduced scale).
         size: (h, w) of the views.
-        out: (N, C, h, w) float32 to write to, or uint8 for rounded 0..255.
+        out: (N, C, h, w) float32 to write to; or uint8 or uint16 for rounded values, 0..255 or 0..65,535.
         threads: the images are split over so many threads; the result does not depend on it.
 
     Returns:
@@ -48,8 +48,8 @@ def apply_host(
     shape = (len(addresses), channels, *size)
     if out is None:
         out = np.empty(shape, np.float32)
-    if out.shape != shape or out.dtype not in {np.dtype(np.float32), np.dtype(np.uint8)} or not out.flags.c_contiguous:
-        raise UserError(f"out is {out.dtype} {out.shape}; wanted float32 or uint8 {shape}, C-contiguous")
+    if out.shape != shape or out.dtype not in (np.float32, np.uint8, np.uint16) or not out.flags.c_contiguous:
+        raise UserError(f"out is {out.dtype} {out.shape}; wanted float32, uint8 or uint16 {shape}, C-contiguous")
     count = len(addresses)
     parts = 1 if threads <= 1 else min(count, 4 * threads)
     edges = [count * part // max(1, parts) for part in range(parts + 1)]
@@ -75,7 +75,7 @@ def plain_views(images: Sequence[np.ndarray], size: tuple[int, int]) -> np.ndarr
 
 
 _KINDS = np.empty(0, np.uint8), np.empty(0, np.uint16)  # what tells the kernel the type of the images
-_ROUNDED_AT_ONCE = 16  # images; uint8 output goes through a float buffer of this many
+_ROUNDED_AT_ONCE = 16  # images; rounded output goes through a float buffer of this many
 
 
 def _run(
@@ -97,8 +97,8 @@ def _run(
         views = out[part] if out.dtype == np.float32 else np.empty(out[part].shape, np.float32)
         planes = views.reshape(len(views), channels, h * w)
         make_views(addresses[part], heights[part], widths[part], params[part], h, w, scratch, planes, _KINDS[int(deep)])
-        if out.dtype == np.uint8:
-            views *= 255
+        if out.dtype != np.float32:
+            views *= np.iinfo(out.dtype).max
             views += 0.5
             out[part] = views
 

@@ -100,6 +100,20 @@ def check_colour(params: Params, channels: int) -> None:
         raise UserError(f"{', '.join(used)} need 3 channels (red, green, blue), the images have {channels}")
 
 
+def cropped(params: Params, size: tuple[int, int]) -> tuple[Params, Params]:
+    """Two steps in the place of one: the crop, resized and turned to `size`; and what is left to do to that crop."""
+    crop, rest = params.copy(), params.copy()
+    crop[:, BRIGHTNESS : SATURATION + 1] = 1
+    crop[:, [HUE, GRAY, SIGMA]] = 0
+    crop[:, SOLARIZE] = 2
+    crop[:, ERASE_TOP:COLUMNS] = 0
+    if params.shape[1] > COLUMNS:
+        crop[:, DROPPED], crop[:, DROPPED + 1 :] = -1, 1
+    rest[:, : TURNS + 1] = 0
+    rest[:, [HEIGHT, WIDTH]] = size
+    return crop, rest
+
+
 _Key = tuple[int, int, np.ndarray, int]  # seed, epoch, index (N,), first stream
 
 

@@ -11,6 +11,7 @@ from ssl_kit.core.errors import UserError
 from ssl_kit.data.loader import ViewLoader
 from ssl_kit.data.opening import open_source
 from ssl_kit.data.plan import TrainingPlan
+from ssl_kit.views.batch import made_on_device
 from ssl_kit.views.recipe import ViewRecipe, plain
 
 VIEWS = ViewRecipe(blur=0.5).build((12, 12), 3, 2)
@@ -144,15 +145,47 @@ def test_no_process_is_left_without_an_image():
         TrainingPlan(5, 1, 0, world_size=4)
 
 
-def test_views_on_the_device_see_the_same_images(labelled_folder):
-    from ssl_kit.views.device import apply_device
+@pytest.mark.parametrize("kind", ["of one size", "of several sizes", "files", "deep"])
+def test_views_on_the_device_see_the_same_images(labelled_folder, tmp_path, kind):
+    images = [np.array(Image.open(path)) for path in sorted(labelled_folder.rglob("*.png"))[:20]]
+    if kind == "deep":  # only the lowest 12 of 16 bits: rounded to 8 on the way they would have 16 greys
+        images = [image.astype(np.uint16) * 16 for image in images]
+    if kind in ("of several sizes", "deep"):
+        images[3] = images[3][:13]
+    source = open_source(labelled_folder, in_memory=False) if kind == "files" else open_source(images)
+    views = ViewRecipe(blur=0.5, turn=0.5, erase=0.5).build((12, 12), 3, 2)
+    host = next(iter(ViewLoader(source, [np.arange(20)], views, seed=1)))
+    batch = next(iter(ViewLoader(source, [np.arange(20)], views, seed=1, on_device=True)))
+    assert batch["views"][0].dtype == (torch.uint16 if kind == "deep" else torch.uint8)
+    assert batch["cropped"] == (kind != "of one size") and len(batch["views"]) == (2 if batch["cropped"] else 1)
+    made = made_on_device(batch["views"], batch["params"], views, cropped=batch["cropped"])
+    for one, other in zip(made, host["views"], strict=True):
+        difference = (one - other).abs()
+        assert difference.max() <= (4 / 255 if batch["cropped"] else 1e-5) and difference.mean() <= 0.5 / 255
 
-    source = open_source(labelled_folder)
-    host = next(iter(ViewLoader(source, [np.arange(20)], VIEWS, seed=1)))
-    stored, *params = next(iter(ViewLoader(source, [np.arange(20)], VIEWS, seed=1, on_device=True)))["views"]
-    assert stored.dtype == torch.uint8
-    for view, param, wanted in zip(VIEWS, params, host["views"], strict=True):
-        assert (apply_device(stored, param, view.size) - wanted).abs().max() <= 2 / 255
+
+def test_a_device_that_has_the_pixels_is_told_rows(labelled_folder):
+    source = open_source(labelled_folder).subset(np.arange(5, 60))
+    rows, options = np.array([3, 1, 50]), {"seed": 1, "on_device": True}
+    sent, named = (next(iter(ViewLoader(source, [rows], VIEWS, stored=s, **options))) for s in (False, True))
+    assert named["views"][0].tolist() == [8, 6, 55]
+    for deep in (False, True):
+        store = torch.from_numpy(source.stack[0].astype(np.uint16) * 257 if deep else source.stack[0])
+        made = made_on_device(named["views"], named["params"], VIEWS, store=store)
+        for one, other in zip(made, made_on_device(sent["views"], sent["params"], VIEWS), strict=True):
+            assert (one - other).abs().max() < 1e-6
+
+
+def test_crops_of_bad_files_are_replaced_with_what_is_left_to_do(labelled_folder, tmp_path):
+    for number, path in enumerate(sorted(labelled_folder.rglob("*.png"))[:12]):
+        (tmp_path / f"{number:02d}.png").write_bytes(b"" if number == 4 else path.read_bytes())
+    source = open_source(tmp_path, in_memory=False, max_bad=0.5)
+    plan = [np.arange(6), np.arange(6, 12)]
+    options = {"seed": 1, "bad": "replace"}
+    host, there = (next(iter(ViewLoader(source, plan, VIEWS, on_device=on, **options))) for on in (False, True))
+    assert host["key"].index.tolist() == there["key"].index.tolist() == [0, 1, 2, 3, 10, 5]
+    made = made_on_device(there["views"], there["params"], VIEWS, cropped=True)
+    assert all((one - other).abs().max() <= 4 / 255 for one, other in zip(made, host["views"], strict=True))
 
 
 def test_stopping_early_ends_the_threads(labelled_folder):
