@@ -203,6 +203,16 @@ def compile_blocks(network: nn.Module) -> None:
                 part.compile(dynamic=False)
 
 
+@contextmanager
+def eager() -> Iterator[None]:
+    """Inside, compiled modules run as they were written: shapes that come once are not worth compiling for."""
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled, and it takes a second to import
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 def available_cores() -> int:
     """Cores this process may use (a container or `taskset` may allow fewer than the machine has), or its share."""
     return max(1, cores() // on_this_machine())

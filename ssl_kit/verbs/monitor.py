@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ssl_kit.core.console import say
 from ssl_kit.core.files import if_room
-from ssl_kit.core.machine import cycles_freed
+from ssl_kit.core.machine import cycles_freed, eager
 from ssl_kit.data.labels import stratified
 from ssl_kit.data.loader import Batch, ViewLoader
 from ssl_kit.data.sources import Source
@@ -146,10 +146,11 @@ class Measure:
         """The scores of the encoder as it is now."""
         encoder = self.encoder(method)
         same_buffers(encoder)
-        vectors, _ = self.images.embedded(encoder, self.view, "rank")
-        found = [score.embedded(encoder, self.view) for score in self.scores]
-        pixels = self._pixels() if method.global_step == 0 else []
-        return broadcast(lambda: self._scores(encoder, vectors, found, pixels))
+        with eager():
+            vectors, _ = self.images.embedded(encoder, self.view, "rank")
+            found = [score.embedded(encoder, self.view) for score in self.scores]
+            pixels = self._pixels() if method.global_step == 0 else []
+            return broadcast(lambda: self._scores(encoder, vectors, found, pixels))
 
     def _pixels(self) -> list[Arrays]:
         """Raw pixels in the place of features."""
@@ -298,7 +299,7 @@ class Show:
         views = [view.to(method.device) for view in self._batch["views"]]
         mode = method.training
         method.eval()
-        with torch.no_grad():
+        with torch.no_grad(), eager():
             pictures = method.pictures(views, self._batch["key"])
         method.train(mode)
         for name, picture in pictures.items():

@@ -149,10 +149,11 @@ def compile_ahead(data: ImageData, trainer: pl.Trainer, learner: pl.LightningMod
         return
     began, state = time.perf_counter(), generators()
     weights = [weight for weight in learner.parameters() if weight.requires_grad]
-    with by_itself(), buffers_kept(learner), trainer.precision_plugin.forward_context():
+    with by_itself(), buffers_kept(learner):
         for batch in data.trial(learner.device):
             labels = [batch["label"]] if learner.uses_labels else []
-            loss = learner.loss(batch["views"], batch["key"], *labels)["loss"]
+            with trainer.precision_plugin.forward_context():  # views are made outside it
+                loss = learner.loss(batch["views"], batch["key"], *labels)["loss"]
             torch.autograd.grad(loss, weights, allow_unused=True)  # not .grad: data-parallel training waits for those
     set_generators(state)
     sizes = " and ".join(str(size) for size in sorted(data.plan.sizes))

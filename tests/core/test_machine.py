@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import pytorch_lightning as pl
@@ -93,19 +94,31 @@ def test_device_and_cores():
     assert 1 <= available_cores() <= 4096
 
 
-def test_compiling_is_for_gpus_and_long_runs():
+def test_compiling_is_for_gpus_and_long_runs_where_a_compiler_works(monkeypatch):
+    monkeypatch.setattr(machine, "_no_compiler", lambda device: "")
     assert not choose_compile("auto", "cpu", 10**6).value and not choose_compile("auto", "mps", None).value
     assert not choose_compile("auto", "cuda", 200).value and "200 steps" in choose_compile("auto", "cuda", 200).reason
     assert choose_compile("auto", "cuda", 100_000).value and choose_compile("auto", "cuda", None).value
     for wanted, value in (("on", True), ("off", False)):
         assert choose_compile(wanted, "cpu", 10).value is value and choose_compile(wanted, "cuda", 10**6).value is value
+    assert not choose_compile("auto", "cuda", None, 2.0).value and choose_compile("auto", "cuda", None, 60.0).value
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
+    assert choose_compile("auto", "cuda", None).reason.startswith("it does not work here: ")
+    with pytest.raises(UserError, match=r"--compile on: torch.compile does not work here .*no compiler is installed"):
+        choose_compile("on", "cpu", None)
+
+
+def broken(*_):
+    raise RuntimeError("no compiler is installed")
 
 
 def test_blocks_are_compiled_whichever_way_they_are_reached(monkeypatch):
     compiled = []
 
-    def note(module):
+    def note(module, dynamic):
         compiled.append(module)
+        assert dynamic is False
 
     monkeypatch.setattr(torch.nn.Module, "compile", note)
     blocks = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))

@@ -2,13 +2,17 @@
 
 import csv
 import json
+from functools import partial
 
+import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 from tiny_runs import stopped_after
 
 from ssl_kit import cli
+from ssl_kit.training.curves import read_curves
+from ssl_kit.verbs import rehearsal
 
 TINY = [
     *("--batch-size", "16", "--epochs", "4", "--method.encoder.args", "{channels: [8, 8, 16, 16]}"),
@@ -49,6 +53,30 @@ def test_a_stopped_average_goes_on_where_its_cosine_was(labelled_folder, tmp_pat
     run = tmp_path / "run"
     assert cli.main(["pretrain", "--run", str(run), "--resume"]) == 0
     assert all(torch.equal(value, weights(run)[name]) for name, value in weights(whole).items())
+
+
+@pytest.mark.parametrize("views_on", ["host", "device"])
+def test_all_shapes_are_compiled_before_the_first_step(labelled_folder, tmp_path, monkeypatch, views_on, capsys):
+    """142 images in steps of 17 and 18, views that grow; looks at the features compile nothing."""
+    graphs, at_start = [], []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
+    monkeypatch.setattr(rehearsal, "say", lambda line: at_start.append((line, len(graphs))))
+    options = ["--compile", "on", "--views-on", views_on, "--limit", "150", "--batch-size", "19", "--grow", "{1: 8}"]
+    options += ["--precision", "float32", "--method.optim.lr", "0.01"]
+    run = pretrain(labelled_folder, tmp_path / views_on, *options)
+    ((line, before),) = at_start
+    assert line.startswith("compiled for steps of 17 and 18 images in") and len(graphs) == before > 8
+    assert "anew" not in capsys.readouterr().err
+    torch._dynamo.reset()
+    monkeypatch.undo()
+    plain = pretrain(labelled_folder, tmp_path / "plain", *options[4:])
+    losses = [next(row["loss"] for row in read_curves(one / "metrics.csv") if "loss" in row) for one in (run, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
 
 
 def test_verdict_and_what_it_rests_on_are_in_the_run(labelled_folder, tmp_path):
