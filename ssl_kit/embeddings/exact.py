@@ -1,7 +1,7 @@
 """Exact search, by FAISS on the CPU and by torch elsewhere, blocked: a queries x gallery matrix is never held.
 
 Only this file, index.py and signing.py import faiss. Vectors are L2-normalised copies, zero vectors stay zero.
-Letters: Q queries, N gallery rows, D dimensions, K neighbours.
+Letters: Q queries, N gallery rows, D dimensions, K neighbours; of torch's tiles, B queries and T gallery rows.
 """
 
 from __future__ import annotations
@@ -12,14 +12,33 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 import torch  # before faiss, always: two OpenMP runtimes, and this order is the one that works
+import torch.nn.functional as F
+from torch import Tensor
 
 import faiss  # isort: skip
+
+from ssl_kit.core.machine import full_float32
 
 Metric: TypeAlias = Literal["ip", "l2"]
 
 _BLOCK_BYTES = 64 * 2**20
-_DEVICE_BLOCK_BYTES = 2**30
+_DEVICE_BYTES = 2**30  # of a tile of scores and all that is made of it
+_SCORE_BYTES = 24  # of one score on the device: itself, its key, and what is needed between the two and by `topk`
+_TILE = 2_048  # gallery rows that are on the device at once, at least
+_EVEN = 256  # a tile's rows are a multiple of it
+_ID_BITS = 31  # of a key; the other half is the nearness
 _NORMALISED_ROWS = 4_096  # at once: they stay in the cache; 1,000,000 x 256 take 0.2 s where all at once take 2 s
+
+
+def solver() -> str:
+    """Where evaluation searches and solves: a GPU if there is one, but Apple's, which have no float64."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def to_device(array: np.ndarray, device: torch.device | str) -> Tensor:
+    """The same numbers on a device; to a GPU through pinned memory, so that the host goes on while they travel."""
+    found = torch.from_numpy(array)
+    return found.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else found.to(device)
 
 
 def normalised(vectors: np.ndarray) -> np.ndarray:
@@ -59,16 +78,15 @@ def search(
     queries = np.ascontiguousarray(queries, dtype=np.float32)
     assert k >= 1 and len(gallery) and gallery.shape[1] == queries.shape[1], (k, gallery.shape, queries.shape)
     k = min(k, len(gallery))
+    if torch.device(device).type != "cpu":
+        nearness, ids = by_torch(gallery, queries, k, metric, torch.device(device))
+        return (nearness if metric == "ip" else -nearness), ids
     # one more than wanted: which of several equal scores FAISS keeps at the end of the list is its own affair
     more = min(k + 1, len(gallery))
-    searched = torch.device(device)
-    if searched.type == "cpu":
-        kind = faiss.METRIC_INNER_PRODUCT if metric == "ip" else faiss.METRIC_L2
-        with _threads(threads):
-            scores, ids = faiss.knn(queries, gallery, more, metric=kind)
-        nearness = scores if metric == "ip" else -scores
-    else:
-        nearness, ids = by_torch(gallery, queries, more, metric, searched)
+    kind = faiss.METRIC_INNER_PRODUCT if metric == "ip" else faiss.METRIC_L2
+    with _threads(threads):
+        scores, ids = faiss.knn(queries, gallery, more, metric=kind)
+    nearness = scores if metric == "ip" else -scores
     order = np.lexsort((ids, -nearness), axis=1)
     nearness, ids = np.take_along_axis(nearness, order, 1), np.take_along_axis(ids, order, 1)
     if more > k:
@@ -83,21 +101,66 @@ def search(
 def by_torch(
     gallery: np.ndarray, queries: np.ndarray, k: int, metric: Metric, device: torch.device
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Nearness (Q, k), larger is nearer, and ids (Q, k), in blocks on a device; which of equal ones is its own affair.
+    """Nearness (Q, k), larger is nearer, and ids (Q, k) int64, best first; equal ones by the lower id.
 
-    Nearness is the inner product, or minus the squared distance.
+    Nearness is the inner product, or minus the squared distance, in full float32 whatever precision products were
+    allowed before; that is restored. The gallery goes to the device tile by tile, so it may be larger than its memory.
+    FAISS finds the same ids but for neighbours whose scores differ by rounding alone. A query meets tiles of one even
+    shape only, so that one kernel makes all its scores without an edge: equal rows of the gallery then score equally to
+    the bit, and come by their ids. (FAISS's own scores of equal rows differ in the last bit by where they lie.)
+
+    Args:
+        gallery: (N, D) float32, N below 2^31.
+        queries: (Q, D) float32.
+        k: at most N.
+        metric: as for `search`.
+        device: any that torch knows, the CPU too.
     """
-    known = torch.from_numpy(gallery).to(device)
-    squares = known.square().sum(dim=1)
-    found = []
-    for start, block in blocks(len(queries), 4 * len(gallery), _DEVICE_BLOCK_BYTES):
-        asked = torch.from_numpy(queries[start : start + block]).to(device)
-        near = asked @ known.T
-        if metric == "l2":
-            near = -(squares + asked.square().sum(dim=1, keepdim=True) - 2 * near).clamp_min(0)
-        found.append(near.topk(k, dim=1))
-    parts = [torch.cat(one).cpu().numpy() for one in zip(*found, strict=True)] if found else []
-    return (parts[0], parts[1]) if found else (np.empty((0, k), np.float32), np.empty((0, k), np.int64))
+    count = len(gallery)
+    assert k <= count < 2**_ID_BITS, (k, count)
+    size = -(-min(count, max(_TILE, 4 * k)) // _EVEN) * _EVEN  # what is kept of a tile is a small part of it
+    found = [torch.empty(0, k, dtype=torch.int64)]
+    with full_float32():
+        for start, block in blocks(len(queries), _SCORE_BYTES * size, _DEVICE_BYTES):
+            asked = to_device(queries[start : start + block], device)
+            best = torch.empty(len(asked), 0, dtype=torch.int64, device=device)
+            for first in range(0, count, size):
+                known = to_device(gallery[first : first + size], device)
+                whole = F.pad(known, (0, 0, 0, size - len(known)))  # the last one too
+                near = _nearness(asked, whole, metric)[:, : len(known)]
+                made = _keys(near, first).topk(min(k, len(known)), dim=1).values
+                best = torch.cat((best, made), dim=1)
+                best = best.topk(min(k, best.shape[1]), dim=1).values
+            found.append(best.cpu())
+    return _read(torch.cat(found))
+
+
+def _nearness(asked_BD: Tensor, known_TD: Tensor, metric: Metric) -> Tensor:
+    """(B, T)."""
+    near_BT = asked_BD @ known_TD.T
+    if metric == "ip":
+        return near_BT
+    lengths = asked_BD.square().sum(dim=1, keepdim=True) + known_TD.square().sum(dim=1)
+    return near_BT.mul_(2).sub_(lengths).clamp_max_(0)
+
+
+def _keys(near: Tensor, first: int) -> Tensor:
+    """(B, T) int64 in the order of nearness, of equal ones the lower id above: no two are equal, so `topk` is exact.
+
+    Bits of a float read as an integer have the order of the floats, but for the sign; -0 becomes 0 before. `near` is
+    overwritten.
+    """
+    bits = near.add_(0.0).view(torch.int32)
+    bits ^= (bits >> 31) & (2**31 - 1)
+    ids = torch.arange(first, first + near.shape[1], device=near.device)
+    return bits.long().bitwise_left_shift_(_ID_BITS + 1).add_(2**_ID_BITS - 1 - ids)
+
+
+def _read(keys: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Nearness float32 and ids int64 of keys, in their shape."""
+    bits = (keys >> (_ID_BITS + 1)).int()
+    bits ^= (bits >> 31) & (2**31 - 1)
+    return bits.view(torch.float32).numpy(), (2**_ID_BITS - 1 - (keys & (2 ** (_ID_BITS + 1) - 1))).numpy()
 
 
 def _lowest_ids(gallery: np.ndarray, queries: np.ndarray, k: int, metric: str) -> tuple[np.ndarray, np.ndarray]:
