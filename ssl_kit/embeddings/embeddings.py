@@ -17,6 +17,7 @@ import dataclasses
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -30,10 +31,10 @@ import ssl_kit
 from ssl_kit.core.console import progress
 from ssl_kit.core.errors import DamagedError, UserError
 from ssl_kit.core.files import MANIFEST, atomic_folder, read_manifest
-from ssl_kit.core.machine import choose_precision
+from ssl_kit.core.machine import choose_precision, full_float32
 from ssl_kit.core.sealed import LARGE_JSON, Entries
 from ssl_kit.data.listing import escape_path, write_skipped
-from ssl_kit.data.loader import Planned, ViewLoader
+from ssl_kit.data.loader import Batch, Planned, ViewLoader
 from ssl_kit.data.sources import Source
 from ssl_kit.embeddings.folder import (
     FORMAT,
@@ -49,9 +50,12 @@ from ssl_kit.embeddings.folder import (
 )
 from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.encoders.wrapped import in_eval_mode
+from ssl_kit.views.device import apply_device
 from ssl_kit.views.recipe import View, plain
 
 SKIPPED = "skipped.csv"
+
+_LAST = np.empty(0, np.int64), torch.empty(0, 0), None  # after the last batch
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -234,6 +238,8 @@ def features(
 ) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:
     """Features batch after batch: rows (B,) int64 and features (B, D) float32; nothing of a batch is kept here.
 
+    To an accelerator images of one size that are in memory go as they are stored, and plain views are made there.
+
     Args:
         encoder: see `embed`; in evaluation mode until the iterator ends or is closed.
         source: the images.
@@ -247,16 +253,25 @@ def features(
     Raises:
         UserError: too many images cannot be decoded, or the encoder gives NaN or infinite features.
     """
-    loader = ViewLoader(source, lambda: (Planned(0, rows) for rows in plan), (view,), threads=threads)
+    device = _device(encoder)
+    there = device.type != "cpu" and source.stack is not None and view == plain(view.size)
+    loader = ViewLoader(source, lambda: (Planned(0, rows) for rows in plan), (view,), threads=threads, on_device=there)
+
+    def started(batch: Batch) -> tuple[np.ndarray, Tensor, torch.cuda.Event | None]:
+        """Rows, their features, and when these are there."""
+        rows = batch["key"].index.numpy()
+        if not len(rows):
+            return rows, torch.empty(0, 0), None
+        images = _plain_views(batch, view.size, device) if there else tensor_to(batch["views"][0], device)
+        return rows, *_to_host(_forward(encoder, images, layers, precision))
+
     with in_eval_mode(encoder):
-        for batch in loader:
-            rows = batch["key"].index.numpy()
-            if not len(rows):
-                yield rows, np.empty((0, 0), dtype=np.float32)
-                continue
-            made = forward(encoder, batch["views"][0], layers, precision)
-            _finite(made, rows, source)
-            yield rows, made
+        # a batch is given when the next one is on its way: the device need not wait for who takes it
+        for (rows, made, done), _ in pairwise(chain(map(started, loader), [_LAST])):
+            if done is not None:
+                done.synchronize()
+            _finite(made.numpy(), rows, source)
+            yield rows, made.numpy()
 
 
 def gathered(
@@ -287,15 +302,48 @@ def gathered(
 
 def forward(encoder: nn.Module, images: Tensor, layers: int, precision: Precision) -> np.ndarray:
     """(B, C, h, w) in [0, 1] to (B, D) float32 on the host; the encoder is in evaluation mode."""
-    images = images.to(_device(encoder), non_blocking=True).contiguous(
-        memory_format=torch.channels_last
-    )  # convolutions follow their input: 2x on CPUs
+    return _forward(encoder, tensor_to(images, _device(encoder)), layers, precision).cpu().numpy()
+
+
+def _forward(encoder: nn.Module, images: Tensor, layers: int, precision: Precision) -> Tensor:
+    """(B, D) float32 on the encoder's device, where the images are."""
+    images = images.contiguous(memory_format=torch.channels_last)  # convolutions follow their input: 2x on CPUs
     autocast = torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
     with torch.inference_mode(), autocast:
         if layers == 1:
-            return encoder(images).float().cpu().numpy()
+            return encoder(images).float()
         assert isinstance(encoder, Encoder), "only an Encoder has layers"
-        return encoder.layers(images, last=layers).float().cpu().numpy()
+        return encoder.layers(images, last=layers).float()
+
+
+def tensor_to(images: Tensor, device: torch.device) -> Tensor:
+    """The same on the device; from the host to a GPU through pinned memory, so that the host goes on meanwhile."""
+    pinned = device.type == "cuda" and images.device.type == "cpu"
+    return images.pin_memory().to(device, non_blocking=True) if pinned else images.to(device)
+
+
+def _plain_views(batch: Batch, size: tuple[int, int], device: torch.device) -> Tensor:
+    """Plain views (B, C, h, w) in [0, 1], made on the device of what a loader with `on_device` gives.
+
+    Args:
+        batch: pixels as stored, (B, C, H, W) uint8 or uint16, and the parameters of the views.
+        size: (h, w).
+        device: to which the pixels go as they are.
+    """
+    stored, params = tensor_to(batch["views"][0], device), batch["params"][0]
+    if stored.shape[2:] == size:  # nothing is cut and nothing resized
+        return stored.to(torch.float32) / torch.iinfo(stored.dtype).max
+    with full_float32():
+        return apply_device(stored, tensor_to(params, device), size)
+
+
+def _to_host(made: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """The same on the host; from a GPU it is there only once the event has come."""
+    if made.device.type != "cuda":
+        return made.cpu(), None
+    copied, done = made.to("cpu", non_blocking=True), torch.cuda.Event()
+    done.record(torch.cuda.current_stream(made.device))
+    return copied, done
 
 
 def whole(encoder: nn.Module) -> View:

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from pretended import accelerator
 from torch import nn
 
 import ssl_kit.embeddings.embeddings as module
@@ -20,8 +21,10 @@ from ssl_kit.embeddings.embeddings import Embeddings, embed
 from ssl_kit.embeddings.folder import FORMAT, find_ids, read_rows, read_vectors
 from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.verbs.embed import embed as embed_verb
-from ssl_kit.views.recipe import plain
+from ssl_kit.views.recipe import View, plain
+from ssl_kit.views.sample import COLUMNS
 
+pretended = pytest.fixture(accelerator)
 AWKWARD = ["a/1.png", 'new\nline,"quoted".png', "100%41.png", "%FF.png", "é.png", "e\u0301.png", "😀.png", "-x.png"]
 
 
@@ -48,6 +51,31 @@ class Flatten(nn.Module):
 def source(count=10, side=4):
     images = np.random.default_rng(1).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
     return open_source((images, np.arange(count) % 2))
+
+
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize("size", [(4, 4), (3, 3), (6, 4)])  # as stored, smaller, enlarged and cut
+def test_an_accelerator_gets_pixels_as_they_are_stored_and_makes_the_same_features(deep, size, monkeypatch, pretended):
+    images = source(count=10)
+    if deep:
+        pixels = np.random.default_rng(1).integers(0, 65_536, (10, 4, 4, 3), dtype=np.uint16)
+        images = open_source((pixels, np.arange(10) % 2))
+    encoder, made = Flatten(size[0] * size[1] * 3).train(), {}
+    for device in ("cpu", "cuda"):
+        monkeypatch.setattr(module, "_device", lambda encoder, device=device: torch.device(device))
+        made[device] = embed(encoder, images, view=plain(size), batch_size=4, precision="float32")
+        assert encoder.training
+    stored = torch.uint16 if deep else torch.uint8
+    assert pretended.sent == {stored: 10 * 48} | ({} if size == (4, 4) else {torch.float32: 10 * COLUMNS})
+    assert np.allclose(made["cpu"].vectors, made["cuda"].vectors, atol=1e-6)
+    assert made["cpu"].ids == made["cuda"].ids and np.array_equal(made["cpu"].labels, made["cuda"].labels)
+
+
+def test_what_is_made_at_random_goes_to_an_accelerator_as_views(monkeypatch, pretended):
+    monkeypatch.setattr(module, "_device", lambda encoder: torch.device("cuda"))
+    mirrored = View((4, 4), flip_x=0.5)
+    embed(Flatten(), source(), view=mirrored, batch_size=4, precision="float32")
+    assert pretended.sent == {torch.float32: 10 * 48}
 
 
 @pytest.mark.parametrize("part_rows", [3, 4, 8, 65_536])
