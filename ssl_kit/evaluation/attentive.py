@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from ssl_kit.core.console import progress
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.random import permutation
-from ssl_kit.embeddings.embeddings import Embeddings
+from ssl_kit.embeddings.embeddings import Embeddings, tensor_to
 from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.evaluation.features import Scaling
 from ssl_kit.evaluation.linear import LogisticFit
@@ -134,13 +134,13 @@ def attentive_probe(
         queries: Q.
         seed: of the held-out split, the initial weights, the order and the bootstrap.
         features: what the vectors are, for the record.
-        device: that trains; tokens stay on the host and go there batch by batch.
+        device: that trains; tokens go there at once if they take at most half of what is free, else batch by batch.
     """
     started = time.perf_counter()
     vectors, labels, test_vectors, test_labels, num_classes = labelled_parts(train, test)
     if vectors.shape[1] % width:
         raise UserError(f"vectors of {vectors.shape[1]} numbers are no whole tokens of width {width}")
-    tokens = vectors.reshape(len(vectors), -1, width)
+    tokens = _placed(vectors.reshape(len(vectors), -1, width), device)
     candidates = [float(lr)] if isinstance(lr, int | float) else sorted(map(float, lr))
     settings: dict[str, object] = {"lr_candidates": candidates, "epochs": epochs, "queries": queries}
     settings["batch_size"] = _BATCH
@@ -148,7 +148,7 @@ def attentive_probe(
     seen = lambda fitted, held: [_predict(fit(fitted, rate), tokens[held]) for rate in candidates]
     rate, told = _chosen(candidates, labels, seed, seen)
     probe = fit(np.arange(len(labels)), rate)
-    predictions = _predict(probe, test_vectors.reshape(len(test_vectors), -1, width))
+    predictions = _predict(probe, torch.from_numpy(test_vectors.reshape(len(test_vectors), -1, width)))
     metrics = classification_metrics(test_labels, predictions, num_classes, seed=seed)
     settings |= {**told, "lr": rate, "num_train": len(labels), "num_test": len(test_labels)}
     settings |= {"tokens": tokens.shape[1], "dim": width, "seed": seed}
@@ -194,8 +194,15 @@ class _Probe(nn.Module):
         return self.pooling((tokens - self.mean) * self.scale)
 
 
+def _placed(tokens: np.ndarray, device: torch.device | str) -> Tensor:
+    """(N, T, D), on the device if there is room; otherwise the host picks the images of every step."""
+    found = torch.from_numpy(tokens)
+    room = torch.cuda.mem_get_info(device)[0] if torch.device(device).type == "cuda" else 0
+    return found.to(device) if 2 * tokens.nbytes <= room else found
+
+
 def _fit(
-    tokens: np.ndarray,
+    tokens: Tensor,
     labels: np.ndarray,
     rows: np.ndarray,
     num_classes: int,
@@ -209,7 +216,7 @@ def _fit(
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # the same start on every device
         torch.manual_seed(seed)
         pooling = AttentivePooling(tokens.shape[2], num_classes, queries)
-    sample = tokens[rows[: 8 * _BLOCK]].reshape(-1, tokens.shape[2])
+    sample = tokens[rows[: 8 * _BLOCK]].cpu().numpy().reshape(-1, tokens.shape[2])
     deviation = sample.std(axis=0)
     mean, scale = torch.from_numpy(sample.mean(axis=0)), torch.from_numpy(1 / np.maximum(deviation, 1e-6))
     probe = _Probe(pooling, mean, scale).to(device)
@@ -224,7 +231,7 @@ def _fit(
         order = rows[permutation(seed, epoch, len(rows), _STREAM)]
         for start in range(0, len(order), _BATCH):
             chosen = order[start : start + _BATCH]
-            loss = F.cross_entropy(probe(torch.from_numpy(tokens[chosen]).to(device)), targets[chosen])
+            loss = F.cross_entropy(probe(tensor_to(tokens[chosen], torch.device(device))), targets[chosen])
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
@@ -232,10 +239,10 @@ def _fit(
     return probe.eval()
 
 
-def _predict(probe: _Probe, tokens: np.ndarray) -> np.ndarray:
-    parts = [torch.from_numpy(tokens[start : start + _BLOCK]) for start in range(0, len(tokens), _BLOCK)]
+def _predict(probe: _Probe, tokens: Tensor) -> np.ndarray:
+    parts = tokens.split(_BLOCK)
     with torch.inference_mode():
-        return torch.cat([probe(part.to(probe.mean.device)).argmax(1) for part in parts]).cpu().numpy()
+        return torch.cat([probe(tensor_to(part, probe.mean.device)).argmax(1) for part in parts]).cpu().numpy()
 
 
 SGD_LEARNING_RATES = (0.01, 0.03, 0.1, 0.3, 1.0)  # for 256 images a step
@@ -274,13 +281,13 @@ def sgd_probe(
         raise UserError(f"SGD probe: {epochs} epochs in steps of {batch_size} images; wanted at least 1 of both")
     vectors, labels, test_vectors, test_labels, num_classes = labelled_parts(train, test)
     scaling = Scaling.of(vectors)
-    scaled, targets = scaling.apply(vectors).to(device), torch.from_numpy(labels).to(device)
+    scaled, targets = scaling.apply(vectors, device), torch.from_numpy(labels).to(device)
     candidates = [float(lr)] if isinstance(lr, int | float) else sorted(map(float, lr))
     settings: dict[str, object] = {"lr_candidates": candidates, "epochs": epochs, "batch_size": batch_size}
     fit = lambda rows, rates: train_linear(scaled[rows], targets[rows], num_classes, rates, epochs, batch_size, seed)
     rate, told = _chosen(candidates, labels, seed, lambda fitted, held: fit(fitted, candidates).predict(scaled[held]))
     final = fit(slice(None), [rate])
-    probabilities = final.probabilities(scaling.apply(test_vectors).to(device))
+    probabilities = final.probabilities(scaling.apply(test_vectors, device))
     predictions, confidences = probabilities.argmax(axis=1), probabilities.max(axis=1)
     metrics = classification_metrics(test_labels, predictions, num_classes, seed=seed)
     metrics |= probability_metrics(test_labels, probabilities, seed=seed)

@@ -28,6 +28,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -289,23 +290,24 @@ class Leaks:
         return replace(test, vectors=test.vectors[kept], labels=test.labels[kept], ids=ids)
 
 
-def find_leaks(train: Source, test: Source, *, batch_size: int = 256) -> Leaks:
+def find_leaks(train: Source, test: Source, *, batch_size: int = 256, device: torch.device | str = "cpu") -> Leaks:
     """Compares every test image with every training image; both are read once more, at 16 pixels.
 
     Args:
         train: labels are not used.
         test: labels are not used.
         batch_size: images read at once.
+        device: that searches.
     """
     module = Thumbnails(test.channels)
     view = plain(module.image_size)
     known, asked = (embed(module, part, view=view, batch_size=batch_size, label="thumbnails") for part in (train, test))
-    return leaks_between(known, asked)
+    return leaks_between(known, asked, device)
 
 
-def leaks_between(train: Embeddings, test: Embeddings) -> Leaks:
+def leaks_between(train: Embeddings, test: Embeddings, device: torch.device | str = "cpu") -> Leaks:
     """The same for embeddings of `Thumbnails`."""
-    correlations, ids = search(train.vectors, test.vectors, _COPIES + 1)
+    correlations, ids = search(train.vectors, test.vectors, _COPIES + 1, device=device)
     nearest, other = correlations[:, 0], correlations[:, -1]
     alone = correlations.shape[1] <= _COPIES  # so few training images that there is no other to compare with
     apart = (nearest >= LEAST) & (alone | (1 - nearest <= _NEARER * (1 - other)))

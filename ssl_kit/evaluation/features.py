@@ -28,6 +28,7 @@ from ssl_kit.data.listing import unescape
 from ssl_kit.data.loader import ViewLoader
 from ssl_kit.data.sources import Source, pixels
 from ssl_kit.embeddings.embeddings import Embeddings, chosen_precision, embed, forward
+from ssl_kit.embeddings.exact import to_device
 from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.encoders.wrapped import Wrapped
 from ssl_kit.views.recipe import View, plain
@@ -116,6 +117,7 @@ def feature_sets(
     layers: int = 1,
     seed: int = 0,
     batch_size: int = 256,
+    device: torch.device | str = "cpu",
 ) -> Iterator[FeatureSet]:
     """The encoder's features first, then the baselines'; one kind is in memory at a time.
 
@@ -129,6 +131,7 @@ def feature_sets(
         layers: last stages or blocks of the network, and of the untrained one, that are concatenated.
         seed: of the untrained network and of PCA.
         batch_size: images per forward pass.
+        device: of PCA; networks compute where their weights are.
     """
     parts = (train, test)
     prints = [fingerprint(part) for part in parts]
@@ -145,7 +148,7 @@ def feature_sets(
         if "pixels" in baselines:
             yield pixels
         if "pca" in baselines:
-            yield _reduced(pixels, Pca.of(pixels.train.vectors, dim, seed), dim, "pca")
+            yield _reduced(pixels, Pca.of(pixels.train.vectors, dim, seed, device), dim, "pca")
         del pixels
     untrained = encoder.fresh(seed) if "random_init" in baselines else None
     if untrained is not None:
@@ -177,11 +180,13 @@ def _short(given: str) -> str:
     return folder.parent.name if folder.name == "encoder" else folder.name
 
 
-def reduced(features: FeatureSet, dims: Sequence[int], seed: int = 0) -> Iterator[FeatureSet]:
+def reduced(
+    features: FeatureSet, dims: Sequence[int], seed: int = 0, device: torch.device | str = "cpu"
+) -> Iterator[FeatureSet]:
     """The same features reduced by PCA, fitted on train, to each of `dims` that is below their own dimension."""
     below = [dim for dim in dims if dim < features.train.vectors.shape[1]]
     if below:
-        pca = Pca.of(features.train.vectors, max(below), seed)
+        pca = Pca.of(features.train.vectors, max(below), seed, device)
         for dim in below:
             yield _reduced(features, pca, dim, features.name)
 
@@ -285,13 +290,15 @@ class Pca:
     Attributes:
         mean: (D,) float32.
         directions: (D, R) float32, orthonormal, by falling variance.
+        device: that multiplies.
     """
 
     mean: np.ndarray
     directions: np.ndarray
+    device: torch.device | str = "cpu"
 
     @classmethod
-    def of(cls, features: np.ndarray, dim: int, seed: int = 0) -> Pca:
+    def of(cls, features: np.ndarray, dim: int, seed: int = 0, device: torch.device | str = "cpu") -> Pca:
         """The first min(dim, D, N) directions of features (N, D).
 
         Subspace iteration on the covariance (Halko et al. 2011, https://arxiv.org/abs/0909.4061, algorithm 4.4 and
@@ -300,28 +307,29 @@ class Pca:
         count, columns = features.shape
         dim = min(dim, columns, count)
         mean = features.mean(axis=0, dtype=np.float64).astype(np.float32)
-        covariance = torch.zeros(columns, columns, dtype=torch.float64)
+        covariance, centre = torch.zeros(columns, columns, dtype=torch.float64, device=device), to_device(mean, device)
         for start in range(0, count, _BLOCK):
-            rows = torch.from_numpy(features[start : start + _BLOCK] - mean)
+            rows = to_device(features[start : start + _BLOCK], device) - centre
             covariance += rows.T @ rows  # float32 products, float64 sums
         if columns <= 2 * (dim + _OVERSAMPLING):
-            return cls(mean, torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :dim].float().numpy())
+            directions = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :dim].float()
+            return cls(mean, directions.cpu().numpy(), device)
         total = covariance.diagonal().sum().clamp_min(torch.finfo(torch.float64).tiny)  # of images all alike it is 0
         covariance = (covariance / total).float()
         generator = torch.Generator().manual_seed(seed)
-        basis = torch.randn(columns, dim + _OVERSAMPLING, generator=generator)
+        basis = torch.randn(columns, dim + _OVERSAMPLING, generator=generator).to(device)  # the same on every device
         for _ in range(_ITERATIONS):
             basis = torch.linalg.qr(covariance @ basis).Q
         rotation = torch.linalg.eigh(basis.T @ covariance @ basis).eigenvectors.flip(1)[:, :dim]
-        return cls(mean, (basis @ rotation).numpy())
+        return cls(mean, (basis @ rotation).cpu().numpy(), device)
 
     def apply(self, features: np.ndarray, dim: int | None = None) -> np.ndarray:
         """(N, D) to (N, min(dim, R)) float32."""
-        directions = self.directions[:, :dim]
+        mean, directions = (to_device(part, self.device) for part in (self.mean, self.directions[:, :dim]))
         reduced = np.empty((len(features), directions.shape[1]), dtype=np.float32)
         for start in range(0, len(features), _BLOCK):
             rows = slice(start, start + _BLOCK)
-            np.matmul(features[rows] - self.mean, directions, out=reduced[rows])
+            reduced[rows] = ((to_device(features[rows], self.device) - mean) @ directions).cpu().numpy()
         return reduced
 
 
@@ -349,14 +357,14 @@ class Scaling:
         scale = np.where(varies, 1 / np.where(varies, deviation, 1), 0)
         return cls(mean.astype(np.float32), scale.astype(np.float32))
 
-    def apply(self, features: np.ndarray) -> Tensor:
-        """(N, D) float32, a copy."""
-        scaled = np.empty(features.shape, dtype=np.float32)
+    def apply(self, features: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
+        """(N, D) float32 on a device, a copy."""
+        mean, scale = (to_device(part, device) for part in (self.mean, self.scale))
+        scaled = torch.empty(features.shape, dtype=torch.float32, device=device)
         for start in range(0, len(features), _BLOCK):
             rows = slice(start, start + _BLOCK)
-            np.subtract(features[rows], self.mean, out=scaled[rows])
-            scaled[rows] *= self.scale
-        return torch.from_numpy(scaled)
+            torch.sub(to_device(features[rows], device), mean, out=scaled[rows]).mul_(scale)
+        return scaled
 
 
 def centre(train: np.ndarray, test: np.ndarray) -> np.ndarray:

@@ -164,7 +164,7 @@ def _probe(
     device: torch.device | str,
 ) -> _Predict:
     scaling = Scaling.of(vectors)
-    scaled, test_scaled = (scaling.apply(part).to(device) for part in (vectors, test_vectors))
+    scaled, test_scaled = (scaling.apply(part, device) for part in (vectors, test_vectors))
 
     def predict(rows: np.ndarray, draw: int) -> tuple[np.ndarray, dict[str, float]]:
         points, test_points = spanned(scaled[rows], test_scaled)
@@ -217,6 +217,7 @@ def dimension_curve(
     evaluations: Sequence[Literal["knn", "linear"]] = ("knn", "linear"),
     balanced: bool = False,
     seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> Iterator[Result]:
     """kNN (k chosen on train) and linear probe at 2, 4, 8, ... dimensions and at all of them.
 
@@ -227,6 +228,7 @@ def dimension_curve(
         evaluations: what to score.
         balanced: of the linear probe.
         seed: of the projection, the held-out splits and the bootstrap.
+        device: of PCA, the search and the probe; it must have float64.
     """
     if odd := set(ways) - set(WAYS):
         raise UserError(f"dimension curve: ways {sorted(odd)}; wanted some of {', '.join(WAYS)}")
@@ -234,12 +236,12 @@ def dimension_curve(
     below = sorted({dim for dim in dims if dim < full}) if dims else powers_of_two(full)
     with progress((1 + len(ways) * len(below)) * len(evaluations), f"dimensions of {features.name}") as bar:
         for way in ways if below else ():
-            for smaller in _smaller(features, below, way, seed):
-                for result in _scored(smaller, evaluations, balanced, seed):
+            for smaller in _smaller(features, below, way, seed, device):
+                for result in _scored(smaller, evaluations, balanced, seed, device):
                     result.settings |= {"reduced_by": way}
                     bar.advance(bar.task_ids[0])
                     yield result
-        yield from _scored(features, evaluations, balanced, seed)
+        yield from _scored(features, evaluations, balanced, seed, device)
 
 
 def powers_of_two(full: int) -> list[int]:
@@ -247,10 +249,12 @@ def powers_of_two(full: int) -> list[int]:
     return [2**power for power in range(1, full.bit_length()) if 2**power < full]
 
 
-def _smaller(features: FeatureSet, dims: Sequence[int], way: Way, seed: int) -> Iterator[FeatureSet]:
+def _smaller(
+    features: FeatureSet, dims: Sequence[int], way: Way, seed: int, device: torch.device | str
+) -> Iterator[FeatureSet]:
     parts = features.train, features.test
     if way == "pca":
-        pca = Pca.of(features.train.vectors, max(dims), seed)
+        pca = Pca.of(features.train.vectors, max(dims), seed, device)
         reduced = [pca.apply(part.vectors) for part in parts]
     elif way == "random":
         directions = random_projection(features.train.vectors.shape[1], max(dims), seed)
@@ -262,12 +266,14 @@ def _smaller(features: FeatureSet, dims: Sequence[int], way: Way, seed: int) -> 
         yield FeatureSet(features.name, train, test)
 
 
-def _scored(features: FeatureSet, evaluations: Sequence[str], balanced: bool, seed: int) -> Iterator[Result]:
+def _scored(
+    features: FeatureSet, evaluations: Sequence[str], balanced: bool, seed: int, device: torch.device | str
+) -> Iterator[Result]:
     name, train, test = features.name, features.train, features.test
     for evaluation in evaluations:
         if evaluation == "knn":
-            result = knn(train, test, seed=seed, features=name)
+            result = knn(train, test, seed=seed, features=name, device=device)
         else:
-            result = linear_probe(train, test, balanced=balanced, seed=seed, features=name)
+            result = linear_probe(train, test, balanced=balanced, seed=seed, features=name, device=device)
         result.settings["bytes_per_million_images"] = 1_000_000 * _BYTES * train.vectors.shape[1]
         yield result

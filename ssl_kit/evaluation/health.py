@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from ssl_kit.core.random import permutation
 from ssl_kit.core.spectrum import alpha_exponent, effective_rank
@@ -95,7 +96,7 @@ def lidar(views: Sequence[np.ndarray]) -> float:
     return float(np.exp(-(p * np.log(p)).sum()))
 
 
-def hubness(features: np.ndarray, *, k: int = 10, seed: int = 0) -> float:
+def hubness(features: np.ndarray, *, k: int = 10, seed: int = 0, device: torch.device | str = "cpu") -> float:
     """Skewness of how often a row is among the k nearest of others, by cosine; 0 when all are alike.
 
     Above about 1 a few rows, the hubs, are neighbours of everything, and kNN and search suffer. Of a seeded sample of
@@ -105,10 +106,11 @@ def hubness(features: np.ndarray, *, k: int = 10, seed: int = 0) -> float:
         features: (N, D), N at least 2.
         k: neighbours.
         seed: of the sample.
+        device: that searches.
     """
     units = normalised(sample_rows(features, HUB_ROWS, seed))
     k = min(k, len(units) - 1)
-    ids = search(units, units, k + 1)[1]
+    ids = search(units, units, k + 1, device=device)[1]
     counts = np.bincount(without(ids, np.arange(len(units))).ravel(), minlength=len(units)).astype(np.float64)
     deviation = counts.std()
     return float(((counts - counts.mean()) ** 3).mean() / deviation**3) if deviation > 0 else 0.0
@@ -145,6 +147,7 @@ def health(
     views: Views | None = None,
     seed: int = 0,
     features: str = "encoder",
+    device: torch.device | str = "cpu",
 ) -> Result:
     """Effective rank (also as a fraction of D), alpha, uniformity, spread, hubness; given views, alignment and LiDAR.
 
@@ -153,6 +156,7 @@ def health(
         views: V arrays (M, D) of features of augmented views of the same M images; alignment is of the first two.
         seed: of the samples.
         features: what the vectors are, for the record.
+        device: that searches for hubs.
     """
     started = time.perf_counter()
     rows = sample_rows(train.vectors, RANK_ROWS, seed)
@@ -162,7 +166,7 @@ def health(
         "rank_fraction": rank / rows.shape[1],
         "uniformity": uniformity(rows, seed=seed),
         "std": float(per_dimension_std(rows).mean() * np.sqrt(rows.shape[1])),
-        "hubness": hubness(rows, seed=seed),
+        "hubness": hubness(rows, seed=seed, device=device),
     }
     alpha = alpha_exponent(rows)
     if np.isfinite(alpha):  # undefined for collapsed features, and JSON has no NaN

@@ -37,6 +37,7 @@ _STREAM_CURVATURE = 100_003  # of core/random.py
 _RIDGE = 1e-6  # of the preconditioner alone, relative to the largest variance: its moment has float32 products
 _MEMORY = 10  # pairs that L-BFGS remembers
 _BLOCK_LOGITS = 2**19  # logits computed at once: 2 MB stay in the cache between product, softmax and product
+_DEVICE_BLOCK_LOGITS = 2**26  # elsewhere: large products, few of them
 _STATE_BYTES = 2**29  # of the L-BFGS pairs; more candidates than fit are solved one after another
 _SUFFICIENT = 1e-4  # Armijo's constant
 _ROUNDING = 1e-7  # relative error of a float32 loss: decreases below it are noise
@@ -63,16 +64,14 @@ class LogisticFit:
     def probabilities(self, features: Tensor, candidate: int = 0) -> np.ndarray:
         """(N, C) float32 of one candidate; rows sum to 1."""
         weights, bias = self.weights[candidate], self.bias[candidate]
-        blocks = [
-            torch.addmm(bias, rows, weights.T).softmax(dim=1) for rows in features.split(_block_rows(bias.numel()))
-        ]
+        blocks = [torch.addmm(bias, rows, weights.T).softmax(dim=1) for rows in features.split(_block_rows(bias))]
         return torch.cat(blocks).cpu().numpy()
 
     def predict(self, features: Tensor) -> np.ndarray:
         """(L, N) int64 classes of features (N, D)."""
         blocks = [
             (rows @ self.weights.flatten(0, 1).T + self.bias.flatten()).view(len(rows), *self.bias.shape).argmax(dim=2)
-            for rows in features.split(_block_rows(self.bias.numel()))
+            for rows in features.split(_block_rows(self.bias))
         ]
         return torch.cat(blocks).T.cpu().numpy()
 
@@ -106,7 +105,7 @@ def linear_probe(
     started = time.perf_counter()
     vectors, labels, test_vectors, test_labels, num_classes = labelled_parts(train, test)
     scaling = Scaling.of(vectors)
-    scaled, test_scaled = spanned(*(scaling.apply(part).to(device) for part in (vectors, test_vectors)))
+    scaled, test_scaled = spanned(*(scaling.apply(part, device) for part in (vectors, test_vectors)))
     candidates = [float(l2)] if isinstance(l2, int | float) else sorted(map(float, l2), reverse=True)
     final, chosen = fit_chosen(scaled, labels, num_classes, candidates, balanced=balanced, seed=seed)
     probabilities = final.probabilities(test_scaled)
@@ -316,7 +315,7 @@ class _Solver:
         bias = solution[..., -1].reshape(candidates * classes)
         total = point.new_zeros(candidates, dtype=torch.float64)
         gradient = point.new_zeros(candidates * classes, columns)
-        size = _block_rows(candidates * classes)
+        size = _block_rows(bias)
         blocks = zip(self.features.split(size), self.labels.split(size), self.row_weights.split(size), strict=True)
         for features, labels, row_weights in blocks:
             logits = torch.addmm(bias, features, weights.T).view(len(features), candidates, classes)
@@ -388,5 +387,8 @@ def _cholesky(moment: Tensor, penalty: float, ridge: float) -> Tensor:
         ridge = max(10 * ridge, 1e-12)
 
 
-def _block_rows(logits_per_row: int) -> int:
-    return min(4_096, max(64, _BLOCK_LOGITS // logits_per_row))
+def _block_rows(bias: Tensor) -> int:
+    """Rows whose logits are computed at once; there are as many per row as `bias` has numbers."""
+    if bias.device.type != "cpu":
+        return max(64, _DEVICE_BLOCK_LOGITS // bias.numel())
+    return min(4_096, max(64, _BLOCK_LOGITS // bias.numel()))

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from ssl_kit.embeddings.exact import normalised, search
 from ssl_kit.evaluation.result import ClassScore, blocks, with_intervals
@@ -124,6 +125,7 @@ def suspected_errors(
     k: int = 20,
     temperature: float = 0.07,
     margin: float = 0.5,
+    device: torch.device | str = "cpu",
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Images whose neighbours disagree with their label: label errors are among them, and ambiguous images.
 
@@ -137,6 +139,7 @@ def suspected_errors(
         k: neighbours, at most N - 1.
         temperature: T.
         margin: wanted at least; neighbours of a middling encoder outvote half of all labels by a little.
+        device: that searches.
 
     Returns:
         Positions (M,) of the images, the largest margin first; the class (M,) that their neighbours vote for; the
@@ -144,7 +147,7 @@ def suspected_errors(
     """
     units = normalised(vectors)
     rows = np.arange(len(units))
-    cosines, ids = search(units, units, min(k, len(units) - 1) + 1)
+    cosines, ids = search(units, units, min(k, len(units) - 1) + 1, device=device)
     others = ids != rows[:, None]
     others[others.all(axis=1), -1] = False  # so many equal images that its own row is not among the nearest
     cosines, ids = (found[others].reshape(len(units), -1) for found in (cosines, ids))

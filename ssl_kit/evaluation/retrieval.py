@@ -47,6 +47,7 @@ def retrieval(
     ks: Sequence[int] = KS,
     seed: int = 0,
     features: str = "encoder",
+    device: torch.device | str = "cpu",
 ) -> Result:
     """recall_at_k, precision_at_k, r_precision and map_at_r within classes, means over queries with 95 % intervals.
 
@@ -60,6 +61,7 @@ def retrieval(
         ks: cut-offs; those beyond the number of images that can be found are left out, `settings` lists the rest.
         seed: of the sample and the bootstrap.
         features: what the vectors are, for the record.
+        device: that searches.
 
     Raises:
         UserError: no query has an image of its class to find.
@@ -75,7 +77,7 @@ def retrieval(
         chosen = sample_rows(np.arange(len(asked)), MAX_QUERIES, seed)
         asked, asked_labels = normalised(asked[chosen]), asked_labels[chosen]
     ks = [k for k in ks if k <= len(units) - (queries is None)]
-    scores = _within_classes(units, labels, asked, asked_labels, rows, ks)
+    scores = _within_classes(units, labels, asked, asked_labels, rows, ks, device)
     metrics = intervals(scores, seed)
     settings = {"ks": list(ks), "num_queries": len(asked), "num_gallery": len(units), "dim": units.shape[1]}
     settings |= {"within": queries is None, "seed": seed}
@@ -90,6 +92,7 @@ def _within_classes(
     asked_labels: np.ndarray,
     rows: np.ndarray | None,
     ks: Sequence[int],
+    device: torch.device | str,
 ) -> dict[str, np.ndarray]:
     """Scores of every query that has something to find, (Q,) each; `rows` are the queries' own gallery rows."""
     own = 0 if rows is None else 1
@@ -103,7 +106,7 @@ def _within_classes(
     found: dict[str, list[np.ndarray]] = {}
     for start in range(0, len(findable), block):
         these = findable[start : start + block]
-        ids = search(units, asked[these], longest + own)[1]
+        ids = search(units, asked[these], longest + own, device=device)[1]
         if rows is not None:
             ids = without(ids, rows[these])
         hits = labels[ids] == asked_labels[these, None]

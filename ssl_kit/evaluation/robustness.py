@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -59,6 +60,7 @@ def robustness(
     temperature: float | None = 0.07,
     seed: int = 0,
     features: str = "encoder",
+    device: torch.device | str = "cpu",
 ) -> Result:
     """Top-1 of the kNN vote on corrupted test images, with 95 % intervals over images.
 
@@ -74,25 +76,31 @@ def robustness(
         temperature: T of exp(cos / T).
         seed: of the sample, the corruptions and the bootstrap.
         features: what the network is, for the record.
+        device: that searches.
     """
     started = time.perf_counter()
     gallery, labels = labelled(train, "train")
     rows = sample_rows(np.flatnonzero(source.labels() >= 0), count, seed)
     if not len(rows):
         raise UserError(f"{source.name} has no labels; give class folders or a `label` column")
-    right: dict[tuple[str, int], list[np.ndarray]] = {}
+    found: dict[tuple[str, int], list[np.ndarray]] = {}  # features of each batch
+    wanted: list[np.ndarray] = []
     plan = np.array_split(rows, -(-len(rows) // _BATCH))
     names = [name for name in CORRUPTIONS if name != "jpeg" or network.channels in (1, 3)]
     conditions = [("clean", 0), *((name, strength) for name in names for strength in STRENGTHS)]
     with progress(len(rows) * len(conditions), f"corruptions, {features}") as bar:
         for batch in ViewLoader(source, plan, (plain(network.image_size),), seed=seed):
-            images, index, wanted = batch["views"][0], batch["key"].index.numpy(), batch["label"].numpy()
+            images, index = batch["views"][0], batch["key"].index.numpy()
+            wanted.append(batch["label"].numpy())
             for name, strength in conditions:
                 seen = corrupt(images, name, strength, seed=seed, index=index) if strength else images
-                predicted = knn_predict(gallery, labels, network(seen), k=k, temperature=temperature)
-                right.setdefault((name, strength), []).append(predicted == wanted)
+                found.setdefault((name, strength), []).append(network(seen))
                 bar.advance(bar.task_ids[0], len(index))
-    correct = {condition: np.concatenate(parts).astype(np.float64) for condition, parts in right.items()}
+    predict = partial(knn_predict, gallery, labels, k=k, temperature=temperature, device=device)
+    correct = {
+        condition: (predict(np.concatenate(parts)) == np.concatenate(wanted)).astype(np.float64)
+        for condition, parts in found.items()
+    }
     settings = {"k": k, "temperature": temperature, "num_train": len(gallery), "num_test": len(correct["clean", 0])}
     settings |= {"dim": gallery.shape[1], "strengths": len(STRENGTHS), "seed": seed}
     made = {"encoder_sha256": network.sha256, "train": train.info.get("source"), "test": source.name}

@@ -27,13 +27,14 @@ from ssl_kit.data.decode import decode
 from ssl_kit.data.limits import BadImageError
 from ssl_kit.data.listing import unescape
 from ssl_kit.embeddings.embeddings import Embeddings
-from ssl_kit.embeddings.exact import normalised, search
+from ssl_kit.embeddings.exact import normalised, search, solver
 from ssl_kit.embeddings.search import encoded, load_encoder, picture, read_file
 from ssl_kit.evaluation.alignment import correlations, distances, thumbnail
 from ssl_kit.evaluation.duplicates import Around, Limits, apart, edits, groups, isolation, limits, pairs_above
 
 K = 32  # neighbours of each image that are looked at; larger groups are found link by link
 _BLOCK = 4_096  # queries searched, or pairs compared, between two steps of the progress bar
+_DEVICE_BLOCK = 65_536  # queries searched by an accelerator, to which each search brings the gallery anew
 _PLANTED = 300  # images that are copied to find the limits
 _ENCODED = 64  # planted copies that are encoded together
 _SAME = 1 - 1e-4  # cosine of equal pictures; bfloat16 and the order of a batch move it by less
@@ -150,10 +151,11 @@ def _neighbours(a: Embeddings, b: Embeddings) -> tuple[np.ndarray, np.ndarray]:
     """(N, K) cosines and rows in `b` of each image of `a`, exactly, best first."""
     gallery = normalised(b.vectors)
     queries = gallery if a is b else normalised(a.vectors)
-    made = []
+    made, device = [], solver()
+    block = _BLOCK if device == "cpu" else _DEVICE_BLOCK
     with progress(len(queries), "neighbours") as bar:
-        for start in range(0, len(queries), _BLOCK):
-            made.append(search(gallery, queries[start : start + _BLOCK], K))
+        for start in range(0, len(queries), block):
+            made.append(search(gallery, queries[start : start + block], K, device=device))
             bar.advance(bar.task_ids[0], len(made[-1][0]))
     return np.concatenate([scores for scores, _ in made]), np.concatenate([rows for _, rows in made])
 
@@ -229,7 +231,7 @@ def _apart(
     around = back = Around(asked, rows[asked])
     if a is not b:
         asked = np.unique(pairs[:, 1])
-        back = Around(asked, search(normalised(a.vectors), normalised(b.vectors[asked]), K)[1])
+        back = Around(asked, search(normalised(a.vectors), normalised(b.vectors[asked]), K, device=solver())[1])
         _look(b, around.neighbours, seen[1])
     _look(a, back.neighbours, seen[0])
     return apart(pairs, around, back, lambda wanted: _compared(distances, wanted, seen), limit.sure, within=a is b)

@@ -10,19 +10,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import nn
 
 from ssl_kit.core.console import if_interrupted, next_command, say
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import append_line, write_csv
 from ssl_kit.core.locking import lock
+from ssl_kit.core.machine import full_float32
 from ssl_kit.core.owned import check_place, record_in
 from ssl_kit.core.reading import Function, Reading
 from ssl_kit.core.sealed import Entries
 from ssl_kit.core.settings import verb
 from ssl_kit.data.opening import open_labelled, places
 from ssl_kit.data.sources import Source
+from ssl_kit.embeddings.exact import solver
 from ssl_kit.encoders.encoder import Encoder, find_encoder
 from ssl_kit.encoders.pretrained import load_pretrained
 from ssl_kit.encoders.wrapped import Wrapped, in_eval_mode
@@ -154,7 +155,7 @@ class _Asked(NamedTuple):
     def loaded(self, opened: _Opened) -> Encoder | Wrapped:
         """It, in the place where it computes; of a module the size is chosen from the images."""
         if self.module is None:
-            return Encoder.load(self.path).to("cuda" if torch.cuda.is_available() else "cpu")
+            return Encoder.load(self.path).to(opened.device)
         channels, size = getattr(self.module, "channels", 3), getattr(self.module, "image_size", None)
         if size is None:
             from ssl_kit.verbs.defaults import (
@@ -193,10 +194,14 @@ class _Options:
 
 
 class _Opened:
-    """The labelled images, opened and checked for leaks once for all encoders that read them alike."""
+    """The labelled images, opened and checked for leaks once for all encoders that read them alike.
+
+    Attributes:
+        device: where all of `evaluate` computes.
+    """
 
     def __init__(self, options: _Options):
-        self.options = options
+        self.options, self.device = options, solver()
         self._parts: dict[str, tuple[Source, Source, Leaks | None]] = {}
 
     def parts(self, reading: Reading) -> tuple[Source, Source, Leaks | None]:
@@ -205,10 +210,10 @@ class _Opened:
         if key not in self._parts:
             reading = reading.by(options.reader)
             train, test = open_labelled(options.labelled, limit=options.limit, reading=reading, max_bad=options.max_bad)
-            found = find_leaks(train, test) if self.options.leaks or self.options.drop_leaks else None
+            found = find_leaks(train, test, device=self.device) if options.leaks or options.drop_leaks else None
             if found is not None:
-                _say_leaks(found, self.options.drop_leaks)
-            if found is not None and self.options.drop_leaks:
+                _say_leaks(found, options.drop_leaks)
+            if found is not None and options.drop_leaks:
                 test = _without(test, found)
             self._parts[key] = train, test, found
         return self._parts[key]
@@ -217,7 +222,7 @@ class _Opened:
 def _one(asked: _Asked, folder: Path, opened: _Opened, options: _Options) -> tuple[Scored, Entries]:
     """Scores one encoder: features one kind after the other, then what they have in common."""
     started, seed = time.perf_counter(), options.seed
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = opened.device
     loaded = asked.loaded(opened)
     if options.layers != 1 and isinstance(loaded, Wrapped):
         raise UserError(f"layers {options.layers}: a module of your own has no known stages or blocks; leave it out")
@@ -227,10 +232,10 @@ def _one(asked: _Asked, folder: Path, opened: _Opened, options: _Options) -> tup
     wanted = options.only or default_names(loaded)
     train, test, leaks = opened.parts(loaded.reading)
     nested = isinstance(loaded, Encoder) and bool(loaded.args["num_classes"]) and options.layers == 1
-    task = Task(train, test, folder, options.dims, nested, options.balanced, seed, options.batch_size)
+    task = Task(train, test, folder, options.dims, nested, options.balanced, seed, options.batch_size, device)
     results: list[Result] = []
     kept = f"features made so far are kept in {folder / 'features'}, scores are not; the same command goes on"
-    with lock(folder), record_in(folder) as entries, if_interrupted(lambda: kept), in_eval_mode(loaded):
+    with full_float32(), lock(folder), record_in(folder) as entries, if_interrupted(lambda: kept), in_eval_mode(loaded):
         pictures = Pictures(folder / "pictures", train, test, seed)
         every = feature_sets(
             loaded,
@@ -242,6 +247,7 @@ def _one(asked: _Asked, folder: Path, opened: _Opened, options: _Options) -> tup
             layers=options.layers,
             seed=seed,
             batch_size=options.batch_size,
+            device=device,
         )
         for features in every:
             for evaluation in wanted:

@@ -330,10 +330,10 @@ def write_mistakes(folder: Path, source: Source, test: Embeddings, probe: Result
     )
 
 
-def write_suspects(path: Path, part: Embeddings) -> float:
+def write_suspects(path: Path, part: Embeddings, device: str = "cpu") -> float:
     """Writes the labelled images whose neighbours disagree with their label; the share of them."""
     known, classes = np.flatnonzero(part.labels >= 0), part.classes
-    rows, suggested, margins = suspected_errors(part.vectors[known], part.labels[known], len(classes))
+    rows, suggested, margins = suspected_errors(part.vectors[known], part.labels[known], len(classes), device=device)
     suspects = (
         (part.ids[row], classes[part.labels[row]], classes[other], f"{margin:.4f}")
         for row, other, margin in zip(known[rows], suggested, margins, strict=True)

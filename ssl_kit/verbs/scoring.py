@@ -51,6 +51,7 @@ class Task:
         balanced: weigh classes alike in the linear probe.
         seed: of everything drawn.
         batch_size: images per forward pass.
+        device: that searches and solves; networks compute where their weights are.
     """
 
     train: Source
@@ -61,6 +62,7 @@ class Task:
     balanced: bool = False
     seed: int = 0
     batch_size: int = 256
+    device: str = "cpu"
 
 
 def default_names(encoder: Encoder | Wrapped) -> tuple[str, ...]:
@@ -73,11 +75,12 @@ def default_names(encoder: Encoder | Wrapped) -> tuple[str, ...]:
 def score_knn(task: Task, features: FeatureSet) -> Iterator[Result]:
     """With k and T chosen on train, and as customary; after PCA to the task's dimensions too."""
     name, seed = features.name, task.seed
-    yield from knn_rows(features.train, features.test, seed=seed, features=name)
+    yield from knn_rows(features.train, features.test, seed=seed, features=name, device=task.device)
     if name == "pixels":  # PCA of the pixels stands for them at lower dimensions
         return
-    for smaller in reduced(features, task.dims, seed):
-        rows = knn_rows(smaller.train, smaller.test, ((None, None), CUSTOMARY[0]), seed=seed, features=name)
+    for smaller in reduced(features, task.dims, seed, task.device):
+        asked = ((None, None), CUSTOMARY[0])
+        rows = knn_rows(smaller.train, smaller.test, asked, seed=seed, features=name, device=task.device)
         for row in rows:
             row.settings["reduced_by"] = "pca"
         yield from rows
@@ -85,12 +88,13 @@ def score_knn(task: Task, features: FeatureSet) -> Iterator[Result]:
 
 def score_linear(task: Task, features: FeatureSet) -> Iterator[Result]:
     """With every metric of probabilities."""
-    yield linear_probe(features.train, features.test, balanced=task.balanced, seed=task.seed, features=features.name)
+    train, test, balanced = features.train, features.test, task.balanced
+    yield linear_probe(train, test, balanced=balanced, seed=task.seed, features=features.name, device=task.device)
 
 
 def score_sgd(task: Task, features: FeatureSet) -> Iterator[Result]:
     """The literature's linear probe."""
-    yield sgd_probe(features.train, features.test, seed=task.seed, features=features.name)
+    yield sgd_probe(features.train, features.test, seed=task.seed, features=features.name, device=task.device)
 
 
 def score_attentive(task: Task, features: FeatureSet) -> Iterator[Result]:
@@ -111,7 +115,7 @@ def score_attentive(task: Task, features: FeatureSet) -> Iterator[Result]:
     parts = [
         embed(module, part, view=view, batch_size=task.batch_size, label=label) for part in (task.train, task.test)
     ]
-    yield attentive_probe(*parts, width=module.width, seed=task.seed, features=features.name)
+    yield attentive_probe(*parts, width=module.width, seed=task.seed, features=features.name, device=task.device)
 
 
 def score_health(task: Task, features: FeatureSet) -> Iterator[Result]:
@@ -119,17 +123,17 @@ def score_health(task: Task, features: FeatureSet) -> Iterator[Result]:
     if features.name not in _NETWORKS or features.network is None:
         return
     views = augmented(features.network, task.test, seed=task.seed) if features.name == ENCODER else None
-    yield health(features.train, views=views, seed=task.seed, features=features.name)
+    yield health(features.train, views=views, seed=task.seed, features=features.name, device=task.device)
 
 
 def score_few_shot(task: Task, features: FeatureSet) -> Iterator[Result]:
     """A row per protocol and number of labels."""
-    yield from few_shot(features.train, features.test, seed=task.seed, features=features.name)
+    yield from few_shot(features.train, features.test, seed=task.seed, features=features.name, device=task.device)
 
 
 def score_retrieval(task: Task, features: FeatureSet) -> Iterator[Result]:
     """Among the test images."""
-    yield retrieval(features.test, seed=task.seed, features=features.name)
+    yield retrieval(features.test, seed=task.seed, features=features.name, device=task.device)
 
 
 def score_instances(task: Task, features: FeatureSet) -> Iterator[Result]:
@@ -145,13 +149,17 @@ def score_curve(task: Task, features: FeatureSet) -> Iterator[Result]:
     ways: tuple[Way, ...] = ("pca", "random") if features.name == ENCODER else ("pca",)
     if features.name == ENCODER and task.nested:
         ways = ("cut", *ways)
-    yield from dimension_curve(features, dims=task.dims, ways=ways, balanced=task.balanced, seed=task.seed)
+    yield from dimension_curve(
+        features, dims=task.dims, ways=ways, balanced=task.balanced, seed=task.seed, device=task.device
+    )
 
 
 def score_robustness(task: Task, features: FeatureSet) -> Iterator[Result]:
     """Of networks: corrupted test images."""
     if features.network is not None:
-        yield robustness(features.train, task.test, features.network, seed=task.seed, features=features.name)
+        yield robustness(
+            features.train, task.test, features.network, seed=task.seed, features=features.name, device=task.device
+        )
 
 
 def score_details(task: Task, features: FeatureSet) -> Iterator[Result]:
@@ -159,12 +167,14 @@ def score_details(task: Task, features: FeatureSet) -> Iterator[Result]:
     if features.name != ENCODER:
         return
     train, test, folder = features.train, features.test, task.folder / "details"
-    probe = linear_probe(train, test, balanced=task.balanced, seed=task.seed, keep_probabilities=True)
+    probe = linear_probe(
+        train, test, balanced=task.balanced, seed=task.seed, keep_probabilities=True, device=task.device
+    )
     scores = pictures.write_classes(folder, test, probe)
     pictures.write_mistakes(task.folder, task.test, test, probe)
     metrics = {"lowest_recall": min(score.recall for score in scores if score.num_images)}
     for name, part in (("train", train), ("test", test)):
-        metrics[f"suspected_{name}"] = pictures.write_suspects(folder / f"suspected_{name}.csv", part)
+        metrics[f"suspected_{name}"] = pictures.write_suspects(folder / f"suspected_{name}.csv", part, task.device)
     yield Result("details", features.name, metrics, probe.settings, probe.made_by, probe.seconds)
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from pretended import accelerator
 
 from ssl_kit.core.errors import UserError
 from ssl_kit.embeddings.embeddings import Embeddings
@@ -10,6 +11,7 @@ from ssl_kit.encoders import Encoder
 from ssl_kit.evaluation.attentive import AttentivePooling, Tokens, attentive_probe
 from ssl_kit.evaluation.linear import linear_probe
 
+pretended = pytest.fixture(accelerator)
 WIDTH, TOKENS, CLASSES = 16, 9, 4
 
 
@@ -41,6 +43,17 @@ def test_it_finds_the_token_that_tells():
     assert result.metrics["top1"] > 0.9 and result.settings["lr"] == 3e-2
     means = [embeddings(part.vectors.reshape(-1, TOKENS, WIDTH).mean(1), part.labels) for part in (train, test)]
     assert linear_probe(*means).metrics["top1"] < result.metrics["top1"] - 0.1
+
+
+@pytest.mark.parametrize("room", [0, 2**40])
+def test_tokens_go_to_an_accelerator_once_or_batch_by_batch(room, monkeypatch, pretended):
+    train, test = hidden(400, 0), hidden(100, 1)
+    here = attentive_probe(train, test, width=WIDTH, lr=1e-3, epochs=2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (room, 2**40))
+    there = attentive_probe(train, test, width=WIDTH, lr=1e-3, epochs=2, device="cuda")
+    times = pretended.sent[torch.float32] // (400 * TOKENS * WIDTH)
+    assert times == (2 if room == 0 else 1 + 2)  # of the pretence: batches of what is there already are counted, too
+    assert np.array_equal(here.predictions, there.predictions)
 
 
 def test_labels_of_noise_give_chance():

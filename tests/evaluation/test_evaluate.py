@@ -7,10 +7,15 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from pretended import accelerator
 
+import ssl_kit.verbs.evaluate as verb
 from ssl_kit import cli
 from ssl_kit.core.errors import UserError
+from ssl_kit.core.machine import Choice
+from ssl_kit.embeddings import embeddings, exact
 from ssl_kit.embeddings.embeddings import embed
 from ssl_kit.encoders import Encoder
 from ssl_kit.evaluation import features
@@ -19,6 +24,8 @@ from ssl_kit.evaluation.fewshot import few_shot
 from ssl_kit.evaluation.result import Result
 from ssl_kit.verbs import scoring
 from ssl_kit.verbs.evaluate import evaluate
+
+pretended = pytest.fixture(accelerator)
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +61,25 @@ def test_colours_are_found_and_the_gap_to_the_best_baseline_is_the_difference(ev
     assert ours["metrics"]["above_best_baseline"] == pytest.approx(ours["metrics"]["top1"] - best)
     low, high = (ours["metrics"][f"above_best_baseline_{end}"] for end in ("low", "high"))
     assert low <= ours["metrics"]["above_best_baseline"] <= high
+
+
+def test_an_accelerator_searches_and_solves_and_finds_the_same(images, encoder, tmp_path, monkeypatch, pretended):
+    monkeypatch.setattr(embeddings, "choose_precision", lambda *_: Choice("float32", "of which rounding is small"))
+    names = tuple(name for name in ONLY if name not in ("attentive", "few_shot", "looks"))
+    here = evaluate(str(encoder), str(images), out=str(tmp_path / "here"), only=names, dims=(2,))["results"]
+    asked, knn = [], exact.faiss.knn
+    counted = lambda queries, *rest, **named: asked.append(len(queries)) or knn(queries, *rest, **named)
+    monkeypatch.setattr(exact.faiss, "knn", counted)
+    monkeypatch.setattr(verb, "solver", lambda: "cuda")
+    monkeypatch.setattr(embeddings, "_device", lambda encoder: torch.device("cuda"))
+    there = evaluate(str(encoder), str(images), out=str(tmp_path / "there"), only=names, dims=(2,))["results"]
+    assert max(asked) <= 12  # of the report's pictures; all other neighbours are found there
+    assert len(here) == len(there)
+    for one, other in zip(here, there, strict=True):
+        assert (one["evaluation"], one["features"]) == (other["evaluation"], other["features"])
+        # all cosines of this encoder are above 0.999: which of two is larger, rounding decides for an image or two
+        tolerance = 0.1 if one["features"] == "encoder" else 1e-4
+        assert one["metrics"] == pytest.approx(other["metrics"], abs=tolerance)
 
 
 def test_transformers_get_the_attentive_probe_beside_the_untrained_one(images, tmp_path):

@@ -8,17 +8,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from pretended import accelerator
 
+import ssl_kit.verbs.duplicates as verb
 from ssl_kit import cli
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import write_sealed
 from ssl_kit.core.sealed import read_sealed
+from ssl_kit.embeddings import exact
 from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.evaluation.duplicates import edits
 from ssl_kit.report.page import write_report
 from ssl_kit.report.read import read_run
 from ssl_kit.verbs.duplicates import duplicates
 from ssl_kit.verbs.embed import embed
+
+pretended = pytest.fixture(accelerator)
 
 
 def photograph(number):
@@ -55,6 +60,18 @@ def world(tmp_path_factory):
     for name in ("images", "test"):
         embed(encoder, str(root / name), out=str(root / f"{name}.emb"), layers=4, precision="float32")
     return root
+
+
+@pytest.mark.parametrize("other", [None, "test.emb"])
+def test_an_accelerator_finds_all_neighbours_and_they_are_the_same(world, other, monkeypatch, pretended):
+    given = (str(world / "images.emb"), None if other is None else str(world / other))
+    here = duplicates(*given)
+    monkeypatch.setattr(verb, "solver", lambda: "cuda")
+    monkeypatch.setattr(exact.faiss, "knn", None)
+    there = duplicates(*given)
+    for record in (here, there):
+        record.pop("outliers", None)  # their distances differ by rounding
+    assert json.dumps(there) == json.dumps(here)
 
 
 def test_groups_are_the_planted_ones(world, tmp_path):
