@@ -17,7 +17,8 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -135,27 +136,31 @@ def timed(step: Callable[[], None], batch: int, steps: int) -> Rate:
     return rate
 
 
-def lightly(data: str, batch: int, steps: int, same_precision: bool) -> Rate:
-    """The example of lightly's documentation for SimCLR, on our network."""
+def lightly_loop(
+    data: str, batch: int, same_precision: bool = False, device: str = "cpu", images: int | None = None
+) -> Callable[[], Iterator[float]]:
+    """The example of lightly's documentation for SimCLR, on our network: the time after each step of an epoch."""
     from lightly.data import LightlyDataset
     from lightly.loss import NTXentLoss
     from lightly.models.modules import SimCLRProjectionHead
     from lightly.transforms.simclr_transform import SimCLRTransform
 
-    encoder = build_method(_simclr(16), image_size=SIZE, **STATISTICS).encoder
-    model = torch.nn.Sequential(encoder, SimCLRProjectionHead(encoder.dim, 512, 128)).train()
+    encoder = build_method(_simclr(16 if device == "cpu" else 64), image_size=SIZE, **STATISTICS).encoder
+    model = torch.nn.Sequential(encoder, SimCLRProjectionHead(encoder.dim, 512, 128)).to(device).train()
     if same_precision:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     transform = SimCLRTransform(input_size=SIZE[0], gaussian_blur=0.0, cj_strength=0.5)
-    dataset = LightlyDataset(input_dir=data, transform=transform)
+    dataset: Any = LightlyDataset(input_dir=data, transform=transform)
+    if images is not None:
+        dataset = torch.utils.data.Subset(dataset, np.linspace(0, len(dataset) - 1, images).astype(int).tolist())
     loader = torch.utils.data.DataLoader(
         dataset, batch_size=batch, shuffle=True, drop_last=True, num_workers=available_cores()
     )
     criterion, optimiser = NTXentLoss(), torch.optim.SGD(model.parameters(), lr=0.06)
 
-    def rate() -> float:
-        times: list[float] = []
+    def epoch() -> Iterator[float]:
         for views, *_ in loader:
+            views[:] = [view.to(device) for view in views]
             if same_precision:
                 views[:] = [view.contiguous(memory_format=torch.channels_last) for view in views]
             with torch.autocast("cpu", _dtype(), enabled=same_precision):
@@ -163,9 +168,17 @@ def lightly(data: str, batch: int, steps: int, same_precision: bool) -> Rate:
             loss.backward()
             optimiser.step()
             optimiser.zero_grad()
-            times.append(time.perf_counter())
-            if len(times) == WARM_UP + steps:
-                break
+            loss.item()  # as the example adds it up
+            yield time.perf_counter()
+
+    return epoch
+
+
+def lightly(data: str, batch: int, steps: int, same_precision: bool) -> Rate:
+    epoch = lightly_loop(data, batch, same_precision)
+
+    def rate() -> float:
+        times = [*islice(epoch(), WARM_UP + steps)]
         return batch * (len(times) - WARM_UP) / (times[-1] - times[WARM_UP - 1])  # mean: the loader comes in bursts
 
     return rate

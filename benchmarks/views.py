@@ -132,19 +132,19 @@ def torchvision_v2_views(images: np.ndarray, size: int, blur: float) -> Make:
     return one_by_one(transform, list(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())))
 
 
-def kornia(images: np.ndarray, size: int, blur: float) -> Make:
+def kornia(images: np.ndarray, size: int, blur: float, device: str = "cpu", batch: int | None = None) -> Make:
     import kornia.augmentation as K
 
     smooth = [K.RandomGaussianBlur((blur_side(size),) * 2, (0.1, 2.0), p=blur)] if blur else []
     colour = K.ColorJitter(0.8, 0.8, 0.8, 0.2, p=0.8)
     crop = [K.RandomResizedCrop((size, size), scale=(0.08, 1.0)), K.RandomHorizontalFlip(p=0.5)]
     transform = torch.nn.Sequential(*crop, colour, K.RandomGrayscale(p=0.2), *smooth)
-    tensors = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
-    batch = BATCH[size]
+    tensors = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).to(device)
+    together = batch or BATCH[size]
 
     def make(count: int) -> None:
-        for start in range(0, count, batch):
-            rows = torch.arange(start, start + batch) % len(tensors)
+        for start in range(0, count, together):
+            rows = torch.arange(start, start + together, device=device) % len(tensors)
             with torch.inference_mode():
                 transform(tensors[rows].float() / 255)
 

@@ -1,5 +1,6 @@
 """Shared by all tests: small images, free ports, quiet threads."""
 
+import os
 import socket
 
 import numpy as np
@@ -16,6 +17,13 @@ def pytest_addoption(parser):
     parser.addoption(
         "--write-golden", action="store_true", help="write tests/golden anew, from the methods as they are"
     )
+
+
+def pytest_configure(config):
+    """The suite is of the CPU, wherever it runs; `-m gpu` asks for the tests of the GPU."""
+    config.addinivalue_line("markers", "gpu: needs a GPU; run by `pytest -m gpu`")
+    if "gpu" not in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(autouse=True)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import importlib
 import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Generic, Literal, NamedTuple, TypeVar
@@ -46,7 +45,11 @@ class Choice(NamedTuple, Generic[T]):
 def choose_device() -> Choice[str]:
     """Lightning's accelerator name."""
     if torch.cuda.is_available():
-        return Choice("cuda", torch.cuda.get_device_name(0))
+        count = torch.cuda.device_count()
+        more = (
+            f"; {count} are visible, --trainer.devices {count} trains on all" if count > on_this_machine() == 1 else ""
+        )
+        return Choice("cuda", f"{torch.cuda.get_device_name(0)}{more}")
     if torch.backends.mps.is_available():
         return Choice("mps", "Apple GPU")
     return Choice("cpu", f"no accelerator; {torch.get_num_threads()} threads")
@@ -186,8 +189,9 @@ def many_shapes() -> None:
 
     Beyond its limit of 8 it would go on without compiling, which nobody would notice.
     """
-    dynamo = importlib.import_module("torch._dynamo")
-    dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, _SHAPES)
+    from torch._dynamo import config  # it takes a second to import
+
+    config.recompile_limit = max(config.recompile_limit, _SHAPES)
 
 
 def compile_blocks(network: nn.Module) -> None:
@@ -250,6 +254,17 @@ def available_memory() -> int:
     if not free and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         free.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)  # macOS tells only the total
     return min(free) if free else 4 * 2**30
+
+
+def peak_memory() -> dict[str, int]:
+    """Bytes that this process has held at most, as far as known: `host`, and `device` for its GPU's tensors."""
+    peak = {}
+    with suppress(OSError):  # getrusage would count what started this process, too
+        status = Path("/proc/self/status").read_text().split("VmHWM:")
+        peak["host"] = int(status[1].split()[0]) * 1024
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        peak["device"] = torch.cuda.max_memory_allocated()
+    return peak
 
 
 def fits_in_memory(needed: float) -> tuple[bool, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from ssl_kit.views.batch import made_on_device
 from ssl_kit.views.device import DeviceViews
 from ssl_kit.views.recipe import View
 
+_TRIED, _TOGETHER = 512, 64  # images that views are tried on, and of them in a batch
 _STORED = 0.25  # of the device's free memory that all pixels may take
 
 
@@ -118,7 +120,9 @@ class ImageData(pl.LightningDataModule):
         self._make, self._compiled = DeviceViews(compiled=True), True
 
     def trial(self, device: torch.device) -> Iterator[Any]:
-        """Batches as training will be given them, one of each shape that the plan has."""
+        """Batches as training will be given them, one of each shape; none of chunks, which come as they come."""
+        if self.chunk is not None:
+            return
         for epoch in self.views:
             for count in sorted(self.plan.sizes):
                 batch = next(iter(self._loader([np.arange(count)], epoch)))
@@ -213,3 +217,20 @@ class ResumableLoader(ViewLoader):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Nothing to restore."""
+
+
+def views_speed(
+    training: Source, views: Sequence[View], threads: int, device: str, place: Literal["host", "device"]
+) -> float:
+    """Images per second of a few batches on `device`, made there or on the host, after one that is not counted."""
+    count = min(len(training), _TRIED)
+    plan = np.array_split(np.arange(count), max(2, count // _TOGETHER))
+    make, done, began = DeviceViews(), 0, 0.0
+    for batch in ViewLoader(training, plan, views, threads=threads, on_device=place == "device"):
+        made = batch["views"]
+        if place == "device":
+            made = made_on_device(made, batch["params"], views, cropped=batch["cropped"], make=make, device=device)
+        made[-1].to(device).sum().item()  # waits for it
+        done += len(batch["label"]) if began else 0
+        began = began or time.perf_counter()
+    return done / (time.perf_counter() - began)

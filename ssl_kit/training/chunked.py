@@ -69,6 +69,10 @@ class PlannedData(Data, Protocol):
         """Of the batch at hand, of every process, where all know that; else empty."""
         ...
 
+    def trial(self, device: torch.device) -> Iterator[Batch]:
+        """Batches as training will be given them, one of each shape."""
+        ...
+
 
 def data_of(trainer: pl.Trainer) -> PlannedData:
     """Where the batches of a training come from."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,11 +33,12 @@ from torch.optim import Optimizer
 
 from ssl_kit.core.console import say
 from ssl_kit.training.checkpoint import Checkpoints, Generators, SafeCheckpointIO, State, generators, set_generators
-from ssl_kit.training.chunked import Batch, data_of
+from ssl_kit.training.chunked import Batch, buffers_kept, data_of
 from ssl_kit.training.curves import Bar, Curves
 from ssl_kit.training.distributed import (
     Word,
     all_gather_object,
+    by_itself,
     counts,
     exchange,
     expect_promptness,
@@ -83,7 +85,7 @@ class Loop(pl.Callback):
         bar: shows them.
         monitor: what is looked at while the run goes on.
         diagnose: gradients per layer.
-        rehearse: called before the first step of a sitting, when everything is on its device.
+        compiled: code is compiled, and is to be before the first step of a sitting.
         seed: of the run, for the generators of processes that were not there when a checkpoint was written.
     """
 
@@ -98,12 +100,12 @@ class Loop(pl.Callback):
         bar: Bar | None = None,
         monitor: Monitor | None = None,
         diagnose: Diagnose | None = None,
-        rehearse: Callable[[pl.Trainer, pl.LightningModule], None] | None = None,
+        compiled: bool = False,
         seed: int = 0,
     ):
         self.guard, self.checkpoints, self.ema, self.duration = guard or Guard(), checkpoints, ema, duration
         self.curves, self.bar, self.monitor, self.diagnose, self.seed = curves, bar, monitor, diagnose, seed
-        self.rehearse = rehearse
+        self.compiled = compiled
         self._first = True  # step of this sitting
         self._progress = 0.0  # fraction of the run that is over, as the method was told
         self._generators: Generators | None = None  # of the first process, from a checkpoint
@@ -193,8 +195,8 @@ class Loop(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Before the first step of this sitting, with the state of the checkpoint loaded."""
-        if self.rehearse is not None:
-            self.rehearse(trainer, pl_module)
+        if self.compiled:
+            compile_ahead(trainer, pl_module)
         if self.diagnose is not None:
             self.diagnose.start(trainer)
         self.guard.start(pl_module, scaled=getattr(trainer.precision_plugin, "scaler", None) is not None)
@@ -326,6 +328,26 @@ def quiet_lightning() -> None:
     advice = (".*treespec, LeafSpec.*", ".*does not have many workers.*", ".*lr_scheduler.step.*", ".*weights_only.*")
     for message in advice:
         warnings.filterwarnings("ignore", message=message)
+
+
+def compile_ahead(trainer: pl.Trainer, method: Any) -> None:
+    """Forward and backward passes of all shapes that training will have, so that step 1 is a step like the others.
+
+    Nothing is kept of them but the code.
+    """
+    began, state, sizes = time.perf_counter(), generators(), set[int]()
+    weights = [weight for weight in method.parameters() if weight.requires_grad]
+    with by_itself(), buffers_kept(method):
+        for batch in data_of(trainer).trial(method.device):
+            labels = [batch["label"]] if method.uses_labels else []
+            with trainer.precision_plugin.forward_context():  # views are made outside it
+                loss = method.loss(batch["views"], batch["key"], *labels)["loss"]
+            torch.autograd.grad(loss, weights, allow_unused=True)  # not .grad: data-parallel training waits for those
+            sizes.add(len(batch["label"]))
+    set_generators(state)
+    if sizes:
+        told = " and ".join(map(str, sorted(sizes)))
+        say(f"compiled for steps of {told} images in {time.perf_counter() - began:.0f} s")
 
 
 def _move_on(method: pl.LightningModule, progress: float, held: Tensor) -> None:

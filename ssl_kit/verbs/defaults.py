@@ -6,7 +6,7 @@ import importlib
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -34,20 +34,21 @@ from ssl_kit.core.process import on_this_machine
 from ssl_kit.core.sealed import Entries
 from ssl_kit.data.fingerprint import difference
 from ssl_kit.data.loader import ViewLoader
-from ssl_kit.data.module import ImageData
+from ssl_kit.data.module import ImageData, views_speed
 from ssl_kit.data.sources import Source
 from ssl_kit.encoders.vit import unfuse_attention
 from ssl_kit.encoders.weights import SENSELESS, check_sizes
 from ssl_kit.methods.method import Method
-from ssl_kit.training.distributed import world_size
+from ssl_kit.training.distributed import broadcast, world_size
 from ssl_kit.training.optim import Duration
 from ssl_kit.verbs.recipes import brief, read_recipe, without_places
-from ssl_kit.verbs.rehearsal import choose_place
 from ssl_kit.views.recipe import View, ViewRecipe, plain
 
 if TYPE_CHECKING:
     from ssl_kit.verbs.pretrain import Settings
 
+Place = Literal["host", "device"]
+_PLACES: tuple[Place, ...] = ("host", "device")
 ViewSchedule = dict[int, tuple[View, ...]]  # first epoch -> the views from there on
 
 _MEASURED = 2_048  # images whose statistics stand for all
@@ -178,8 +179,7 @@ def fit_to_machine(
     assert settings.batch_size is not None, "fit_to_data has chosen it"
     device = choose_device()
     precision = choose_precision(settings.precision, device.value)
-    threads = settings.threads or choose_threads(device.value).value
-    views_on = choose_place(settings.views_on, training, view_schedule[0], threads, device.value)
+    views_on = _place_of_views(settings, training, view_schedule[0], device.value)
     channels_last = choose_channels_last(learner.encoder.model, device.value)
     if channels_last.value:
         learner.to(memory_format=torch.channels_last)
@@ -195,7 +195,7 @@ def fit_to_machine(
         batch_size=settings.batch_size,
         contrastive_batch=settings.contrastive_batch,
         seed=settings.seed,
-        threads=threads,
+        threads=settings.threads or choose_threads(device.value).value,
         views_on=views_on.value,
         channels_last=channels_last.value,
         world_size=world_size(),
@@ -222,6 +222,20 @@ def fit_to_machine(
     if device.value != "cpu":  # there the clock had no say
         decided = {"views_on": views_on.value, "compile": "on" if code.value else "off"}
     return loader, duration, Fitted(device.value, precision.value, code.value, decided)
+
+
+def _place_of_views(settings: Settings, training: Source, views: tuple[View, ...], device: str) -> Choice[Place]:
+    """Where views are made: the device makes those of stored images; otherwise the first process tries both."""
+    if settings.views_on != "auto":
+        return Choice(settings.views_on, "asked for")
+    if device == "cpu":
+        return Choice("host", "no accelerator")
+    if training.stack is not None:
+        return Choice("device", "an accelerator, and images of one size")
+    threads = settings.threads or choose_threads(device).value
+    speeds = broadcast(lambda: [views_speed(training, views, threads, device, place) for place in _PLACES])
+    told = ", ".join(f"{place} {speed:,.0f}" for place, speed in zip(_PLACES, speeds, strict=True))
+    return Choice(_PLACES[int(np.argmax(speeds))], f"tried: {told} images/s; --views_on decides otherwise")
 
 
 SIMCLR = "ssl_kit.methods.simclr.SimCLR"

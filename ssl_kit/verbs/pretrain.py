@@ -6,7 +6,6 @@ import netrc
 import os
 import shlex
 from dataclasses import KW_ONLY, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,7 +51,7 @@ from ssl_kit.verbs.defaults import (
 )
 from ssl_kit.verbs.monitor import Measure, Monitor, Show, hold_out, judge_of, kept
 from ssl_kit.verbs.record import RunRecord, opened, versions
-from ssl_kit.verbs.rehearsal import compile_ahead, rehearse
+from ssl_kit.verbs.rehearsal import rehearse
 from ssl_kit.verbs.several import all_fit, check_images, check_processes, held, images_per_step
 from ssl_kit.views.recipe import View, ViewRecipe, plain
 
@@ -270,7 +269,7 @@ def _train(
         bar=Bar(curves),
         monitor=Monitor(record, curves, checkpoints, show, loader.source),
         diagnose=Diagnose(folder / "diagnose.csv") if settings.diagnose else None,
-        rehearse=partial(compile_ahead, loader) if fitted.compiled else None,
+        compiled=fitted.compiled,
         seed=settings.seed,
     )
     trainer = _trainer(learner, duration, fitted, loop, settings)
@@ -290,6 +289,7 @@ def _train(
         raise SystemExit(128 + checkpoints.stopped)
     curves.recall()
     record.progress(curves)
+    record.peak()
     return measure.encoder(learner)
 
 

@@ -23,6 +23,7 @@ import ssl_kit
 from ssl_kit.core.console import say
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import NotOursError, entries, if_room
+from ssl_kit.core.machine import peak_memory, size_text
 from ssl_kit.core.owned import RUN, Former, Record, check_ours, our_files
 from ssl_kit.core.sealed import Entries
 from ssl_kit.report.head import BASELINES, Compared, compared
@@ -30,7 +31,7 @@ from ssl_kit.report.head import verdict as shown
 from ssl_kit.report.read import Run, number, read_run
 from ssl_kit.training.checkpoint import resumable
 from ssl_kit.training.curves import Curves
-from ssl_kit.training.distributed import rank
+from ssl_kit.training.distributed import all_gather_object, rank
 from ssl_kit.training.verdict import BELOW, Verdict, too_short
 
 # The loose files that a run begins with
@@ -111,6 +112,13 @@ class RunRecord(Record):
             images_per_second=float(np.median(speeds)),
             waiting_share=float(np.mean(waiting[1:] or waiting)),  # the first interval waits for the first batch
         )
+
+    def peak(self) -> None:
+        """The most memory that all processes together have held; all of them must call it."""
+        peaks = all_gather_object(peak_memory())
+        held = {place: sum(peak[place] for peak in peaks) for place in peaks[0]}
+        self.update(peak_memory=held)
+        say("peak memory: " + ", ".join(f"{size_text(count)} ({place})" for place, count in held.items()))
 
     def provenance(self) -> Entries:
         """What made the encoder, for its folder."""

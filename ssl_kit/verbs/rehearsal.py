@@ -1,41 +1,27 @@
-"""What is tried before step 1: a step, the encoder saved and read back, where views are made; and compiling."""
+"""What a run will need, tried before anything is removed or trained: a step, and the encoder saved and read back."""
 
 from __future__ import annotations
 
 import copy
 import math
 import tempfile
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-import numpy as np
-import pytorch_lightning as pl
 import torch
 
-from ssl_kit.core.console import say
 from ssl_kit.core.errors import UserError
-from ssl_kit.core.machine import Choice
 from ssl_kit.core.random import Key
-from ssl_kit.data.loader import ViewLoader
-from ssl_kit.data.module import ImageData
-from ssl_kit.data.sources import Source
 from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.encoders.weights import SENSELESS
 from ssl_kit.methods.method import Method
 from ssl_kit.training.checkpoint import generators, set_generators
-from ssl_kit.training.chunked import buffers_kept
-from ssl_kit.training.distributed import broadcast, by_itself
-from ssl_kit.views.batch import made_on_device
-from ssl_kit.views.device import DeviceViews
+from ssl_kit.training.distributed import by_itself
 from ssl_kit.views.recipe import View
 
 if TYPE_CHECKING:
     from ssl_kit.verbs.defaults import ViewSchedule
 
-Place = Literal["host", "device"]
-_PLACES: tuple[Place, ...] = ("host", "device")
-_TRIED, _TOGETHER = 512, 64  # images that views are tried on, and of them in a batch
 _MOST = 1e-3  # difference of a feature after saving and loading, as a share of the largest
 
 
@@ -107,54 +93,3 @@ def _round_trip(encoder: Encoder) -> None:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__)[:160]
-
-
-def choose_place(
-    wanted: Literal["auto", "host", "device"], training: Source, views: tuple[View, ...], threads: int, device: str
-) -> Choice[Place]:
-    """Where views are made: the device makes those of stored images; otherwise the first process tries both."""
-    if wanted != "auto":
-        return Choice(wanted, "asked for")
-    if device == "cpu":
-        return Choice("host", "no accelerator")
-    if training.stack is not None:
-        return Choice("device", "an accelerator, and images of one size")
-    speeds = broadcast(lambda: [_speed(training, views, threads, device, place) for place in _PLACES])
-    told = ", ".join(f"{place} {speed:,.0f}" for place, speed in zip(_PLACES, speeds, strict=True))
-    return Choice(_PLACES[int(np.argmax(speeds))], f"tried: {told} images/s; --views_on decides otherwise")
-
-
-def _speed(training: Source, views: tuple[View, ...], threads: int, device: str, place: Place) -> float:
-    """Images per second of a few batches, after one that is not counted."""
-    count = min(len(training), _TRIED)
-    plan = np.array_split(np.arange(count), max(2, count // _TOGETHER))
-    make, done, began = DeviceViews(), 0, 0.0
-    for batch in ViewLoader(training, plan, views, threads=threads, on_device=place == "device"):
-        made = batch["views"]
-        if place == "device":
-            made = made_on_device(made, batch["params"], views, cropped=batch["cropped"], make=make, device=device)
-        made[-1].to(device).sum().item()  # waits for it
-        done += len(batch["label"]) if began else 0
-        began = began or time.perf_counter()
-    return done / (time.perf_counter() - began)
-
-
-def compile_ahead(data: ImageData, trainer: pl.Trainer, learner: pl.LightningModule) -> None:
-    """Forward and backward passes of all shapes that training will have, so that step 1 is a step like the others.
-
-    Nothing is kept of them but the code. Steps in chunks are compiled as they come.
-    """
-    assert isinstance(learner, Method)
-    if data.chunk is not None:
-        return
-    began, state = time.perf_counter(), generators()
-    weights = [weight for weight in learner.parameters() if weight.requires_grad]
-    with by_itself(), buffers_kept(learner):
-        for batch in data.trial(learner.device):
-            labels = [batch["label"]] if learner.uses_labels else []
-            with trainer.precision_plugin.forward_context():  # views are made outside it
-                loss = learner.loss(batch["views"], batch["key"], *labels)["loss"]
-            torch.autograd.grad(loss, weights, allow_unused=True)  # not .grad: data-parallel training waits for those
-    set_generators(state)
-    sizes = " and ".join(str(size) for size in sorted(data.plan.sizes))
-    say(f"compiled for steps of {sizes} images in {time.perf_counter() - began:.0f} s")

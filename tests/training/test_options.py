@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from tiny_runs import stopped_after
 
 from ssl_kit import cli
+from ssl_kit.training import loop
 from ssl_kit.training.curves import read_curves
-from ssl_kit.verbs import rehearsal
 
 TINY = [
     *("--batch-size", "16", "--epochs", "4", "--method.encoder.args", "{channels: [8, 8, 16, 16]}"),
@@ -65,7 +65,7 @@ def test_all_shapes_are_compiled_before_the_first_step(labelled_folder, tmp_path
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
-    monkeypatch.setattr(rehearsal, "say", lambda line: at_start.append((line, len(graphs))))
+    monkeypatch.setattr(loop, "say", lambda line: at_start.append((line, len(graphs))))
     options = ["--compile", "on", "--views-on", views_on, "--limit", "150", "--batch-size", "19", "--grow", "{1: 8}"]
     options += ["--precision", "float32", "--method.optim.lr", "0.01"]
     run = pretrain(labelled_folder, tmp_path / views_on, *options)

@@ -21,6 +21,7 @@ from ssl_kit.verbs import pretrain as verb
 TIMES = ("seconds", "images_per_second", "waiting_share")
 STEPS, STOPPED = 30, 13  # in the middle of a row and of an epoch
 SETTINGS = {
+    "evaluate_every": 1,
     "method": {
         "class_path": "ssl_kit.methods.simclr.SimCLR",
         "init_args": {

@@ -16,6 +16,7 @@ from ssl_kit.methods.simclr import SimCLR
 from ssl_kit.verbs import doctor as module
 from ssl_kit.verbs.doctor import doctor
 from ssl_kit.verbs.recipes import packaged
+from ssl_kit.views.device import DeviceViews
 
 SMALL = (
     module.Subject("16 px, in memory", 16, False, "resnet18_small", {"channels": [8, 8, 8, 8]}, 4),
@@ -106,14 +107,16 @@ def test_files_are_decoded_as_training_decodes_them(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("place", ["cpu", None])
 def test_views_are_made_where_training_makes_them(place, tmp_path, monkeypatch):
-    """On a device those of images of one size in memory, and nothing else."""
-    made, plan = [], np.split(np.arange(8), 2)
-    apply_device = module.apply_device
-    monkeypatch.setattr(module, "apply_device", lambda *args: made.append(len(args[0])) or apply_device(*args))
+    """On a device those of images of one size in memory, and what is left to do to the crops of others."""
+    made, plan, make = [], np.split(np.arange(8), 2), DeviceViews.__call__
+    note = lambda self, images, *args, cropped: (
+        made.append((len(images), cropped)) or make(self, images, *args, cropped=cropped)
+    )
+    monkeypatch.setattr(DeviceViews, "__call__", note)
     memory, (photographs, files) = module._sources(SMALL[0], tmp_path)[0], module._sources(SMALL[1], tmp_path)
     for source, subject in ((memory, SMALL[0]), (photographs, SMALL[1]), (files, SMALL[1])):
         module._load(source, plan, subject, 1, place)
-    assert made == ([4] * 4 if place else [])
+    assert made == ([(4, False)] * 4 + [(4, True)] * 8 if place else [])
 
 
 def test_the_step_is_laid_out_as_training_chooses(monkeypatch):
