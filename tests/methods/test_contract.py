@@ -14,7 +14,7 @@ from ssl_kit.training.distributed import leave
 from ssl_kit.training.optim import Optim
 
 BATCH = 8
-SLICES = (slice(0, 5), slice(5, 8))  # of two processes
+SLICES = {2: (slice(0, 5), slice(5, 8)), 3: (slice(0, 1), slice(1, 5), slice(5, 8))}  # of so many processes
 LABELS = (torch.zeros(BATCH, dtype=torch.int64), torch.arange(BATCH))
 
 
@@ -86,7 +86,7 @@ def one_rank(rank, world, port, queue):
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     errors = {}
     for kind, alone in wanted.items():
-        for name, value, one in zip(("loss", "gradient"), step(kind, SLICES[rank]), alone, strict=True):
+        for name, value, one in zip(("loss", "gradient"), step(kind, SLICES[world][rank]), alone, strict=True):
             torch.distributed.all_reduce(value)  # what data-parallel training does
             errors[f"{kind.__name__} {name}"] = ((value / world - one).abs().max() / one.abs().max()).item()
     if rank == 0:
@@ -95,9 +95,10 @@ def one_rank(rank, world, port, queue):
     leave()
 
 
-def test_two_processes_with_unequal_slices_equal_one_on_the_joined_batch(free_port):
+@pytest.mark.parametrize("world", SLICES)
+def test_processes_with_unequal_slices_equal_one_on_the_joined_batch(world, free_port):
     queue = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(one_rank, args=(2, free_port, queue), nprocs=2)
+    mp.spawn(one_rank, args=(world, free_port, queue), nprocs=world)
     errors = queue.get()
     assert len(errors) == 2 * len(list(methods())) and max(errors.values()) <= 1e-5, errors
 
