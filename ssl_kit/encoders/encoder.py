@@ -94,11 +94,15 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) float in [0, 1] to (B, dim) float32: the pooled features, or the code if there is one."""
-        pooled = self.pooled(images)
+        return self.head(self.model.forward_features(self.normalise(images)))
+
+    def head(self, features: Tensor) -> Tensor:
+        """What `forward` makes of the model's last features: (B, dim) float32."""
+        pooled = self.model.forward_head(features, pre_logits=True)
         return self.code(pooled) if self.args["num_classes"] else pooled.float()
 
     def pooled(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) float in [0, 1] to what enters the classifier, (B, num_features); `forward` without a code."""
+        """(B, C, H, W) float in [0, 1] to what enters the classifier, (B, num_features)."""
         return self.model.forward_head(self.model.forward_features(self.normalise(images)), pre_logits=True)
 
     def code(self, pooled: Tensor) -> Tensor:

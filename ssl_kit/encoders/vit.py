@@ -150,3 +150,26 @@ def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
     row, column = torch.meshgrid(*(torch.arange(side, dtype=torch.float64) for side in grid), indexing="ij")
     angles = [axis.reshape(-1, 1) * rate for axis in (column, row)]  # (L, width/4) each
     return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1).float()
+
+
+def positions(encoder: Encoder, features: Tensor, images: Tensor) -> Tensor:
+    """The model's last features of `images` as (B, D, h, w), whatever it is; without special tokens.
+
+    Raises:
+        UserError: the model has no positions in a grid.
+    """
+    model = encoder.model
+    if features.ndim == 4:
+        return features.movedim(3, 1) if getattr(model, "output_fmt", "NCHW") == "NHWC" else features
+    return features[:, model.num_prefix_tokens :].transpose(1, 2).unflatten(2, grid(encoder, images))
+
+
+def grid(encoder: Encoder, images: Tensor) -> tuple[int, int]:
+    """(rows, columns) of a transformer's patches.
+
+    Raises:
+        UserError: its tokens are not known to be a grid.
+    """
+    if not isinstance(encoder.model, VisionTransformer | Eva):
+        raise UserError(f"{encoder.name} is a {type(encoder.model).__name__}, whose tokens are not known to be a grid")
+    return encoder.model.patch_embed.dynamic_feat_size((images.shape[2], images.shape[3]))

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ssl_kit.core.errors import UserError
 from ssl_kit.encoders.encoder import Encoder
+from ssl_kit.encoders.vit import grid, positions
 
 _STEPS = 32  # of the path of integrated gradients: Gauss-Legendre nodes
 _AT_ONCE = 64  # images of that path per forward and backward pass
@@ -65,7 +66,7 @@ def class_attention(encoder: Encoder, images: Tensor) -> Tensor:
     model = encoder.model
     assert model.has_class_token, f"{encoder.name} has no class token"
     rows = attention(encoder, images)[:, :, 0, model.num_prefix_tokens :].mean(dim=1)  # (B, h w)
-    return rows.unflatten(1, _grid(encoder, images))
+    return rows.unflatten(1, grid(encoder, images))
 
 
 @torch.no_grad()
@@ -75,7 +76,7 @@ def feature_map(encoder: Encoder, images: Tensor) -> Tensor:
     Raises:
         UserError: the model has no positions in a grid.
     """
-    return _positions(encoder, encoder.model.forward_features(encoder.normalise(images)), images).float()
+    return positions(encoder, encoder.model.forward_features(encoder.normalise(images)), images).float()
 
 
 def cosine_to(maps: Tensor, place: tuple[int, int]) -> Tensor:
@@ -127,10 +128,10 @@ def similarity_map(encoder: Encoder, images: Tensor, others: Tensor) -> Tensor:
         features = encoder.model.forward_features(encoder.normalise(images))
     with torch.enable_grad():
         features = features.detach().requires_grad_()
-        vectors = _head(encoder, features)
+        vectors = encoder.head(features)
         cosines = (vectors * wanted).sum(dim=1) / vectors.detach().norm(dim=1).clamp_min(1e-12)
         gradient = torch.autograd.grad(cosines.sum(), features)[0]
-    maps, slopes = (_positions(encoder, each, images) for each in (features.detach(), gradient))
+    maps, slopes = (positions(encoder, each, images) for each in (features.detach(), gradient))
     alpha = slopes.mean(dim=(2, 3), keepdim=True)
     return (alpha * maps).sum(dim=1) * maps[0, 0].numel()
 
@@ -201,25 +202,3 @@ def prototypes(vectors: np.ndarray, labels: np.ndarray, num_classes: int) -> tup
                 rows[label, side] = np.flatnonzero(members)[scores[members].argmax()]
                 cosines[label, side] = scores[rows[label, side]]
     return rows[:, 0], rows[:, 1], cosines
-
-
-def _head(encoder: Encoder, features: Tensor) -> Tensor:
-    """What `forward` makes of the model's last features: (B, dim)."""
-    pooled = encoder.model.forward_head(features, pre_logits=True)
-    return encoder.code(pooled) if encoder.args["num_classes"] else pooled.float()
-
-
-def _positions(encoder: Encoder, features: Tensor, images: Tensor) -> Tensor:
-    """The model's last features as (B, D, h, w)."""
-    model = encoder.model
-    if features.ndim == 4:
-        return features.movedim(3, 1) if getattr(model, "output_fmt", "NCHW") == "NHWC" else features
-    grid = _grid(encoder, images)
-    return features[:, model.num_prefix_tokens :].transpose(1, 2).unflatten(2, grid)
-
-
-def _grid(encoder: Encoder, images: Tensor) -> tuple[int, int]:
-    """(rows, columns) of a transformer's patches."""
-    if not isinstance(encoder.model, VisionTransformer):
-        raise UserError(f"{encoder.name} is a {type(encoder.model).__name__}, whose tokens are not known to be a grid")
-    return encoder.model.patch_embed.dynamic_feat_size((images.shape[2], images.shape[3]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import pytorch_lightning as pl
@@ -105,6 +105,15 @@ class Method(pl.LightningModule):
 
         Args:
             progress: fraction of the run that is over, in [0, 1]; it never falls.
+        """
+
+    def prepare(self, embedded: Callable[[Encoder, int | None], Tensor]) -> None:
+        """Once before the first step of a sitting, on the device of the training; what it takes is training time.
+
+        Args:
+            embedded: what a frozen encoder makes of clean images of its own size, (n, dim) on the CPU: of so many
+                training images, evenly spread, or of all (None), row i then of image `key.index` i; NaN where an image
+                cannot be read. All processes must ask.
         """
 
     def after_init(self) -> None:

@@ -21,7 +21,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import pytorch_lightning as pl
@@ -86,6 +86,7 @@ class Loop(pl.Callback):
         monitor: what is looked at while the run goes on.
         diagnose: gradients per layer.
         compiled: code is compiled, and is to be before the first step of a sitting.
+        embedded: what `Method.prepare` asks.
         seed: of the run, for the generators of processes that were not there when a checkpoint was written.
     """
 
@@ -101,11 +102,12 @@ class Loop(pl.Callback):
         monitor: Monitor | None = None,
         diagnose: Diagnose | None = None,
         compiled: bool = False,
+        embedded: Callable[[Any, int | None], Tensor] | None = None,
         seed: int = 0,
     ):
         self.guard, self.checkpoints, self.ema, self.duration = guard or Guard(), checkpoints, ema, duration
         self.curves, self.bar, self.monitor, self.diagnose, self.seed = curves, bar, monitor, diagnose, seed
-        self.compiled = compiled
+        self.compiled, self.embedded = compiled, embedded
         self._first = True  # step of this sitting
         self._progress = 0.0  # fraction of the run that is over, as the method was told
         self._generators: Generators | None = None  # of the first process, from a checkpoint
@@ -204,6 +206,8 @@ class Loop(pl.Callback):
             self.ema.encoder(pl_module.get_submodule("encoder"))
         if self.duration is not None:
             self.duration.start(trainer)
+        if self.embedded is not None:
+            cast(Any, pl_module).prepare(self.embedded)
         if self.curves is not None:
             self.curves.start(trainer.global_step, pl_module.device)
         if self.bar is not None:
@@ -326,6 +330,7 @@ def quiet_lightning() -> None:
     for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     advice = (".*treespec, LeafSpec.*", ".*does not have many workers.*", ".*lr_scheduler.step.*", ".*weights_only.*")
+    advice += (".*in eval mode at the start.*",)  # a teacher
     for message in advice:
         warnings.filterwarnings("ignore", message=message)
 

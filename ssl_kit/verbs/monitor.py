@@ -19,7 +19,6 @@ from ssl_kit.core.machine import cycles_freed, eager
 from ssl_kit.data.labels import stratified
 from ssl_kit.data.loader import Batch, ViewLoader
 from ssl_kit.data.sources import Source
-from ssl_kit.embeddings.embeddings import embed
 from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.encoders.wrapped import Wrapped
 from ssl_kit.evaluation.features import Pca, Pixels, centre
@@ -34,14 +33,13 @@ from ssl_kit.training.curves import Curves, Judge, feature_health
 from ssl_kit.training.distributed import (
     all_gather_object,
     broadcast,
-    rank,
-    rows_of_each,
     same_buffers,
     wait,
     world_size,
 )
 from ssl_kit.training.verdict import verdict
 from ssl_kit.verbs.record import RunRecord
+from ssl_kit.verbs.several import Share, spread
 from ssl_kit.views.recipe import View, plain
 
 Arrays = list[np.ndarray]  # of one score: features, and labels where it needs them
@@ -54,7 +52,6 @@ _CROPPED = 512  # images of which one crop looks for the other, at most
 _PIXEL_SIDE = 32  # of the images that raw pixels are compared on, at most
 _PCA_ROWS = 2_048  # of the gallery that PCA of the pixels is fitted on: all of them take 3 s more and give 0.006
 _PCA_DIM = 128  # at most, otherwise that of the encoder
-_BATCH = 256  # of them, embedded together
 _SHOWN = 8  # images in the pictures of a method
 _HELD_OUT = 0.05  # of the labelled images, at most
 
@@ -83,7 +80,7 @@ def asked_apart(source: Source) -> tuple[Source, Source | None, Source | None]:
     if len(np.unique(labels[held])) < 2:  # a few images of each of many classes, or one class alone has more
         return source, None, None
     rest = np.flatnonzero(labelled & ~held)
-    gallery = rest[_spread(len(rest), _GALLERY)]
+    gallery = rest[spread(len(rest), _GALLERY)]
     kin = held if groups is None else held | (np.isin(groups, groups[held]) & (groups >= 0))  # also without a label
     return source.subset(~kin), source.subset(gallery), source.subset(held)
 
@@ -128,9 +125,9 @@ class Measure:
         pair: Sequence[View] = (),
         encoder: Callable[[Any], Any] = lambda method: method.encoder,
     ):
-        images = training.subset(_spread(len(training), _MEASURED))
+        images = training.subset(spread(len(training), _MEASURED))
         self.images, self.view, self.encoder = Share(images), view, encoder
-        cropped = training.subset(_spread(len(training), _CROPPED))
+        cropped = training.subset(spread(len(training), _CROPPED))
         self.held_out, self.cropped = 0, len(cropped)
         self.scores: list[Neighbours | Crops] = [Crops(cropped)]
         if gallery is not None and queries is not None:
@@ -204,7 +201,7 @@ class Neighbours:
         """Top-1 of raw pixels and of their PCA, at the encoder's dimension where that is at most 128."""
         gallery, labels, queries, asked = found
         centre(gallery, queries)
-        pca = Pca.of(gallery[_spread(len(gallery), _PCA_ROWS)], min(dim, _PCA_DIM))
+        pca = Pca.of(gallery[spread(len(gallery), _PCA_ROWS)], min(dim, _PCA_DIM))
         reduced = knn_accuracy(pca.apply(gallery), labels, pca.apply(queries), asked)
         return {"knn_pixels": knn_accuracy(*found), "knn_pca": reduced}
 
@@ -231,38 +228,6 @@ class Crops:
     def of_pixels(self, found: Arrays, dim: int) -> dict[str, float]:
         """Top-1 of raw pixels."""
         return {"crops_pixels": crops_top1(*found)}
-
-
-def _spread(count: int, most: int) -> np.ndarray:
-    """(min(count, most),) int64 positions, evenly spread over 0 .. count - 1."""
-    return np.linspace(0, count - 1, min(most, count)).astype(np.int64)
-
-
-class Share:
-    """This process's share of some images: whole batches, so that features are those of one process, bit by bit."""
-
-    def __init__(self, source: Source):
-        batches = [np.arange(start, min(start + _BATCH, len(source))) for start in range(0, len(source), _BATCH)]
-        self.rows = np.concatenate([*batches[rank() :: world_size()], np.empty(0, np.int64)]).astype(np.int64)
-        self.source = source.subset(self.rows) if world_size() > 1 else source
-
-    def embedded(
-        self, encoder: Encoder | Wrapped | Pixels | TwoCrops, view: View, label: str
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Features (N, D) and labels (N,) of the images of all processes, in the order of the source."""
-        rows, vectors, labels = self.rows[:0], np.empty((0, encoder.dim), np.float32), self.rows[:0]
-        if len(self.rows):
-            made = embed(encoder, self.source, view=view, batch_size=_BATCH, label=label)
-            places = {name: place for place, name in enumerate(self.source.ids())}
-            rows = self.rows[[places[name] for name in made.ids]]  # without those that could not be decoded
-            vectors, labels = made.vectors, made.labels
-        order = np.argsort(_of_all(rows))
-        return _of_all(vectors)[order], _of_all(labels)[order]
-
-
-def _of_all(rows: np.ndarray) -> np.ndarray:
-    """The rows of all processes, in rank order."""
-    return torch.cat(rows_of_each(torch.from_numpy(rows))).numpy()
 
 
 def _features(encoder: Encoder | Wrapped, images: Tensor) -> np.ndarray:
@@ -294,7 +259,7 @@ class Show:
         if type(method).pictures is Method.pictures:
             return
         if self._batch is None:
-            rows = _spread(len(self.training), _SHOWN)
+            rows = spread(len(self.training), _SHOWN)
             self._batch = next(iter(ViewLoader(self.training, [rows], self.views, seed=self.seed)))
         views = [view.to(method.device) for view in self._batch["views"]]
         mode = method.training

@@ -52,7 +52,7 @@ from ssl_kit.verbs.defaults import (
 from ssl_kit.verbs.monitor import Measure, Monitor, Show, hold_out, judge_of, kept
 from ssl_kit.verbs.record import RunRecord, opened, versions
 from ssl_kit.verbs.rehearsal import rehearse
-from ssl_kit.verbs.several import all_fit, check_images, check_processes, held, images_per_step
+from ssl_kit.verbs.several import all_fit, check_images, check_processes, clean_features, held, images_per_step
 from ssl_kit.views.recipe import View, ViewRecipe, plain
 
 _SHOWN = 8  # images in the picture of the views
@@ -270,6 +270,7 @@ def _train(
         monitor=Monitor(record, curves, checkpoints, show, loader.source),
         diagnose=Diagnose(folder / "diagnose.csv") if settings.diagnose else None,
         compiled=fitted.compiled,
+        embedded=clean_features(loader.source, fitted.device),
         seed=settings.seed,
     )
     trainer = _trainer(learner, duration, fitted, loop, settings)

@@ -1,13 +1,19 @@
-"""What several processes must have alike before they train together: a folder, the images, the size of a step."""
+"""What several processes must have alike before they train together, a folder, the images, the size of a step; and how
+they share the embedding of images.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from ssl_kit.core.console import say
 from ssl_kit.core.errors import UserError
@@ -15,10 +21,25 @@ from ssl_kit.core.locking import lock
 from ssl_kit.core.process import on_this_machine, processes_asked, started
 from ssl_kit.core.sealed import read_object
 from ssl_kit.data.sources import Source
-from ssl_kit.training.distributed import FIND_UNUSED, all_gather_object, broadcast, rank, world_size
+from ssl_kit.embeddings.embeddings import embed
+from ssl_kit.encoders.encoder import Encoder
+from ssl_kit.encoders.wrapped import Wrapped
+from ssl_kit.evaluation.features import Pixels
+from ssl_kit.evaluation.retrieval import TwoCrops
+from ssl_kit.training.distributed import (
+    FIND_UNUSED,
+    all_gather_object,
+    broadcast,
+    rank,
+    rows_of_each,
+    world_size,
+)
+from ssl_kit.views.recipe import View, plain
 
 if TYPE_CHECKING:
     from ssl_kit.verbs.pretrain import Settings
+
+_BATCH = 256  # images, embedded together
 
 
 def check_processes(options: dict[str, Any]) -> None:
@@ -89,3 +110,60 @@ def images_per_step(settings: Settings, folder: Path) -> tuple[Settings, int]:
     option = "contrastive_batch" if contrastive else "batch_size"
     say(f"{option}: {share} on each of {world_size()} processes ({kept} images a step, as before)")
     return replace(settings, contrastive_batch=share) if contrastive else replace(settings, batch_size=share), kept
+
+
+def spread(count: int, most: int) -> np.ndarray:
+    """(min(count, most),) int64 positions, evenly spread over 0 .. count - 1."""
+    return np.linspace(0, count - 1, min(most, count)).astype(np.int64)
+
+
+class Share:
+    """This process's share of some images: whole batches, so that features are those of one process, bit by bit."""
+
+    def __init__(self, source: Source):
+        batches = [np.arange(start, min(start + _BATCH, len(source))) for start in range(0, len(source), _BATCH)]
+        self.rows = np.concatenate([*batches[rank() :: world_size()], np.empty(0, np.int64)]).astype(np.int64)
+        self.count = len(source)
+        self.source = source.subset(self.rows) if world_size() > 1 else source
+
+    def embedded(
+        self, encoder: Encoder | Wrapped | Pixels | TwoCrops, view: View, label: str
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Features (N, D) and labels (N,) of the images of all processes, in the order of the source."""
+        return self._embedded(encoder, view, label)[1:]
+
+    def scattered(self, encoder: Encoder, label: str) -> Tensor:
+        """Features (N, D) of clean images of all processes, NaN where one cannot be read."""
+        rows, vectors, _ = self._embedded(encoder, plain(encoder.image_size), label)
+        made = torch.full((self.count, encoder.dim), torch.nan)
+        made[torch.from_numpy(rows)] = torch.from_numpy(vectors)
+        return made
+
+    def _embedded(
+        self, encoder: Encoder | Wrapped | Pixels | TwoCrops, view: View, label: str
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows of the source, ascending, and features and labels there."""
+        rows, vectors, labels = self.rows[:0], np.empty((0, encoder.dim), np.float32), self.rows[:0]
+        if len(self.rows):
+            made = embed(encoder, self.source, view=view, batch_size=_BATCH, label=label)
+            places = {name: place for place, name in enumerate(self.source.ids())}
+            rows = self.rows[[places[name] for name in made.ids]]  # without those that could not be decoded
+            vectors, labels = made.vectors, made.labels
+        all_rows = _of_all(rows)
+        order = np.argsort(all_rows)
+        return all_rows[order], _of_all(vectors)[order], _of_all(labels)[order]
+
+
+def _of_all(rows: np.ndarray) -> np.ndarray:
+    """The rows of all processes, in rank order."""
+    return torch.cat(rows_of_each(torch.from_numpy(rows))).numpy()
+
+
+def clean_features(training: Source, device: str) -> Callable[[Encoder, int | None], Tensor]:
+    """What `Method.prepare` asks, of images that are trained on, by a device."""
+
+    def embedded(encoder: Encoder, most: int | None) -> Tensor:
+        images = training.subset(spread(len(training), most or len(training)))
+        return Share(images).scattered(encoder.to(device).eval(), f"what {encoder.name} sees")
+
+    return embedded
