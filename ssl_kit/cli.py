@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from ssl_kit.core.errors import UserError
-from ssl_kit.core.process import FULL, is_first, lost, prepare, printable, protect, refusal, terminal
+from ssl_kit.core.process import FULL, imports_set_aside, is_first, lost, prepare, printable, protect, refusal, terminal
 from ssl_kit.core.sealed import Entries, read_object
 from ssl_kit.core.settings import options, parsed
 
@@ -144,8 +144,10 @@ def _run(arguments: list[str]) -> int:
     silent = not is_first()  # of several processes
     configure(to_stderr=as_json or silent, quiet=quiet or silent)
     with redirect_stdout(sys.stderr) if as_json else nullcontext():  # whoever prints, libraries included
-        module = importlib.import_module(f"ssl_kit.verbs.{verb}")
-        result = getattr(module, verb)(**_parse(verb, module.Settings, rest, everything))
+        with imports_set_aside():
+            module = importlib.import_module(f"ssl_kit.verbs.{verb}")
+            values = _parse(verb, module.Settings, rest, everything)
+        result = getattr(module, verb)(**values)
     if as_json and not silent:
         # JSON leaves DEL as it is, which a terminal would not show
         print(json.dumps(_finite(result), allow_nan=False).replace("\x7f", "\\u007f"))

@@ -308,15 +308,15 @@ def cycles_freed() -> Iterator[None]:
     come together, which is after dozens of reports of 1.3 MiB each. Looking at all of them takes 0.3 s; set aside for
     the time being, 5 ms.
     """
-    if gc.get_freeze_count() > _OWN_FROZEN:  # somebody else's, to which there is no way back
-        yield
-        return
-    gc.freeze()
+    free = gc.get_freeze_count() <= _OWN_FROZEN  # else set aside already, and there is no way back
+    if free:
+        gc.freeze()
     try:
         yield
     finally:
         gc.collect()
-        gc.unfreeze()
+        if free:
+            gc.unfreeze()
 
 
 def fast_bfloat16() -> bool:

@@ -1,6 +1,7 @@
 """Where libraries may write, what they do not send, and what is said when the machine refuses something."""
 
 import errno
+import gc
 import os
 import socket
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ssl_kit.core.process import _CACHES, _NOTHING_SENT, cache_folder, prepare, refusal
+from ssl_kit.core.process import _CACHES, _NOTHING_SENT, cache_folder, imports_set_aside, prepare, refusal
 
 
 @pytest.fixture
@@ -107,6 +108,13 @@ def test_python_users_have_it_before_anything_is_loaded(tmp_path):
     environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
     done = subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.strip() == str(tmp_path / ".cache" / "ssl_kit" / "numba")
+
+
+def test_in_a_process_of_somebody_else_the_collector_is_left_alone():
+    before = gc.get_freeze_count()
+    with imports_set_aside():
+        assert gc.isenabled()
+    assert gc.get_freeze_count() == before
 
 
 def too_many_files():

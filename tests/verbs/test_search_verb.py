@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from contextlib import nullcontext
 from functools import lru_cache
@@ -50,6 +51,18 @@ def indexed(labelled_folder, tmp_path_factory):
     embed(str(encoder), str(labelled_folder), out=str(root / "emb"), precision="float32", layers=4)
     index(str(root / "emb"))
     return root / "emb"
+
+
+def test_a_search_loads_no_trainer_and_leaves_what_it_loads_to_no_collector(indexed, labelled_folder):
+    code = (
+        "import gc, sys\nfrom ssl_kit.cli import main\n"
+        f"assert main(['search', {str(indexed)!r}, {str(labelled_folder / 'a' / '003.png')!r}]) == 0\n"
+        "heavy = {'pytorch_lightning', 'torchmetrics', 'bokeh', 'sklearn', 'pandas', 'jinja2'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "assert gc.isenabled() and gc.get_freeze_count() > 100_000, gc.get_freeze_count()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def first(answer):
