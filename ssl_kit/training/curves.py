@@ -51,8 +51,8 @@ class Curves:
     Args:
         path: of the CSV. A resumed run drops the rows after its step, then continues.
         interval: steps between rows.
-        measure: given the method, returns scores of the current encoder (rank, kNN, ...); also called before the first
-            step, so that everything can be compared with the untrained encoder.
+        measure: given the method, returns scores of the current encoder (rank, kNN, ...); first called after the first
+            step, for those of the untrained encoder, so that everything can be compared with it.
         judge: the verdict on the rows so far, asked after each measurement.
         measure_every: epochs between measurements, never more often than every 200 steps; None: after 100 steps, after
             200, at the end, and between where all of them stay under 2 % of the training, counted in images.
@@ -102,11 +102,14 @@ class Curves:
         self._waited = 0.0
         self._images = int(self.history[-1]["images"]) if self.history else 0
 
-    def measure_untrained(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:
-        """Before the first step: what the untrained encoder gives. (Not earlier: signals are heeded from here on.)"""
+    def begin(self, method: pl.LightningModule) -> None:
+        """Before the first step: notes where the weights begin."""
         self._start = sketch(self.encoder(method).parameters()) if rank() == 0 else None
+
+    def measure_untrained(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:
+        """What the untrained encoder gives. It takes seconds, and whether a step can be made at all is known before."""
         if self.measure is not None:
-            self._measure(trainer, method)
+            self._measure(trainer, method, untrained=True)
 
     def collect(self, outputs: dict[str, Tensor], images: int, accumulate: int) -> None:
         """Keeps what `loss` gave for a batch of so many images, on the device.
@@ -214,10 +217,11 @@ class Curves:
             self.row["step"] > max(_EARLY) and embedded / _PASSES < _SHARE * self.row["images"]
         )
 
-    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, untrained: bool = False) -> None:
         began = time.perf_counter()
         assert self.measure is not None
-        scores = self.measure(pl_module) | broadcast(lambda: self._moved(pl_module))
+        moved = {"turned": 0.0, "grown": 1.0} if untrained else broadcast(lambda: self._moved(pl_module))
+        scores = self.measure(pl_module) | moved
         self._interval_started += time.perf_counter() - began  # not part of the training speed
         row = {key: self.row.get(key, 0) for key in _PLACE} | scores
         self._measured = (row["epoch"], row["step"])

@@ -1,13 +1,13 @@
 """What happens around a training step, and in which order: one callback, to be read from top to bottom.
 
     a batch arrives    its views are made, where the device makes them; diagnose watches, the guard copies what it may
-                       have to put back, untrained features are measured
+                       have to put back
     its loss           Method.training_step; the guard looks at it
     its gradients      diagnose takes their norms, the guard decides whether the step counts, and clips
     the optimiser, then the schedule, move on: Lightning does that
     after a batch      diagnose writes, curves collect
-    after a step       processes talk; method.after_step, averaged weights, length of the run, curves, bar, monitor
-                       (which may save the best state), checkpoint
+    after a step       processes talk; after the first one untrained features are measured; method.after_step, averaged
+                       weights, length of the run, curves, bar, monitor (which may save the best state), checkpoint
 
 A step may be made of several batches (`accumulate`). Whatever has state says it in `Loop.state_dict`, for the
 checkpoint. Each process also has its own generator: dropout draws from it.
@@ -127,7 +127,7 @@ class Loop(pl.Callback):
         if first:
             self.guard.before_step()
         if self.curves is not None and trainer.global_step == 0 and batch_idx == 0:
-            self.curves.measure_untrained(trainer, pl_module)
+            self.curves.begin(pl_module)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """After the forward pass."""
@@ -156,6 +156,8 @@ class Loop(pl.Callback):
 
     def _after_step(self, trainer: pl.Trainer, method: pl.LightningModule, batch: Batch) -> None:
         step, total = trainer.global_step, self._total(trainer)
+        if self.curves is not None and step == 1:
+            self.curves.measure_untrained(trainer, method)
         if self._first:
             self._first = False
             expect_promptness()

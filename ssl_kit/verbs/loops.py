@@ -313,6 +313,7 @@ class Monitor(pl.Callback):
         curves.start(trainer.global_step if self._state is not None else 0, method.device)
         Bar(curves)  # says each look
         if self._state is None:
+            curves.begin(method)
             curves.measure_untrained(trainer, method)
         self._untrained, self._kept = None, []
         self._record.former.settle(True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import shlex
 from collections.abc import Callable, Sequence
@@ -97,7 +98,7 @@ def kept(folder: Path) -> str:
 class Measure:
     """Features of fixed images: rank, spread, and whether crops of images find each other; kNN where there are labels.
 
-    The first look, before the first step, gives the last two for raw pixels too.
+    The first look gives the last two for raw pixels too. It is at a copy of the untrained encoder where one was kept.
 
     Several processes share the images, each of them once; the scores do not depend on how many they are. All must call
     it.
@@ -136,17 +137,23 @@ class Measure:
         self.embedded = len(images) + 2 * self.cropped + self.held_out + (0 if gallery is None else len(gallery))
         few = images.subset(np.arange(min(_PAIRS, len(images))))
         rows = [np.arange(len(few))]
+        self._untrained: Encoder | None = None
         self._contrast = float(next(iter(ViewLoader(few, rows, (view,))))["views"][0].std())
         self._two_views = next(iter(ViewLoader(few, rows, pair)))["views"] if len(pair) == 2 else []
 
+    def keep(self, encoder: Encoder) -> None:
+        """Copies the untrained encoder, which the next look is at: it comes after the first step."""
+        self._untrained = copy.deepcopy(encoder)
+
     def __call__(self, method: pl.LightningModule) -> dict[str, float]:
-        """The scores of the encoder as it is now."""
-        encoder = self.encoder(method)
+        """The scores of the encoder as it is now, or of the untrained one that was kept."""
+        kept, self._untrained = self._untrained, None
+        encoder = self.encoder(method) if kept is None else kept.to(method.device)
         same_buffers(encoder)
         with eager():
             vectors, _ = self.images.embedded(encoder, self.view, "rank")
             found = [score.embedded(encoder, self.view) for score in self.scores]
-            pixels = self._pixels() if method.global_step == 0 else []
+            pixels = self._pixels() if kept is not None or method.global_step == 0 else []
             return broadcast(lambda: self._scores(encoder, vectors, found, pixels))
 
     def _pixels(self) -> list[Arrays]:

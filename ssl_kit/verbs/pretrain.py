@@ -282,6 +282,8 @@ def _train(
         chance_loss=learner.chance_loss(loader.images_per_step),
     )
     begun = broadcast(lambda: str(newest(folder / "checkpoints") or "")) if settings.resume else ""
+    if not begun:
+        measure.keep(learner.encoder)
     with record.written_by_others("tensorboard", "wandb"):
         trainer.fit(learner, datamodule=loader, ckpt_path=begun or None)
     if checkpoints.stopped is not None:

@@ -77,7 +77,7 @@ def test_a_step_of_two_batches_calls_the_parts_in_the_order_that_is_documented(t
         "checkpoints": "start after_step at_end",
         "ema": "move",
         "duration": "start after_step",
-        "curves": "start measure_untrained collect after_step at_end",
+        "curves": "start begin measure_untrained collect after_step at_end",
         "bar": "start move stop",
         "monitor": "start after_step at_end",
         "diagnose": "start watch take_norms write",
@@ -89,10 +89,9 @@ def test_a_step_of_two_batches_calls_the_parts_in_the_order_that_is_documented(t
     module.encoder.register_forward_hook(lambda *_: calls.append("method.forward"))
     module.head.bias.register_hook(lambda _: calls.append("method.backward"))
     train(module, Loop(**parts), 4, accumulate=2, plugins=[SafeCheckpointIO()])
-    first, second = (
-        PART_OF_A_STEP.format(first=f"guard.before_step{more}") for more in (" curves.measure_untrained", "")
-    )
-    wanted = " ".join([START, first, STEP, second, STEP, END]).split()
+    first, second = (PART_OF_A_STEP.format(first=f"guard.before_step{more}") for more in (" curves.begin", ""))
+    after_first = STEP.replace("method.after_step", "curves.measure_untrained method.after_step")
+    wanted = " ".join([START, first, after_first, second, STEP, END]).split()
     assert calls[calls.index("diagnose.start") :] == wanted
 
 

@@ -67,6 +67,18 @@ def test_knn_of_raw_pixels_and_of_their_pca_is_that_of_independent_code(images):
     assert 0.3 < scores["knn_pixels"] != scores["knn_pca"]  # there is something to tell apart
 
 
+def test_the_first_look_is_at_what_was_kept_and_the_next_at_what_was_learnt(images):
+    wanted = Measure(*hold_out(open_source(images)), plain(SIZE))(Bare())
+    measure, method = Measure(*hold_out(open_source(images)), plain(SIZE)), Bare(step=1)
+    measure.keep(method.encoder)
+    with torch.no_grad():
+        for weights in method.encoder.parameters():
+            weights.add_(torch.randn_like(weights), alpha=0.1)
+    assert measure(method) == wanted and "knn_pixels" in wanted
+    learnt = measure(method)
+    assert learnt["effective_rank"] != wanted["effective_rank"] and "knn_pixels" not in learnt
+
+
 def test_crops_are_the_left_and_the_right_of_an_image(images):
     """Of wide images, whose crops need no resizing."""
     rng = np.random.default_rng(0)
