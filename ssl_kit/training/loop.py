@@ -331,10 +331,8 @@ def quiet_lightning() -> None:
     """Its advice is about choices that are made, and said, here."""
     for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    advice = (".*treespec, LeafSpec.*", ".*does not have many workers.*", ".*lr_scheduler.step.*", ".*weights_only.*")
-    advice += (".*in eval mode at the start.*",)  # a teacher
-    for message in advice:
-        warnings.filterwarnings("ignore", message=message)
+    advice = "treespec, LeafSpec|does not have many workers|lr_scheduler.step|weights_only|in eval mode at the start"
+    warnings.filterwarnings("ignore", message=f".*({advice})")
 
 
 def compile_ahead(trainer: pl.Trainer, method: Any) -> None:
