@@ -1,6 +1,7 @@
 """What holds on an accelerator: `pytest -m gpu`; and that the program which measures it runs, in small, anywhere."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -127,11 +128,20 @@ def test_a_bad_step_changes_no_weight(tmp_path, precision):
     assert spoil.same
 
 
+class Stop(pl.Callback):
+    """As SIGTERM would, after five steps."""
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == 5:
+            signal.raise_signal(signal.SIGTERM)
+
+
 @gpu
 def test_a_run_goes_on_to_the_bit(tmp_path, monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     trained(tmp_path / "whole", 10)
-    trained(tmp_path / "parts", 5)
+    with pytest.raises(SystemExit):
+        trained(tmp_path / "parts", 10, Stop())
     trained(tmp_path / "parts", 10, resume=True)
     whole, parts = (tmp_path / run / "encoder" / "model.safetensors" for run in ("whole", "parts"))
     assert whole.read_bytes() == parts.read_bytes()
