@@ -17,6 +17,7 @@ import multiprocessing
 import tempfile
 import warnings
 from collections.abc import Callable
+from inspect import signature
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,8 @@ def smallest(module: str) -> tuple[str, int]:
 def train(kind: type[Method], name: str, args: dict[str, Any]) -> Encoder:
     """Two steps by a method; `UserError` as `pretrain` would refuse the model."""
     encoder = Encoder(name, args, (SIDE, SIDE))
-    learner = kind(encoder, **({"small_crops": 0} if kind.__name__ == "DINO" and encoder.fixed_size else {}))
+    cropped = encoder.fixed_size and "small_crops" in signature(kind).parameters
+    learner = kind(encoder, **({"small_crops": 0} if cropped else {}))
     views = ViewRecipe(preset=learner.preset).build((SIDE, SIDE), 3, learner.num_views)
     rehearse(learner, {0: views}, seed=0)
     optimiser = torch.optim.AdamW(learner.parameters(), lr=1e-4)
