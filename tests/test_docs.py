@@ -21,18 +21,14 @@ from typing import NamedTuple
 
 import pydicom
 import pytest
+from every_method import methods
 from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 from stripes import pattern
 
 from ssl_kit import cli
 from ssl_kit.core.settings import options
-from ssl_kit.methods.byol import BYOL
-from ssl_kit.methods.dino import DINO
-from ssl_kit.methods.mae import MAE
 from ssl_kit.methods.method import Method
-from ssl_kit.methods.simclr import SimCLR
-from ssl_kit.methods.vae import VAE
 from ssl_kit.training.optim import Optim
 from ssl_kit.views.recipe import ViewRecipe
 
@@ -218,7 +214,7 @@ def known_options():
     for verb in cli._verbs():
         found |= {f"--{option.name}" for option in options(ROOT / "ssl_kit" / "verbs" / f"{verb}.py")}
     found |= {f"--views.{field.name}" for field in fields(ViewRecipe)}
-    found |= {f"--method.{name}" for kind in (SimCLR, BYOL, DINO, MAE, VAE) for name in signature(kind).parameters}
+    found |= {f"--method.{name}" for kind in methods() for name in signature(kind).parameters}
     found.add("--method.off_diagonal")  # of docs/examples/barlow.py
     found |= {f"--method.optim.{field.name}" for field in fields(Optim)}
     return found | {f"--method.encoder.{name}" for name in ("name", "args")}
