@@ -26,11 +26,13 @@ from rich.text import Text
 from ssl_kit.core.process import is_first, printable, terminal
 
 _settings = {"to_stderr": False, "quiet": False, "live": False, "hints": True}
+_own: list[str] = []  # options that name the user's own code
 
 
 def configure(*, to_stderr: bool = False, quiet: bool = False) -> None:
     """Chooses where text for people goes (the command line calls this once, for `--json` and `--quiet`)."""
     _settings.update(to_stderr=to_stderr, quiet=quiet)
+    _own.clear()
 
 
 @contextmanager
@@ -80,10 +82,15 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
     console.print(grid)
 
 
-def next_command(command: str) -> None:
-    """The last line of every verb: what to type next."""
+def name_own(options: str) -> None:
+    """Options in which the command line named code of the user's own: later commands need them again."""
+    _own.append(options)
+
+
+def next_command(command: str, own: bool = True) -> None:
+    """The last line of every verb: what to type next; `own` code is named again where it reads images."""
     if _settings["hints"]:
-        say(f"next: {command}")
+        say(f"next: {' '.join([command, *(_own if own else ())])}")
 
 
 @contextmanager

@@ -10,7 +10,9 @@ import ast
 import functools
 import inspect
 import re
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -44,6 +46,23 @@ def verb(settings: type[S]) -> Callable[[Callable[[S], R]], Callable[..., R]]:
         return call
 
     return decorate
+
+
+def typed(command: str, settings: object, *names: str) -> str:
+    """A command with those of the options `names` that are not at their default, as one would type them."""
+    return " ".join([command, *_typed(settings, names)])
+
+
+def _typed(settings: object, names: tuple[str, ...], prefix: str = "--") -> Iterator[str]:
+    for one in fields(settings):  # type: ignore[arg-type]
+        value = getattr(settings, one.name)
+        if one.name not in names or value == one.default:
+            continue
+        if is_dataclass(value):
+            yield from _typed(value, tuple(inner.name for inner in fields(value)), f"{prefix}{one.name}.")
+        else:
+            text = str(list(value) if isinstance(value, tuple) else value)
+            yield f"{prefix}{one.name}".replace("_", "-") + ("" if value is True else f" {shlex.quote(text)}")
 
 
 class VerbPackage(ModuleType):

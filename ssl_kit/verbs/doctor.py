@@ -120,7 +120,7 @@ def doctor(settings: Settings) -> Entries:
     result("packaged recipes, for -c:")
     for name, text in recipes.items():
         result(f"  {name:<{max(map(len, recipes))}}  {text}")
-    next_command("ssl-kit pretrain DATA")
+    next_command("ssl-kit pretrain DATA", own=False)
     return {
         "versions": installed,
         "machine": machine,

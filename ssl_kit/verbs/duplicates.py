@@ -22,7 +22,7 @@ from ssl_kit.core.owned import check_output, record_in
 from ssl_kit.core.random import permutation
 from ssl_kit.core.reading import reading_in
 from ssl_kit.core.sealed import Entries
-from ssl_kit.core.settings import verb
+from ssl_kit.core.settings import typed, verb
 from ssl_kit.data.decode import decode
 from ssl_kit.data.limits import BadImageError
 from ssl_kit.data.listing import unescape
@@ -99,9 +99,8 @@ def duplicates(settings: Settings) -> Entries:
 
     A few groups and outliers are left in the run that made the encoder, for its report.
     """
-    for name in (settings.csv, settings.html):
-        if name is not None:
-            check_output(name)
+    for name in filter(None, (settings.csv, settings.html)):
+        check_output(name)
     a = Embeddings.load(settings.emb)
     b = Embeddings.load(settings.other) if settings.other is not None else a
     _comparable(a, b, settings.emb, settings.other)
@@ -132,8 +131,9 @@ def duplicates(settings: Settings) -> Entries:
             say(f"for the report of {run}: ssl-kit report {shlex.quote(str(run))}")
         except UserError as error:  # in use, or not to be written to
             warn(f"not in the report of {run}: {error}")
-    again = " ".join(["ssl-kit duplicates", *(shlex.quote(one) for one in (settings.emb, settings.other) if one)])
-    next_command(f"open {settings.html}" if settings.html else f"{again} --html duplicates.html --csv duplicates.csv")
+    again = shlex.join(["ssl-kit", "duplicates", *filter(None, (settings.emb, settings.other))])
+    again = f"{typed(again, settings, 'threshold', 'outliers', 'encoder')} --html duplicates.html --csv duplicates.csv"
+    next_command(f"open {shlex.quote(settings.html)}" if settings.html else again, own=not settings.html)
     return record | {"csv": settings.csv, "html": settings.html}
 
 

@@ -159,7 +159,9 @@ def _waiting(folder: Path, done: Embedded, record: Entries, source: Source) -> E
     result(
         f"{folder}: {done.parts - done.missing:,} of {done.parts:,} parts of {len(source):,} images are there ({rate})"
     )
-    next_command("the other shards; where their folders are apart, copy them into one and give this command again")
+    next_command(
+        "the other shards; where their folders are apart, copy them into one and give this command again", own=False
+    )
     return {"parts": done.parts, "missing": done.missing}
 
 

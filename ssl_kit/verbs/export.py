@@ -109,7 +109,7 @@ def export(settings: Settings) -> Entries:
         ["checked on", "images", "largest difference", "largest feature"],
         [[checked_on, len(pixels), f"{check['difference']:.2e}", f"{check['largest_feature']:.3g}"]],
     )
-    next_command(_example(folder, settings.format))
+    next_command(_example(folder, settings.format), own=False)
     return {
         "out": escape_path(folder),
         "format": settings.format,

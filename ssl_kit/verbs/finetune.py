@@ -171,7 +171,7 @@ def finetune(settings: Settings) -> Entries:
         settle(record)
         write_report([folder], folder / "report.html")
     _print(results)
-    next_command(f"ssl-kit report {shlex.quote(str(folder))}")
+    next_command(f"ssl-kit report {shlex.quote(str(folder))}", own=False)
     return {
         "encoder": str(path),
         "out": str(folder),

@@ -191,6 +191,9 @@ def allowed_function(name: str, allow: Sequence[str], option: str) -> Callable[.
         found: Callable[..., object] = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise UserError(f"--{option} {name}: {error}; the module must be installed, or on PYTHONPATH") from error
+    from ssl_kit.core.console import name_own
+
+    name_own(f"--{option} {name} --allow {module}")
     return found
 
 

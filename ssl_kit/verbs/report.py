@@ -54,5 +54,5 @@ def report(settings: Settings) -> Entries:
         if run["scores"]:
             result(f"{run['name']}: {run['scores']}")
     result(f"wrote {target} ({written['bytes'] / 1e6:.1f} MB)")
-    next_command(f"open {target.resolve().as_uri()}")
+    next_command(f"open {target.resolve().as_uri()}", own=False)
     return written

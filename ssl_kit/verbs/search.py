@@ -15,7 +15,7 @@ from ssl_kit.core.console import next_command, progress, say, table, warn
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.reading import Function
 from ssl_kit.core.sealed import Entries
-from ssl_kit.core.settings import verb
+from ssl_kit.core.settings import typed, verb
 from ssl_kit.data.listing import escape_path, folder_of_images, unescape
 from ssl_kit.embeddings.search import BATCH, Index, Neighbour, has_index, picture
 from ssl_kit.embeddings.signing import find_key
@@ -76,9 +76,9 @@ def search(settings: Settings) -> Entries:
         raise UserError("no image was given: name one or more image files after the embeddings folder")
     _make_missing_index(Path(settings.emb))
     index = Index.load(settings.emb, encoder=settings.encoder, trust_index=settings.trust_index)
-    if settings.reader is not None:
-        index.encoder.reading = index.encoder.reading.by(settings.reader)
     asked = _queries(names)
+    if any(query.path for query in asked):
+        index.encoder.reading = index.encoder.reading.by(settings.reader)
     answers, skipped = _answers(index, asked, settings.k, _DRAWN if settings.html is not None else 0)
     queries = [_record(query, found) for query, _, found in answers]
     if not queries:
@@ -86,8 +86,11 @@ def search(settings: Settings) -> Entries:
     _tell(queries, skipped)
     if settings.html is not None:
         _strip(Path(settings.html), index, answers)
-    page = f"ssl-kit search {shlex.quote(settings.emb)} IMAGE.jpg --html neighbours.html"
-    next_command(f"open {settings.html}" if settings.html else page)
+    if settings.html is not None:
+        next_command(f"open {shlex.quote(settings.html)}", own=False)
+    else:
+        again = typed(f"ssl-kit search {shlex.quote(settings.emb)} IMAGE.jpg", settings, "k", "encoder", "trust_index")
+        next_command(f"{again} --html neighbours.html")
     return {"emb": settings.emb, "queries": queries, "skipped": skipped, "html": settings.html}
 
 

@@ -16,7 +16,7 @@ from ssl_kit.core.owned import check_output
 from ssl_kit.core.random import permutation
 from ssl_kit.core.reading import reading_of
 from ssl_kit.core.sealed import Entries
-from ssl_kit.core.settings import verb
+from ssl_kit.core.settings import typed, verb
 from ssl_kit.data.limits import BadImageError
 from ssl_kit.data.opening import name_of, open_source, places
 from ssl_kit.data.sources import Source, pixels
@@ -82,7 +82,8 @@ def views(settings: Settings) -> Entries:
         f"{settings.out}: {len(images)} originals (left), {settings.views_per_image} views of each, {side} x {side} "
         f"pixels, epoch {settings.epoch}"
     )
-    next_command(f"ssl-kit pretrain {shlex.quote(name_of(settings.data))}")
+    named = f"ssl-kit pretrain {shlex.quote(name_of(settings.data))}"
+    next_command(typed(named, settings, "views", "image_size", "channels", "range", "seed"), own=False)
     return {
         "out": str(Path(settings.out)),
         "originals": source.ids(list(chosen)),

@@ -85,9 +85,15 @@ def test_every_verb_takes_it_and_the_encoder_notes_its_name(scans, capsys):
     encoder = Encoder.load("run/encoder")
     assert encoder.reading.reader == "rawscans:read" and encoder.reading.function is None
     assert "reader" not in Path("run/recipe.yaml").read_text()
+    again = "--reader rawscans:read --allow rawscans\n"
+    assert capsys.readouterr().out.endswith(f"next: ssl-kit evaluate run list.csv {again}")
     assert cli.main(["evaluate", "run", "list.csv", "--only", "knn", "--baselines", "none", *allowed]) == 0
+    assert capsys.readouterr().out.endswith(f"next: ssl-kit embed run DATA --out EMB {again}")
     assert cli.main(["embed", "run", "list.csv", "--out", "EMB", *allowed]) == 0
-    capsys.readouterr()
+    assert capsys.readouterr().out.endswith(f"IMAGE.jpg -k 12 {again}")
+    assert cli.main(["search", "EMB", "03.raw"]) == 2
+    said = capsys.readouterr()
+    assert "give --reader rawscans:read" in said.out + said.err and "next:" not in said.out
     assert cli.main(["search", "EMB", "03.raw", "-k", "1", "--json", *allowed]) == 0
     answer = json.loads(capsys.readouterr().out)["queries"][0]
     assert answer["results"][0]["id"] == "03.raw" and answer["results"][0]["score"] > 0.999

@@ -216,3 +216,18 @@ def test_the_command_line_prints_one_document(indexed, capsys):
     assert cli.main(["search", str(indexed), "a/000.png", "a/001.png", "-k", "2", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert [len(query["results"]) for query in answer["queries"]] == [2, 2]
+
+
+def test_the_next_command_asks_the_same(indexed, labelled_folder, tmp_path, capsys):
+    moved, run = str(tmp_path / "moved"), str(indexed.parent / "encoder")
+    shutil.copytree(indexed, moved)
+    options = ["-k", "3", "--encoder", run, "--trust-index"]
+    assert cli.main(["search", moved, str(labelled_folder / "a" / "003.png"), *options]) == 0
+    wanted = f"next: ssl-kit search {moved} IMAGE.jpg --k 3 --encoder {run} --trust-index --html neighbours.html"
+    assert capsys.readouterr().out.splitlines()[-1] == wanted
+    page = str(tmp_path / "my page.html")
+    assert cli.main(["search", moved, "a/003.png", "--html", page]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"next: open '{page}'"
+    assert cli.main(["duplicates", moved, "--threshold", "0.999", "--outliers", "2"]) == 0
+    wanted = f"duplicates {moved} --threshold 0.999 --outliers 2 --html duplicates.html --csv duplicates.csv"
+    assert capsys.readouterr().out.splitlines()[-1] == f"next: ssl-kit {wanted}"

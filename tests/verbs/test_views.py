@@ -1,5 +1,6 @@
 """The picture of the views shows the originals and the very views that training would see."""
 
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -62,3 +63,17 @@ def test_the_recipe_of_a_run_says_its_size_by_two_sides(folder: Path) -> None:
     out = folder.parent / "views.png"
     assert cli.main(["views", str(folder), "-c", str(recipe), "--out", str(out), "--count", "1"]) == 0
     assert Image.open(out).size == (9 * 20 + 4, 20 + 4)
+
+
+def test_the_next_command_reads_images_alike(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bands = folder.parent / "my bands"
+    bands.mkdir()
+    for n in range(4):
+        np.save(bands / f"{n}.npy", np.random.default_rng(n).integers(0, 4096, (16, 20, 5), np.uint16))
+    options = ["--channels", "5", "--range", "0,4095", "--views.scale", "[0.5, 1.0]", "--image-size", "[16, 16]"]
+    assert cli.main(["views", str(bands), "--out", str(folder.parent / "v.png"), *options]) == 0
+    hint = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert hint[:4] == ["next:", "ssl-kit", "pretrain", str(bands)]
+    assert hint[4:] == [*options[4:], *options[:4]]
+    quick = ["--run", str(folder.parent / "run"), "--trainer.max_steps=1", "--batch_size=2"]
+    assert cli.main([*hint[2:], *quick, "--method.encoder.args", "{channels: [8, 8, 8, 8]}"]) == 0
