@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 
 from ssl_kit import methods
 from ssl_kit.core.console import spoken
@@ -24,6 +23,7 @@ from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import MANIFEST, read_json, read_manifest
 from ssl_kit.core.owned import RUN
 from ssl_kit.core.sealed import LARGE_JSON, Entries
+from ssl_kit.data.given import is_one_image
 from ssl_kit.data.opening import Data, open_source
 from ssl_kit.embeddings.embeddings import Embeddings
 from ssl_kit.embeddings.embeddings import embed as embedded
@@ -107,7 +107,7 @@ class Run(dict[str, Any]):
         if kept is None:
             if options:
                 raise TypeError(f"embed() takes {', '.join(options)} only with out=, where the features are kept")
-            one = isinstance(data, np.ndarray) and data.ndim == 3 and data.shape[-1] == self.encoder.channels
+            one = not isinstance(data, str | Path) and is_one_image(data, self.encoder.channels)
             with spoken(False):
                 source = open_source([data] if one else data, reading=self.encoder.reading, least=1)
             return embedded(self.encoder, source)
@@ -124,7 +124,7 @@ class Run(dict[str, Any]):
         return evaluate(str(self.folder), labelled, **options)
 
     def search(self, images: Image | Sequence[Image], k: int = 12) -> list[list[Neighbour]]:
-        """The k nearest training images of each of `images`: files, arrays (H, W, C) or pictures of Pillow."""
+        """The k nearest training images of each of `images`: files, pictures, arrays or tensors."""
         self.embed()
         if not has_index(self.folder / "embeddings"):
             index(str(self.folder / "embeddings"), verbose=False)

@@ -147,8 +147,15 @@ def test_a_run_is_an_object(images, tmp_path, capsys):
         np.asarray(run.embed(pixels[:5])).shape == (5, run.encoder.dim)
         and np.asarray(run.embed(), np.float64).shape[0] == 60
     )
-    for query in (pixels[4], Image.fromarray(pixels[4])):
-        assert run.search(query, k=1)[0][0].id == "04"
+    chw = np.ascontiguousarray(pixels[4].transpose(2, 0, 1))
+    for query in (pixels[4], Image.fromarray(pixels[4]), chw, torch.from_numpy(chw), torch.from_numpy(pixels[4])):
+        found = run.search(query, k=1)
+        assert len(found) == 1 and found[0][0].id == "04" and len(run.embed(query)) == 1
+    several = torch.from_numpy(pixels[4:6].transpose(0, 3, 1, 2).astype(np.float32) / 255).requires_grad_()
+    assert [one[0].id for one in run.search(several, k=1)] == ["04", "05"] and len(run.embed(several)) == 2
+    assert [len(run.search(pixels[:count, :, :, 0])) for count in (5, 9)] == [5, 9]  # of grey ones
+    with pytest.raises(UserError, match=r"shape \(3, 12, 3\), which may be one image or several; wanted one as"):
+        run.search(pixels[4][:3])
     scores = run.evaluate(
         {"train": (pixels[:40], labels[:40]), "test": (pixels[40:], labels[40:])}, only="knn", verbose=False
     )

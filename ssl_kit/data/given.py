@@ -127,9 +127,9 @@ def of_python(data: Any, reading: Reading, measure: bool, max_bad: float) -> Lis
     images, labels = data if isinstance(data, tuple) and len(data) == 2 and _are_labels(data[1]) else (data, None)
     if labels is not None and len(labels) != len(images):
         raise UserError(f"{len(images):,} images but {len(labels):,} labels; wanted one label per image")
-    if hasattr(images, "permute") and getattr(images, "ndim", 0) == 4:  # torch's order
-        images = images.detach().permute(0, 2, 3, 1).cpu()
-        images = (images.float() if images.dtype.itemsize == 2 and images.is_floating_point() else images).numpy()
+    if _is_tensor(images):
+        images = as_array(images)
+        images = images.transpose(0, 2, 3, 1) if images.ndim == 4 else images  # torch's order
     if isinstance(images, np.ndarray):
         return of_arrays(images, labels, reading, "arrays", measure)
     if isinstance(images, list | tuple) and images and all(isinstance(one, str | Path) for one in images):
@@ -143,6 +143,49 @@ def of_python(data: Any, reading: Reading, measure: bool, max_bad: float) -> Lis
             f"got {type(images).__name__}; wanted a folder, a table, arrays, a list or a data set with a length"
         )
     return _of_items(images, labels, reading, measure)
+
+
+def _is_tensor(value: object) -> bool:
+    return hasattr(value, "permute") and hasattr(value, "detach")
+
+
+def as_array(value: Any) -> np.ndarray:
+    """An array; of a tensor its values, wherever they lie, those of half precision as float32."""
+    if not _is_tensor(value):
+        return np.asarray(value)
+    value = value.detach().cpu()
+    array: np.ndarray = (value.float() if value.is_floating_point() and value.dtype.itemsize == 2 else value).numpy()
+    return array
+
+
+def is_one_image(value: object, channels: int) -> bool | None:
+    """Whether what a program gives for images of so many channels is a single one; None where its shape leaves it open.
+
+    One is a name, a picture, (H, W), (H, W, C) or (C, H, W); of (N, H, W) one may only be sure where N can be no C.
+    """
+    shape = getattr(value, "shape", None)
+    if shape is None or len(shape) not in (2, 3):
+        return isinstance(value, str | Path | Image.Image)
+    usual = (1, 3, 4, channels)
+    first, last = len(shape) == 3 and shape[0] in usual, len(shape) == 2 or shape[2] in usual
+    if first != last:
+        return True if last or shape[0] == 1 or channels > 1 else None
+    return False if not first and channels in (1, 3) else None
+
+
+def images_in(given: Any, channels: int) -> list[Any]:
+    """One image or several as a list of images, for an encoder of so many channels.
+
+    Raises:
+        UserError: an array whose shape may be one or several.
+    """
+    one = is_one_image(given, channels)
+    if one is None:
+        raise UserError(
+            f"got an array of shape {tuple(given.shape)}, which may be one image or several; wanted one as (H, W), "
+            f"(H, W, C) or (C, H, W) of {channels} channels, several as a list of these"
+        )
+    return [given] if one else list(given)
 
 
 def _are_labels(value: object) -> bool:
@@ -224,7 +267,7 @@ def _item_samples(image: object) -> Samples | None:
     """Of an image in memory; None for pictures of 8 bits."""
     if isinstance(image, Image.Image) and not (image.mode in ("F", "I") or image.mode.startswith("I;16")):
         return None
-    return of_array(np.asarray(image))
+    return of_array(as_array(image))
 
 
 def _picked(items: Items) -> tuple[str, str | None] | None:
@@ -263,7 +306,7 @@ def pixels_given(image: object, reading: Reading, name: str) -> np.ndarray:
     try:
         if isinstance(image, Image.Image):
             return of_pillow(image, reading)
-        return pixels_of(of_array(np.asarray(image)), reading)
+        return pixels_of(of_array(as_array(image)), reading)
     except BadImageError as error:
         raise UserError(f"{name}: {error}") from error
 

@@ -32,7 +32,7 @@ from ssl_kit.core.machine import available_cores, available_memory
 from ssl_kit.core.reading import GREY, Reading, reading_in
 from ssl_kit.core.sealed import LARGE_JSON, Entries, fingerprint
 from ssl_kit.data.decode import decode
-from ssl_kit.data.given import pixels_given
+from ssl_kit.data.given import images_in, pixels_given
 from ssl_kit.data.limits import BadImageError
 from ssl_kit.data.listing import escape_path, read_regular, unescape
 from ssl_kit.data.manifests import is_builtin
@@ -55,7 +55,7 @@ _COPIES = 6  # of a part as float32 that are in memory while the next one is rea
 # of a manifest: what the vectors are, beside the parts that hold them
 _VECTORS = ("rows", "dims", "dtype", "layers", "metric", "normalised", "precision", "encoder_sha256", "preprocessing")
 
-Image: TypeAlias = str | Path | np.ndarray | PIL.Image.Image
+Image: TypeAlias = str | Path | np.ndarray | torch.Tensor | PIL.Image.Image
 
 
 class Neighbour(NamedTuple):
@@ -138,16 +138,14 @@ class Index:
         """The k nearest images of each of `images`, best first.
 
         Args:
-            images: files, or pixels as uint8 (H, W, C) or (H, W), or one of them; a (Q, H, W, C) array is Q images.
+            images: files, pictures, arrays or tensors (H, W, C), (C, H, W) or (H, W), or one of them; (Q, H, W, C) and
+                (Q, C, H, W) are Q images.
             k: images to find for each; at most as many as there are.
 
         Raises:
-            UserError: a file that is not there or cannot be decoded.
+            UserError: a file that is not there or cannot be decoded, or a shape that may be one image or several.
         """
-        if isinstance(images, str | Path | PIL.Image.Image) or (isinstance(images, np.ndarray) and images.ndim < 4):
-            images = [images]
-        listed = list(images)
-        if not listed:
+        if not (listed := images_in(images, self.encoder.channels)):
             return []
         made = [self.encode(self.pixels(listed[start : start + BATCH])) for start in range(0, len(listed), BATCH)]
         return self.search_vectors(np.concatenate(made), k)
