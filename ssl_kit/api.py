@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-
 from ssl_kit import methods
 from ssl_kit.core.console import spoken
 from ssl_kit.core.errors import UserError

@@ -30,9 +30,9 @@ from torch import Tensor, nn
 import ssl_kit
 from ssl_kit.core.console import progress
 from ssl_kit.core.errors import DamagedError, UserError
-from ssl_kit.core.files import MANIFEST, atomic_folder, read_manifest
+from ssl_kit.core.files import MANIFEST, atomic_folder
 from ssl_kit.core.machine import choose_precision, full_float32
-from ssl_kit.core.sealed import LARGE_JSON, Entries
+from ssl_kit.core.sealed import Entries
 from ssl_kit.data.listing import escape_path, write_skipped
 from ssl_kit.data.loader import Batch, Planned, ViewLoader
 from ssl_kit.data.sources import Source
@@ -42,6 +42,7 @@ from ssl_kit.embeddings.folder import (
     Storage,
     check_range,
     checked,
+    manifest_of,
     matrix,
     part_name,
     part_names,
@@ -165,7 +166,7 @@ class Embeddings:
             DamagedError: no manifest, or a file that is missing, altered, or not what the manifest says.
         """
         folder = Path(folder)
-        info = read_manifest(folder, verify=verify, limit=LARGE_JSON)
+        info = manifest_of(folder, verify)
         rows, dims, dtype, classes = checked(info, folder)
         position = {name: row for row, name in enumerate(classes)}
         vectors, labels = np.empty((rows, dims), dtype=np.float32), np.full(rows, -1, dtype=np.int64)
@@ -180,8 +181,7 @@ class Embeddings:
             ids += table["id"].to_pylist()
         if len(ids) != rows or (labels == -2).any():
             raise DamagedError(f"{folder / MANIFEST} says {rows:,} rows and {len(classes)} classes; the parts disagree")
-        now = read_manifest(folder, verify=False, limit=LARGE_JSON)["files"]
-        if any(now.get(name) != info["files"][name] for name in part_names(info)):
+        if not {name: info["files"][name] for name in part_names(info)}.items() <= manifest_of(folder)["files"].items():
             raise DamagedError(f"{folder} was replaced while it was read: read it again")
         return cls(vectors, labels, tuple(classes), ids, info)
 

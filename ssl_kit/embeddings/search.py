@@ -27,10 +27,10 @@ import torch
 
 from ssl_kit.core.console import warn
 from ssl_kit.core.errors import DamagedError, UserError
-from ssl_kit.core.files import MANIFEST, read_manifest, verify_file
+from ssl_kit.core.files import MANIFEST, verify_file
 from ssl_kit.core.machine import available_cores, available_memory
 from ssl_kit.core.reading import GREY, Reading, reading_in
-from ssl_kit.core.sealed import LARGE_JSON, Entries, fingerprint
+from ssl_kit.core.sealed import Entries, fingerprint
 from ssl_kit.data.decode import decode
 from ssl_kit.data.given import images_in, pixels_given
 from ssl_kit.data.limits import BadImageError
@@ -39,7 +39,7 @@ from ssl_kit.data.manifests import is_builtin
 from ssl_kit.data.opening import builtin_source
 from ssl_kit.data.sources import Source, pixels
 from ssl_kit.embeddings.exact import normalised
-from ssl_kit.embeddings.folder import PART_ROWS, checked, find_ids, part_names, read_rows, read_vectors
+from ssl_kit.embeddings.folder import PART_ROWS, checked, find_ids, manifest_of, part_names, read_rows, read_vectors
 from ssl_kit.embeddings.index import SEARCHED_ROWS, Gallery, search_index
 from ssl_kit.embeddings.signing import FaissIndex, find_key, is_signed, read_index, signature
 from ssl_kit.encoders.encoder import Encoder, find_encoder
@@ -106,9 +106,7 @@ class Index:
             DamagedError: the folder, or with `trust_index` the index, is not what the manifest says.
         """
         folder = Path(folder)
-        if not folder.is_dir():
-            raise UserError(f"{folder} is no folder: give embeddings, as `ssl-kit embed ... --out EMB` writes them")
-        info = read_manifest(folder, verify=False, limit=LARGE_JSON)
+        info = manifest_of(folder)
         layers = info.get("layers")
         checked(info, folder)
         if type(layers) is not int or not 0 < layers < _MOST_LAYERS:
@@ -212,7 +210,7 @@ def encoded(encoder: Encoder, info: Entries, images: Sequence[np.ndarray]) -> np
 
 def has_index(folder: Path) -> bool:
     """Whether a whole embeddings folder was indexed, for the vectors that it holds now or for others."""
-    return FILE in read_manifest(folder, verify=False, limit=LARGE_JSON)["files"]
+    return FILE in manifest_of(folder)["files"]
 
 
 def _opened(folder: Path, info: Entries, mapped: bool | None, key: bytes | None, trusted: bool) -> FaissIndex:

@@ -15,7 +15,7 @@ from ssl_kit.core.locking import lock
 from ssl_kit.core.machine import available_memory
 from ssl_kit.core.sealed import LARGE_JSON, Entries
 from ssl_kit.core.settings import verb
-from ssl_kit.embeddings.folder import checked, read_rows, read_vectors
+from ssl_kit.embeddings.folder import checked, manifest_of, read_rows, read_vectors
 from ssl_kit.embeddings.index import Gallery, build_index
 from ssl_kit.embeddings.search import FILE, index_signature, vectors_fingerprint
 from ssl_kit.embeddings.signing import make_key, read_index, write_index
@@ -50,8 +50,7 @@ def index(settings: Settings) -> Entries:
 def make_index(emb: str, key: str = "auto", recall: float = 0.95, mapped: bool = False) -> Entries:
     """What `index` does, but for naming the next command."""
     folder = Path(emb)
-    if not folder.is_dir():
-        raise UserError(f"{folder} is no folder: give an embeddings folder, as `ssl-kit embed ... --out EMB` writes it")
+    manifest_of(folder)  # before a lock is left in what is none
     if mapped and "fs" in key:
         raise UserError(f"--key {key}: fast-scan codes cannot be mapped; use IVFn,SQ8 or auto, or leave --mapped out")
     kept = f"the vectors in {folder} are kept; the same command makes their index"
@@ -114,7 +113,7 @@ def _embeddings(folder: Path) -> Entries:
     Raises:
         UserError: an index file lies there that the manifest does not name, so it is not ours, or a link.
     """
-    manifest, path = read_manifest(folder, verify=False, limit=LARGE_JSON), folder / FILE
+    manifest, path = manifest_of(folder), folder / FILE
     pending = manifest.get("pending")
     ours = manifest["files"].pop(FILE, None) is not None or (isinstance(pending, list) and FILE in pending)
     if path.is_symlink() or (os.path.lexists(path) and not (ours and path.is_file())):

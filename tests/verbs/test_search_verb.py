@@ -231,3 +231,19 @@ def test_the_next_command_asks_the_same(indexed, labelled_folder, tmp_path, caps
     assert cli.main(["duplicates", moved, "--threshold", "0.999", "--outliers", "2"]) == 0
     wanted = f"duplicates {moved} --threshold 0.999 --outliers 2 --html duplicates.html --csv duplicates.csv"
     assert capsys.readouterr().out.splitlines()[-1] == f"next: ssl-kit {wanted}"
+
+
+@pytest.mark.parametrize("ask", [lambda name: search(name, ["a.png"]), index, duplicates, Index.load])
+def test_what_holds_no_embeddings_is_told_how_to_make_them(ask, indexed, labelled_folder, tmp_path):
+    run, photos = tmp_path / "my run", tmp_path / "photos"
+    shutil.copytree(indexed.parent / "encoder", run / "encoder")
+    (run / "run.json").write_text("{}")
+    shutil.copytree(labelled_folder / "a", photos)
+    for folder in (run, run / "encoder"):
+        with pytest.raises(UserError, match=f"embed first: ssl-kit embed '{folder}' DATA --out EMB"):
+            ask(str(folder))
+    with pytest.raises(UserError, match=rf"no manifest\.json: embed first: ssl-kit embed RUN {photos} --out EMB"):
+        ask(str(photos))
+    with pytest.raises(UserError, match="is no folder: give an embeddings folder"):
+        ask(str(tmp_path / "nothing"))
+    assert not [*photos.glob(".*")] and not [*run.glob(".*")]
