@@ -148,7 +148,7 @@ def frequencies(device: torch.device | str | None = None) -> tuple[Tensor, Tenso
     t = torch.linspace(0, _REACH, _KNOTS // 2 + 1, device=device)
     step = 2 * _REACH / (_KNOTS - 1)
     both = torch.full_like(t, 2 * step)
-    both[[0, -1]] = step  # t = 0 is there once, and the ends of the trapezoid rule count half
+    both[0] = both[-1] = step  # t = 0 is there once, and the ends of the trapezoid rule count half
     return t, both * (-t.square() / 2).exp()
 
 
