@@ -107,7 +107,7 @@ class Spoil(pl.Callback):
         if trainer.global_step == 2:
             self.weights = [weight for weight in pl_module.parameters() if weight.grad is not None]
             self.before = [weight.detach().clone() for weight in self.weights]
-            self.weights[0].grad.view(-1)[0] = torch.inf
+            self.weights[0].grad[(0,) * self.weights[0].ndim] = torch.inf
 
     def on_train_batch_end(self, trainer, *_):
         if trainer.global_step == 3:
@@ -182,6 +182,14 @@ def test_batches_arrive_as_the_host_would_have_made_them(tmp_path, kind):
             params = sample(view, 0, epoch, index.numpy(), which, heights, widths)
             wanted = apply_host([np.ascontiguousarray(image) for image in stored], params, view.size)
             assert np.abs(got.numpy() - wanted).max() <= 4 / 255
+
+
+@gpu
+def test_code_of_two_step_sizes_and_of_views_that_grow_is_compiled_before_the_first_step(tmp_path, capsys):
+    options = {"compile": "on", "batch_size": 19, "grow": {1: 8}, "trainer": {"max_steps": 12}}
+    pretrain(pictures(70, 16), run=str(tmp_path / "run"), method=METHOD, image_size=16, epochs=100, **options)
+    said = capsys.readouterr().out
+    assert "compiled for 17 and 18 images at once" in said and "anew" not in said
 
 
 @gpu

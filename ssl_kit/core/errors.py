@@ -9,7 +9,7 @@ _RANGES = {
     **dict.fromkeys(("count", "views_per_image", "layers"), "[1, inf)"),
     **dict.fromkeys(("epochs", "minutes", "lr"), "(0, inf)"),
     **dict.fromkeys(("evaluate_every", "checkpoint_minutes", "weight_decay", "warmup_epochs"), "[0, inf)"),
-    **dict.fromkeys(("mixup", "cutmix", "lora", "epoch", "outliers"), "[0, inf)"),
+    **dict.fromkeys(("mixup", "cutmix", "lora", "epoch", "outliers", "freeze"), "[0, inf)"),
     **dict.fromkeys(("fraction", "layer_decay", "recall"), "(0, 1]"),
     "limit": "[2, inf)",
     "ema": "(0, 1)",

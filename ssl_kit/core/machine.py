@@ -55,6 +55,19 @@ def choose_device() -> Choice[str]:
     return Choice("cpu", f"no accelerator; {torch.get_num_threads()} threads")
 
 
+def use_gpu(devices: object, deterministic: bool) -> None:
+    """Makes this process's GPU the current one, before anything is put on another.
+
+    Args:
+        devices: of Lightning's Trainer; a list names the GPU of each process of this machine.
+        deterministic: likewise; cuBLAS asks once, at its first product, whether its sums must repeat.
+    """
+    place = int(os.environ.get("LOCAL_RANK", "0"))
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.cuda.set_device(devices[place] if isinstance(devices, list) else place)
+
+
 def choose_precision(wanted: Precision, device: str) -> Choice[str]:
     """float32, bfloat16 or float16 for autocast on `device`.
 

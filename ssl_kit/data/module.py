@@ -97,11 +97,13 @@ class ImageData(pl.LightningDataModule):
         self.plan = self._plan(trainer.global_rank, trainer.world_size)
         device = trainer.strategy.root_device
         self._store = _on(device, self.source) if self.views_on == "device" else None
-        self.loader = self._loader(lambda: self.plan.batches(self._done()))
+        self.loader = self._loader(lambda: self.plan.batches(self._done()), chunk=self.chunk)
         self.loader.device = device
         return self.loader
 
-    def _loader(self, plan: Sequence[np.ndarray] | Callable[[], Iterable[Planned]], epoch: int = 0) -> ResumableLoader:
+    def _loader(
+        self, plan: Sequence[np.ndarray] | Callable[[], Iterable[Planned]], epoch: int = 0, chunk: int | None = None
+    ) -> ResumableLoader:
         return ResumableLoader(
             self.source,
             plan,
@@ -111,7 +113,7 @@ class ImageData(pl.LightningDataModule):
             threads=self.threads,
             on_device=self.views_on == "device",
             stored=self._store is not None,
-            chunk=self.chunk,
+            chunk=chunk,
             paired=self.paired,
         )
 
@@ -120,12 +122,13 @@ class ImageData(pl.LightningDataModule):
         self._make, self._compiled = DeviceViews(compiled=True), True
 
     def trial(self, device: torch.device) -> Iterator[Any]:
-        """Batches as training will be given them, one of each shape; none of chunks, which come as they come."""
+        """Batches, or chunks, as training will be given them: one of each shape that the plan has."""
+        sizes = self.plan.sizes
         if self.chunk is not None:
-            return
+            sizes = {len(part) for size in sizes for part in np.array_split(np.arange(size), -(-size // self.chunk))}
         for epoch in self.views:
-            for count in sorted(self.plan.sizes):
-                batch = next(iter(self._loader([np.arange(count)], epoch)))
+            for count in sorted(sizes):
+                batch = next(iter(self._loader([np.arange(count)], epoch, chunk=None)))
                 yield self._finished(move_data_to_device(batch, device))
 
     def _done(self) -> int:

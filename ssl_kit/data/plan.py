@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -87,7 +88,7 @@ class TrainingPlan:
         share, more = divmod(int(self._bounds[step + 1] - self._bounds[step]), self.world_size)
         return [share + (number < more) for number in range(self.world_size)]  # as np.array_split does
 
-    @property
+    @cached_property
     def sizes(self) -> set[int]:
         """How many images the steps of this process have: n, or n and n + 1."""
         return {self.images_of_each(step)[self.rank] for step in range(self.steps_per_epoch)}

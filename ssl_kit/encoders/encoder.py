@@ -17,15 +17,14 @@ from typing import Any
 
 import timm
 import torch
-from huggingface_hub import try_to_load_from_cache
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ssl_kit.core.errors import DamagedError, UserError
-from ssl_kit.core.files import atomic_folder, settle, sha256, verify_file, write_json, write_sealed
+from ssl_kit.core.files import atomic_folder, settle, sha256, write_json, write_sealed
 from ssl_kit.core.machine import choose_device, convolves
 from ssl_kit.core.reading import Reading
-from ssl_kit.core.sealed import Entries, read_sealed
+from ssl_kit.core.sealed import Entries
 from ssl_kit.core.tensors import check_finite, read_tensors
 from ssl_kit.encoders.weights import (
     CONFIG,
@@ -40,7 +39,6 @@ from ssl_kit.encoders.weights import (
 )
 
 _SMALL_IMAGE = 96  # pixels: below it a stride-4 stem leaves a ResNet too few positions (SimCLR appendix B.9 uses 32)
-_LEAST_MATCHED = 0.95  # fraction of an encoder's weights that `--init` must find
 
 
 class Encoder(nn.Module):
@@ -142,6 +140,15 @@ class Encoder(nn.Module):
             return self.model.forward_intermediates(self.normalise(images), indices=last, intermediates_only=True)
         except AssertionError as error:
             raise UserError(f"{self.name} has no {last} last layers to concatenate: {error}; ask for fewer") from error
+
+    def train(self, mode: bool = True) -> Encoder:
+        """Parts whose weights are all frozen stay in evaluation mode: their statistics do not move either."""
+        super().train(mode)
+        for part in self.model.modules():
+            own = [*part.parameters(recurse=False)]
+            if own and not any(weight.requires_grad for weight in own):
+                part.training = False
+        return self
 
     def least_bytes(self, size: tuple[int, int], precision: int = 2) -> int:
         """Bytes that one image of (height, width) takes at least: its pixels, and what the first convolution makes.
@@ -253,36 +260,6 @@ class Encoder(nn.Module):
         return made
 
 
-def initialise(encoder: Encoder, init: str) -> float:
-    """Sets the encoder's weights from `timm:NAME` (weights that are on disk already) or from an encoder folder.
-
-    Returns:
-        The fraction of the encoder's weights, by number of values, that were found.
-
-    Raises:
-        UserError: fewer than 95 % of the encoder's weights were found with the right shape, some are NaN, or nothing is
-            there.
-    """
-    found = _find_weights(encoder, init)
-    own = encoder.model.state_dict()
-    fits = {name: tensor for name, tensor in found.items() if name in own and _alike(own[name], tensor)}
-    check_finite(fits, init)
-    missing = [name for name in own if name not in fits]
-    fraction = sum(own[name].numel() for name in fits) / sum(tensor.numel() for tensor in own.values())
-    if fraction < _LEAST_MATCHED:
-        raise UserError(
-            f"--init {init} matches {fraction:.1%} of the weights of {encoder.name}, at least {_LEAST_MATCHED:.0%} are "
-            f"wanted (missing: {', '.join(missing[:3])}...); choose the same model with --method.encoder.name"
-        )
-    encoder.model.load_state_dict(fits, strict=False)
-    return fraction
-
-
-def _alike(own: Tensor, found: Tensor) -> bool:
-    """Whether one can be set to the other: float16 may become float32, whole numbers may not."""
-    return own.shape == found.shape and own.is_floating_point() == found.is_floating_point()
-
-
 def find_encoder(path: Path | str) -> Path:
     """The encoder folder meant by a run folder or an encoder folder."""
     path = Path(path)
@@ -359,43 +336,3 @@ def _per_channel(values: Sequence[float], channels: int) -> Tensor:
 
 def _pool(features: Tensor) -> Tensor:
     return features.mean(dim=(2, 3)) if features.ndim == 4 else features.mean(dim=1)
-
-
-def _find_weights(encoder: Encoder, init: str) -> dict[str, Tensor]:
-    if not init.startswith("timm:"):
-        bare = Path(init) / WEIGHTS
-        if bare.is_file() and not (Path(init) / RECORD).is_file():  # a timm folder from elsewhere
-            return read_tensors(bare)
-        folder = find_encoder(init)
-        verify_file(folder, WEIGHTS, str(read_sealed(folder / RECORD).get("sha256")))
-        return read_tensors(folder / WEIGHTS)
-    name = init.removeprefix("timm:")
-    local = {"file": str(cached_weights(name, f"--init {init}")), "hf_hub_id": None, "custom_load": False}
-    model = timm.create_model(
-        name, pretrained=True, pretrained_cfg_overlay=local, num_classes=0, in_chans=encoder.channels
-    )
-    return model.state_dict()
-
-
-def cached_weights(name: str, given: str) -> Path:
-    """The safetensors file of a timm model's weights in timm's cache on this disk; it is never fetched.
-
-    Args:
-        name: of the model, with or without a tag.
-        given: what the user typed, for the message.
-
-    Raises:
-        UserError: there is no such model, or no such file.
-    """
-    if not timm.is_model(name):
-        raise UserError(f"{given}: no timm model is called {name!r}; see timm.list_models(pretrained=True)")
-    try:
-        config = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    except RuntimeError as error:  # the model is known, the tag behind its dot is not
-        raise UserError(
-            f"{given}: {error} See timm.list_models('{name.partition('.')[0]}*', pretrained=True)"
-        ) from error
-    file = try_to_load_from_cache(config.hf_hub_id, WEIGHTS) if config is not None and config.hf_hub_id else None
-    if not isinstance(file, str):  # never fetched: nothing here uses the network
-        raise UserError(f"{given}: no weights of {name} in timm's cache on this disk; give an encoder folder")
-    return Path(file)

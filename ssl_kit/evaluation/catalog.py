@@ -15,6 +15,7 @@ from ssl_kit.evaluation.result import Result
 
 ENCODER = "encoder"  # of `Result.features`; the others are its baselines
 PRETRAINED = "pretrained:"  # how those of other models begin
+AS_IT_CAME = f"{PRETRAINED}as it came"  # of the weights that a run was begun with (`--init`)
 ABOVE = "above_"  # metric: top-1 minus that of the features named after it, on the same images, with a paired interval
 GAIN = f"{ABOVE}best_baseline"
 JUDGED_BY = ("knn", "linear", "finetune", "attentive")  # a method that says nothing else; the first measured leads

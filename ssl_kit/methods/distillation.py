@@ -164,9 +164,12 @@ def unexplained(foretold: Tensor, wanted: Tensor) -> Tensor:
     """
     with float32(foretold):
         grid = min(foretold.shape[2], wanted.shape[2]), min(foretold.shape[3], wanted.shape[3])
-        made, target = (F.adaptive_avg_pool2d(maps.float(), grid) for maps in (foretold, wanted))
+        made, target = (  # (pooling has no deterministic gradient on a GPU)
+            maps.float() if maps.shape[2:] == grid else F.adaptive_avg_pool2d(maps.float(), grid)
+            for maps in (foretold, wanted)
+        )
         made, target = (maps - maps.mean(dim=(2, 3), keepdim=True) for maps in (made, target))
-        sums = sum_of_all(torch.stack([target.square().sum(), target.new_tensor(float(len(target)))]))
+        sums = sum_of_all(torch.stack([target.square().sum(), target.new_full((), len(target))]))
         return (made - target).square().sum() / len(made) / (sums[0] / sums[1]).clamp_min(1e-12)
 
 

@@ -107,6 +107,8 @@ class Method(pl.LightningModule):
             progress: fraction of the run that is over, in [0, 1]; it never falls.
         """
 
+    vars(after_step).update(idle=True)  # where a method leaves it so, nothing is kept to be put back
+
     def prepare(self, embedded: Callable[[Encoder, int | None], Tensor]) -> None:
         """Once before the first step of a sitting, on the device of the training; what it takes is training time.
 

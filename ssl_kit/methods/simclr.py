@@ -137,7 +137,7 @@ def nt_xent(
         z = _unit(z.float() if z.dtype in (torch.bfloat16, torch.float16) else z)  # (2B, d)
         group = None if group is None else group.repeat(2)  # (2B,)
         everywhere = counts(len(z), per_image=2)
-        if _fits(z, sum(everywhere)) and not decoupled:
+        if _fits(z, everywhere) and not decoupled:
             return _whole(z, temperature, group, everywhere)
         positive = (z * z.roll(len(z) // 2, dims=0)).sum(dim=1) / temperature  # (2B,)
         negative: Tensor = _LogNegatives.apply(z, temperature, bfloat16, group, everywhere)  # (2B,)
@@ -147,11 +147,11 @@ def nt_xent(
         return losses.mean()
 
 
-def _fits(z: Tensor, candidates: int) -> bool:
-    """Whether the whole matrix of similarities is faster than blocks of it."""
+def _fits(z: Tensor, everywhere: list[int]) -> bool:
+    """Whether the whole matrix of similarities is faster than blocks of it; the same for all processes."""
     if z.is_cpu:
         return len(z) <= _SMALL and world_size() == 1
-    return len(z) * candidates <= _MOST
+    return max(everywhere) * sum(everywhere) <= _MOST
 
 
 def _whole(z: Tensor, temperature: float, group: Tensor | None, everywhere: list[int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a training is fed with: its batches, and gradient caching of large ones.
+"""What a training is fed with: its batches, code compiled for them, and gradient caching of large ones.
 
 Gradient caching is the gradient of a large contrastive batch in the memory of a small one (Gao, Zhang, Han & Callan
 2021, arXiv:2101.06983). The loss needs the projections of the whole batch, but only those: they are small. So each
@@ -12,16 +12,20 @@ normalises its own samples, as a process of its own would; the running statistic
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import NotRequired, Protocol, TypedDict, runtime_checkable
+from typing import Any, NotRequired, Protocol, TypedDict, runtime_checkable
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ssl_kit.core.console import say
 from ssl_kit.core.random import Key
+from ssl_kit.training.checkpoint import generators, set_generators
+from ssl_kit.training.distributed import by_itself
 
 
 class Chunks(Protocol):
@@ -142,3 +146,24 @@ def buffers_kept(module: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in zip(buffers, before, strict=True):
                 buffer.copy_(value)
+
+
+def compile_ahead(trainer: pl.Trainer, method: Any) -> None:
+    """Forward and backward passes of all shapes that training will have, so that step 1 is a step like the others.
+
+    Nothing is kept of them but the code.
+    """
+    if any(isinstance(part, nn.SyncBatchNorm) for part in method.modules()):
+        return  # it would talk to processes that have fewer shapes
+    began, state, sizes = time.perf_counter(), generators(), set[int]()
+    weights = [weight for weight in method.parameters() if weight.requires_grad]
+    with by_itself(), buffers_kept(method):
+        for batch in data_of(trainer).trial(method.device):
+            labels = [batch["label"]] if method.uses_labels else []
+            with trainer.precision_plugin.forward_context():  # views are made outside it
+                loss = method.loss(batch["views"], batch["key"], *labels)["loss"]
+            torch.autograd.grad(loss, weights, allow_unused=True)  # not .grad: data-parallel training waits for those
+            sizes.add(len(batch["label"]))
+    set_generators(state)
+    told = " and ".join(map(str, sorted(sizes)))
+    say(f"compiled for {told} images at once in {time.perf_counter() - began:.0f} s")

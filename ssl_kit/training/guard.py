@@ -217,13 +217,19 @@ def by_type(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
 
 def joined(buffers: Iterable[Tensor]) -> Tensor:
     """The values of a group as one vector: what is done to it is one call to an accelerator, not one for each."""
-    return torch.cat([buffer.reshape(-1) for buffer in buffers])
+    return torch.cat([_laid_out(buffer).reshape(-1) for buffer in buffers])
 
 
 def restore(buffers: list[Tensor], values: Tensor) -> None:
     """Writes what `joined` gave, or the like, back into a group."""
+    laid = [_laid_out(buffer) for buffer in buffers]
     parts = values.split([buffer.numel() for buffer in buffers])
-    torch._foreach_copy_(buffers, [part.view(buffer.shape) for part, buffer in zip(parts, buffers, strict=True)])
+    torch._foreach_copy_(laid, [part.view(buffer.shape) for part, buffer in zip(parts, laid, strict=True)])
+
+
+def _laid_out(tensor: Tensor) -> Tensor:
+    """A view in the order of its memory: of channels_last weights, whose values would be copied one by one."""
+    return tensor.permute(0, 2, 3, 1) if tensor.is_contiguous(memory_format=torch.channels_last) else tensor
 
 
 def zero_where(held: Tensor, tensors: list[Tensor]) -> None:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import logging
 import signal
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,12 +32,11 @@ from torch.optim import Optimizer
 
 from ssl_kit.core.console import say
 from ssl_kit.training.checkpoint import Checkpoints, Generators, SafeCheckpointIO, State, generators, set_generators
-from ssl_kit.training.chunked import Batch, buffers_kept, data_of
+from ssl_kit.training.chunked import Batch, compile_ahead, data_of
 from ssl_kit.training.curves import Bar, Curves
 from ssl_kit.training.distributed import (
     Word,
     all_gather_object,
-    by_itself,
     counts,
     exchange,
     expect_promptness,
@@ -199,8 +197,6 @@ class Loop(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Before the first step of this sitting, with the state of the checkpoint loaded."""
-        if self.compiled:
-            compile_ahead(trainer, pl_module)
         if self.diagnose is not None:
             self.diagnose.start(trainer)
         self.guard.start(pl_module, scaled=getattr(trainer.precision_plugin, "scaler", None) is not None)
@@ -210,6 +206,8 @@ class Loop(pl.Callback):
             self.duration.start(trainer)
         if self.embedded is not None:
             cast(Any, pl_module).prepare(self.embedded)
+        if self.compiled:
+            compile_ahead(trainer, pl_module)
         if self.curves is not None:
             self.curves.start(trainer.global_step, pl_module.device)
         if self.bar is not None:
@@ -335,36 +333,21 @@ def quiet_lightning() -> None:
     warnings.filterwarnings("ignore", message=f".*({advice})")
 
 
-def compile_ahead(trainer: pl.Trainer, method: Any) -> None:
-    """Forward and backward passes of all shapes that training will have, so that step 1 is a step like the others.
-
-    Nothing is kept of them but the code.
-    """
-    began, state, sizes = time.perf_counter(), generators(), set[int]()
-    weights = [weight for weight in method.parameters() if weight.requires_grad]
-    with by_itself(), buffers_kept(method):
-        for batch in data_of(trainer).trial(method.device):
-            labels = [batch["label"]] if method.uses_labels else []
-            with trainer.precision_plugin.forward_context():  # views are made outside it
-                loss = method.loss(batch["views"], batch["key"], *labels)["loss"]
-            torch.autograd.grad(loss, weights, allow_unused=True)  # not .grad: data-parallel training waits for those
-            sizes.add(len(batch["label"]))
-    set_generators(state)
-    if sizes:
-        told = " and ".join(map(str, sorted(sizes)))
-        say(f"compiled for steps of {told} images in {time.perf_counter() - began:.0f} s")
-
-
 def _move_on(method: pl.LightningModule, progress: float, held: Tensor) -> None:
     """`method.after_step`, unless the step was held back. On an accelerator nothing waits to know that."""
     after_step: Callable[[float], None] | None = getattr(method, "after_step", None)
-    if after_step is None:  # fine-tuning
+    if after_step is None or getattr(after_step, "idle", False):  # fine-tuning, or nothing moves
         return
     if held.is_cpu:
         if not held:
             after_step(progress)
         return
-    state = by_type([*method.buffers(), *(weight for weight in method.parameters() if not weight.requires_grad)])
+    external: tuple[str, ...] = getattr(method, "external", ())
+    state = by_type(
+        value
+        for name, value in [*method.named_buffers(), *method.named_parameters()]
+        if not value.requires_grad and name.partition(".")[0] not in external
+    )
     before = [joined(group) for group in state]
     after_step(progress)
     with torch.no_grad():

@@ -28,6 +28,7 @@ from ssl_kit.core.machine import (
     choose_threads,
     compile_blocks,
     size_text,
+    use_gpu,
     use_tf32,
 )
 from ssl_kit.core.process import on_this_machine
@@ -177,7 +178,9 @@ def fit_to_machine(
 ) -> tuple[ImageData, Duration, Fitted]:
     """Chooses what the options leave open, says each choice with its reason, and plans the run."""
     assert settings.batch_size is not None, "fit_to_data has chosen it"
-    device = choose_device()
+    device, trainer = choose_device(), settings.trainer or {}
+    if device.value == "cuda":
+        use_gpu(trainer.get("devices"), bool(trainer.get("deterministic")))
     precision = choose_precision(settings.precision, device.value)
     views_on = _place_of_views(settings, training, view_schedule[0], device.value)
     channels_last = choose_channels_last(learner.encoder.model, device.value)
@@ -249,6 +252,7 @@ _FIXED = (
     "channels",
     "range",
     "limit",
+    "freeze",
     "batch_size",
     "contrastive_batch",
     "seed",

@@ -19,7 +19,7 @@ from ssl_kit.core.locking import lock
 from ssl_kit.core.machine import full_float32
 from ssl_kit.core.owned import check_place, record_in
 from ssl_kit.core.reading import Function, Reading
-from ssl_kit.core.sealed import Entries
+from ssl_kit.core.sealed import Entries, read_object
 from ssl_kit.core.settings import verb
 from ssl_kit.data.opening import open_labelled, places
 from ssl_kit.data.sources import Source
@@ -27,7 +27,7 @@ from ssl_kit.embeddings.exact import solver
 from ssl_kit.encoders.encoder import Encoder, find_encoder
 from ssl_kit.encoders.pretrained import load_pretrained
 from ssl_kit.encoders.wrapped import Wrapped, in_eval_mode
-from ssl_kit.evaluation.catalog import EVALUATIONS, ONLY, resolve
+from ssl_kit.evaluation.catalog import AS_IT_CAME, EVALUATIONS, ONLY, resolve
 from ssl_kit.evaluation.duplicates import Leaks, find_leaks
 from ssl_kit.evaluation.features import BASELINES, feature_sets, pretrained_names
 from ssl_kit.evaluation.result import Result
@@ -71,7 +71,7 @@ class Settings:
         baselines: what to compare with, of pixels, pca and random_init, separated by commas.
         baseline: compare with a pretrained model too, with its own image size, mean and standard deviation: timm:NAME
             (weights in timm's cache on this disk; nothing is downloaded), or a run, encoder or timm folder. May be
-            repeated.
+            repeated. What a run was begun with (--init) stands beside it unasked, as it came.
         leaks: count near-duplicates of test images among the training images.
         drop_leaks: leave such test images out of every score.
         limit: use only so many images, train and test together, for a first try.
@@ -229,6 +229,7 @@ def _one(asked: _Asked, folder: Path, opened: _Opened, options: _Options) -> tup
     pretrained = {
         name: load_pretrained(given, loaded.channels).to(device) for name, given in options.pretrained.items()
     }
+    pretrained |= {name: start.to(device) for name, start in _start(asked, loaded.channels, options).items()}
     wanted = options.only or default_names(loaded)
     train, test, leaks = opened.parts(loaded.reading)
     nested = isinstance(loaded, Encoder) and bool(loaded.args["num_classes"]) and options.layers == 1
@@ -280,6 +281,21 @@ def _one(asked: _Asked, folder: Path, opened: _Opened, options: _Options) -> tup
         "seconds": round(time.perf_counter() - started, 3),
     }
     return Scored(asked.name, results, labels), record
+
+
+def _start(asked: _Asked, channels: int, options: _Options) -> dict[str, Encoder]:
+    """What the run was begun with (`--init`), if it is on this disk still: says what training has added to it."""
+    record = asked.path.parent / "run.json"
+    if asked.module is not None or not record.is_file():
+        return {}
+    init = read_object(record).get("init")
+    if not isinstance(init, str) or init in options.pretrained.values():
+        return {}
+    try:
+        return {AS_IT_CAME: load_pretrained(init, channels)}
+    except UserError as error:
+        say(f"as it came: what the run was begun with is not scored beside it ({error})")
+        return {}
 
 
 def _noted(result: Result, options: _Options, leaks: Leaks | None, of: str) -> Result:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import netrc
-import os
 import shlex
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pytorch_lightning as pl
@@ -26,7 +24,8 @@ from ssl_kit.data.loader import ViewLoader
 from ssl_kit.data.module import ImageData
 from ssl_kit.data.opening import name_of, open_source, places
 from ssl_kit.data.sources import Source
-from ssl_kit.encoders.encoder import Encoder, initialise
+from ssl_kit.encoders.encoder import Encoder
+from ssl_kit.encoders.pretrained import freeze, initialise
 from ssl_kit.methods.method import Method
 from ssl_kit.report.page import write_report
 from ssl_kit.report.pictures import draw_views
@@ -50,7 +49,7 @@ from ssl_kit.verbs.defaults import (
     view_size,
 )
 from ssl_kit.verbs.monitor import Measure, Monitor, Show, hold_out, judge_of, kept
-from ssl_kit.verbs.record import RunRecord, opened, versions
+from ssl_kit.verbs.record import RunRecord, loggers, opened, versions
 from ssl_kit.verbs.rehearsal import rehearse
 from ssl_kit.verbs.several import all_fit, check_images, check_processes, clean_features, held, images_per_step
 from ssl_kit.views.recipe import View, ViewRecipe, plain
@@ -70,6 +69,7 @@ class Settings:
         resume: continue the run in that folder at its very step.
         overwrite: replace an existing run in that folder, once the new one could be resumed; only its own files go.
         init: start from an encoder: timm:NAME (weights on disk) or a run or encoder folder.
+        freeze: with `init`: the stem and so many of the encoder's lowest blocks stay as they came.
         limit: use only so many images, for a first try.
         image_size: side of a view in pixels, or height and width; chosen from the images by default.
         grow: sides of the training views from an epoch on, as {0: 16, 10: 24}; the encoder and its evaluation keep
@@ -110,6 +110,7 @@ class Settings:
     resume: bool = False
     overwrite: bool = False
     init: str | None = None
+    freeze: int | None = None
     limit: int | None = None
     image_size: int | tuple[int, int] | None = None
     grow: dict[int, int] | None = None
@@ -230,6 +231,9 @@ def _method(settings: Settings, source: Source) -> tuple[Settings, Method]:
         found = initialise(learner.encoder, settings.init)
         learner.after_init()
         say(f"initialised from {settings.init}: {found:.1%} of the weights matched")
+    if settings.freeze is not None:
+        share = freeze(learner.encoder, settings.freeze)
+        say(f"frozen: the stem and {settings.freeze} blocks, {share:.1%} of the weights")
     views = settings.views.fitted(learner.preset, size, source.channels)
     return replace(settings, image_size=size, views=views), learner
 
@@ -300,7 +304,7 @@ def _trainer(learner: Method, duration: Duration, fitted: Fitted, loop: Loop, se
     """Lightning's, with what the user asks of it beside."""
     options = dict(settings.trainer or {})
     several = Processes.arguments(options) if world_size() > 1 else {}
-    loggers = _loggers(settings.wandb, settings.tensorboard, settings.folder) if rank() == 0 else []
+    extra = loggers(settings.wandb, settings.tensorboard, settings.folder) if rank() == 0 else []
     return trainer_of(
         loop,
         learner,
@@ -309,7 +313,7 @@ def _trainer(learner: Method, duration: Duration, fitted: Fitted, loop: Loop, se
         max_steps=options.pop("max_steps", duration.max_steps),
         folder=settings.folder,
         accumulate_grad_batches=learner.optim.accumulate,
-        **{"logger": loggers, **options, **several},
+        **{"logger": extra, **options, **several},
     )
 
 
@@ -354,6 +358,7 @@ def _describe(record: RunRecord, settings: Settings, source: Source, learner: Me
         shows=learner.shows,
         uses_labels=learner.uses_labels,
         encoder=learner.encoder.name,
+        init=settings.init,
         dim=learner.encoder.dim,
         data=facts,
         seed=settings.seed,
@@ -372,28 +377,3 @@ def _draw(path: Path, source: Source, views: tuple[View, ...], seed: int) -> Non
     stored = [(image.transpose(1, 2, 0) * 255).round().astype(np.uint8) for image in originals]
     path.parent.mkdir(parents=True, exist_ok=True)
     draw_views(path, stored, [view.numpy() for view in batch["views"]])
-
-
-def _loggers(wandb: bool, tensorboard: bool, folder: Path) -> list[Any]:
-    """The opt-in loggers beside `metrics.csv`."""
-    loggers: list[Any] = []
-    if wandb:
-        from pytorch_lightning.loggers import WandbLogger
-
-        offline = not _has_wandb_key()
-        say(f"wandb: {'offline, no key is set (`wandb sync` uploads later)' if offline else 'online'}")
-        loggers.append(WandbLogger(project="ssl_kit", name=folder.name, save_dir=str(folder), offline=offline))
-    if tensorboard:
-        from pytorch_lightning.loggers import TensorBoardLogger
-
-        loggers.append(TensorBoardLogger(str(folder), name="tensorboard", version=""))
-    return loggers
-
-
-def _has_wandb_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False

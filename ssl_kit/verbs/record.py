@@ -6,6 +6,8 @@ to it. Report and model card read that: there is one verdict.
 
 from __future__ import annotations
 
+import netrc
+import os
 import platform
 import shlex
 import subprocess
@@ -18,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 
 import numpy as np
+from pytorch_lightning.loggers import Logger
 
 import ssl_kit
 from ssl_kit.core.console import say
@@ -257,3 +260,28 @@ def _reason(found: Compared) -> str:
     ]
     test = found.record["made_by"].get("test")
     return f"{found.title} {found.ours.value:.3f}{f' on {test}' if test else ''}, {', '.join(places)}"
+
+
+def loggers(wandb: bool, tensorboard: bool, folder: Path) -> list[Logger]:
+    """The opt-in loggers beside `metrics.csv`."""
+    made: list[Logger] = []
+    if wandb:
+        from pytorch_lightning.loggers import WandbLogger
+
+        offline = not _has_wandb_key()
+        say(f"wandb: {'offline, no key is set (`wandb sync` uploads later)' if offline else 'online'}")
+        made.append(WandbLogger(project="ssl_kit", name=folder.name, save_dir=str(folder), offline=offline))
+    if tensorboard:
+        from pytorch_lightning.loggers import TensorBoardLogger
+
+        made.append(TensorBoardLogger(str(folder), name="tensorboard", version=""))
+    return made
+
+
+def _has_wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

@@ -22,7 +22,17 @@ from ssl_kit.embeddings.embeddings import embed
 from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.encoders.wrapped import Wrapped
 from ssl_kit.evaluation.attentive import Tokens, attentive_probe, sgd_probe
-from ssl_kit.evaluation.catalog import ABOVE, ENCODER, EVALUATIONS, GAIN, JUDGED_BY, ONLY, PRETRAINED, row_name
+from ssl_kit.evaluation.catalog import (
+    ABOVE,
+    AS_IT_CAME,
+    ENCODER,
+    EVALUATIONS,
+    GAIN,
+    JUDGED_BY,
+    ONLY,
+    PRETRAINED,
+    row_name,
+)
 from ssl_kit.evaluation.features import FeatureSet, reduced
 from ssl_kit.evaluation.fewshot import Way, dimension_curve, few_shot
 from ssl_kit.evaluation.health import augmented, health
@@ -233,9 +243,13 @@ def print_scores(results: Sequence[Result]) -> None:
 
 
 def print_gaps(results: Sequence[Result]) -> None:
-    """With pretrained models beside the encoder: its distance to every baseline, a line for each headline score."""
+    """With pretrained models beside the encoder: its distance to every baseline, a line for each headline score.
+
+    Where it is surely below what it was begun with, a warning.
+    """
     if not any(result.features.startswith(PRETRAINED) for result in results):
         return
+    worse = []
     for result in results:
         settings, metrics = result.settings, result.metrics
         at_full_size = "reduced_by" not in settings and _BYTES not in settings
@@ -244,6 +258,10 @@ def print_gaps(results: Sequence[Result]) -> None:
             gaps = [f"{_title(name.removeprefix(ABOVE))} {_distance(metrics, name)}" for name in names]
             if gaps:
                 say(f"{row_name(result)}, encoder above {'; '.join(gaps)}")
+            if metrics.get(f"{ABOVE}{AS_IT_CAME}_high", 0.0) < 0:
+                worse.append(f"{row_name(result)} {metrics['top1']:.3f}, {_distance(metrics, f'{ABOVE}{AS_IT_CAME}')}")
+    if worse:
+        warn(f"training has made worse what it began with: {'; '.join(worse)}; use that, or train less of it")
 
 
 def print_curve(results: Sequence[Result]) -> None:

@@ -14,7 +14,7 @@ from ssl_kit.core.files import DamagedError, sha256, write_sealed
 from ssl_kit.core.reading import Reading
 from ssl_kit.core.sealed import read_sealed
 from ssl_kit.encoders import Encoder, find_encoder
-from ssl_kit.encoders.encoder import initialise
+from ssl_kit.encoders.pretrained import initialise
 
 CASES = [
     ("resnet18_small", {"channels": [8, 8, 16, 24]}, (32, 32), 3),

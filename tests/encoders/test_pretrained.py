@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import sha256
 from ssl_kit.encoders.encoder import Encoder
-from ssl_kit.encoders.pretrained import load_pretrained
+from ssl_kit.encoders.pretrained import freeze, load_pretrained
 
 NAME, HUB = "test_resnet.r160_in1k", "models--timm--test_resnet.r160_in1k"  # timm's own model for tests, 160 px
 
@@ -186,3 +186,27 @@ def test_a_strangers_config_cannot_point_to_other_weights(folder, model, tmp_pat
     images = torch.rand(1, 3, 160, 160)
     with torch.inference_mode():
         assert torch.equal(load_pretrained(str(folder))(images), by_timm(model, images))
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "blocks", "lowest", "next_one"),
+    [
+        ("resnet18_small", {"channels": [8, 8, 8, 8]}, 3, "layer2.0", "layer2.1"),
+        ("vit_tiny_patch16_224", {"patch_size": 8, "depth": 3}, 2, "blocks.1", "blocks.2"),
+    ],
+)
+def test_frozen_blocks_learn_nothing_and_keep_their_statistics(name, args, blocks, lowest, next_one):
+    encoder = Encoder(name, args, (16, 16)).train()
+    share = freeze(encoder, blocks)
+    before = {key: value.clone() for key, value in encoder.model.state_dict().items()}
+    optimiser = torch.optim.SGD([one for one in encoder.parameters() if one.requires_grad], lr=0.1)
+    encoder.train(False).train()  # as a look at the features does
+    encoder(torch.rand(8, 3, 16, 16)).square().sum().backward()
+    optimiser.step()
+    moved = {key for key, value in encoder.model.state_dict().items() if not torch.equal(value, before[key])}
+    assert not [key for key in moved if key.startswith((f"{lowest}.", "conv1", "patch_embed", "pos_embed"))]
+    assert any(key.startswith(f"{next_one}.") for key in moved) and 0 < share < 1
+    stem = "conv1" if "conv1.weight" in before else "patch_embed"
+    assert not [one for key, one in encoder.model.named_parameters() if key.startswith(stem) and one.requires_grad]
+    with pytest.raises(UserError, match=r"--freeze 50: .* blocks above its stem; wanted fewer"):
+        freeze(encoder, 50)

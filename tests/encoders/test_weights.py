@@ -10,7 +10,8 @@ from torch import nn
 from ssl_kit.core.errors import DamagedError, UserError
 from ssl_kit.core.files import sha256, write_sealed
 from ssl_kit.core.sealed import read_sealed
-from ssl_kit.encoders.encoder import CONFIG, RECORD, WEIGHTS, Encoder, initialise
+from ssl_kit.encoders.encoder import CONFIG, RECORD, WEIGHTS, Encoder
+from ssl_kit.encoders.pretrained import initialise
 from ssl_kit.encoders.weights import _at_most, check_arguments
 
 ARGS = {"channels": [4, 4, 8, 8]}

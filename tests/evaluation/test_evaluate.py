@@ -19,7 +19,7 @@ from ssl_kit.embeddings import embeddings, exact
 from ssl_kit.embeddings.embeddings import embed
 from ssl_kit.encoders import Encoder
 from ssl_kit.evaluation import features
-from ssl_kit.evaluation.catalog import ONLY
+from ssl_kit.evaluation.catalog import AS_IT_CAME, ONLY
 from ssl_kit.evaluation.fewshot import few_shot
 from ssl_kit.evaluation.result import Result
 from ssl_kit.verbs import scoring
@@ -276,3 +276,16 @@ def test_the_command_line_takes_one_run_or_several(images, make_encoder, tmp_pat
     assert "results" in json.loads(capsys.readouterr().out)
     assert cli.main(["evaluate", first, second, *options]) == 0
     assert len(json.loads(capsys.readouterr().out)["runs"]) == 2
+
+
+@pytest.mark.parametrize("right", [0.2, 0.75, 0.8, 0.95])
+def test_training_that_harmed_is_warned_of_where_that_is_sure(right, capsys):
+    labels, rng = np.arange(400) % 4, np.random.default_rng(0)
+    results = []
+    for name, share in (("encoder", right), (AS_IT_CAME, 0.8), ("pixels", 0.3)):
+        predictions = np.where(rng.permutation(400) < share * 400, labels, (labels + 1) % 4)
+        top1 = {"top1": float((predictions == labels).mean())}
+        results.append(Result("knn", name, top1, {"chosen": True, "dim": 4}, {}, 0.0, predictions))
+    scoring.print_gaps(scoring.compared(results, labels, 0))
+    told = capsys.readouterr().err
+    assert ("training has made worse what it began with: kNN" in told) == (right == 0.2)

@@ -12,7 +12,7 @@ from lightly.loss import NTXentLoss
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.random import Key
 from ssl_kit.encoders import Encoder
-from ssl_kit.encoders.encoder import initialise
+from ssl_kit.encoders.pretrained import initialise
 from ssl_kit.methods.mocov3 import MoCoV3, contrastive_loss
 from ssl_kit.training.optim import EMA, Optim, cosine_decay
 

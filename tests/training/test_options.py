@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tiny_runs import stopped_after
 
 from ssl_kit import cli
-from ssl_kit.training import loop
+from ssl_kit.training import chunked
 from ssl_kit.training.curves import read_curves
 
 TINY = [
@@ -65,12 +65,12 @@ def test_all_shapes_are_compiled_before_the_first_step(labelled_folder, tmp_path
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
-    monkeypatch.setattr(loop, "say", lambda line: at_start.append((line, len(graphs))))
+    monkeypatch.setattr(chunked, "say", lambda line: at_start.append((line, len(graphs))))
     options = ["--compile", "on", "--views-on", views_on, "--limit", "150", "--batch-size", "19", "--grow", "{1: 8}"]
     options += ["--precision", "float32", "--method.optim.lr", "0.01"]
     run = pretrain(labelled_folder, tmp_path / views_on, *options)
     ((line, before),) = at_start
-    assert line.startswith("compiled for steps of 17 and 18 images in") and len(graphs) == before > 8
+    assert line.startswith("compiled for 17 and 18 images at once in") and len(graphs) == before > 8
     assert "anew" not in capsys.readouterr().err
     torch._dynamo.reset()
     monkeypatch.undo()

@@ -63,6 +63,7 @@ def test_what_was_tried_is_written_into_the_recipe_as_if_typed(sizes, monkeypatc
     source, tried = open_source(images), []
     speeds = {"host": 20.0, "device": 10.0}
     monkeypatch.setattr(defaults, "choose_device", lambda: Choice("cuda", "pretended"))
+    monkeypatch.setattr(defaults, "use_gpu", lambda *_: None)
     monkeypatch.setattr(defaults, "choose_tf32", lambda *_: Choice(False, "pretended"))
     monkeypatch.setattr(defaults, "choose_compile", lambda wanted, *_: Choice(wanted != "off", "pretended"))
     monkeypatch.setattr(defaults, "views_speed", lambda *args: tried.append(args[-1]) or speeds[args[-1]])

@@ -18,7 +18,7 @@ from pytorch_lightning import Callback
 from safetensors.torch import load_file
 
 import ssl_kit
-from ssl_kit import cli
+from ssl_kit import cli, evaluate
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.machine import Choice
 from ssl_kit.data.opening import open_source
@@ -227,6 +227,28 @@ def test_pretrain_is_a_python_function_too(labelled_folder, tmp_path):
     with pytest.raises(UserError, match="temprature"):
         broken = {**method, "init_args": {"encoder": encoder, "temprature": 1}}
         ssl_kit.pretrain(str(labelled_folder), method=broken, run=str(tmp_path / "other"), epochs=1)
+
+
+def test_what_a_run_was_begun_with_stands_beside_it_as_it_came(finished, labelled_folder, tmp_path, capsys):
+    start, run = str(finished / "encoder"), tmp_path / "run"
+    # a rate that spoils whatever it began with
+    pretrain(labelled_folder, run, "--init", start, "--freeze", "2", "--method.optim.lr", "300")
+    assert "frozen: the stem and 2 blocks" in capsys.readouterr().out
+    before, after = (load_file(one / "encoder" / "model.safetensors") for one in (finished, run))
+    assert torch.equal(before["layer1.0.conv1.weight"], after["layer1.0.conv1.weight"])
+    assert not torch.equal(before["layer4.0.conv1.weight"], after["layer4.0.conv1.weight"])
+    made = evaluate(str(run), str(labelled_folder), only="knn", baselines="random_init")
+    features = {one["features"] for one in made["results"]}
+    assert features == {"encoder", "random_init", "pretrained:as it came"}
+    alone = evaluate(start, str(labelled_folder), only="knn", baselines="none", out=str(tmp_path / "alone"))
+    top1 = lambda record, name: next(
+        one["metrics"]["top1"] for one in record["results"] if one["features"] == name and one["settings"]["chosen"]
+    )
+    assert top1(made, "pretrained:as it came") == top1(alone, "encoder")
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**record, "init": str(tmp_path / "gone")}))
+    evaluate(str(run), str(labelled_folder), only="knn", baselines="none")
+    assert "as it came: what the run was begun with is not scored beside it" in capsys.readouterr().out
 
 
 def test_init_starts_from_an_encoder(finished, labelled_folder, tmp_path, capsys):
