@@ -52,29 +52,40 @@ def vision_transformer(encoder: Encoder) -> VisionTransformer | Eva:
     return model
 
 
-def tokens(encoder: Encoder, images: Tensor, keep: Tensor | None = None) -> Tensor:
+def tokens(
+    encoder: Encoder, images: Tensor, keep: Tensor | None = None, instead: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """The last layer's tokens, normalised, when the transformer sees the patches `keep` only.
 
-    What the other patches show has no influence. timm's own random dropping of patches (`patch_drop_rate`) is not
-    applied when `keep` is given.
+    What the other patches show has no influence, nor what those show that `instead` covers. timm's own random dropping
+    of patches (`patch_drop_rate`) is not applied in either case.
 
     Args:
         encoder: of a VisionTransformer or an Eva.
         images: (B, C, H, W) float in [0, 1].
         keep: (B, K) int64, numbers of the patches that are seen; None shows all, as timm's `forward_features`.
+        instead: numbers of patches (B, M) int64, and the token (width,) that stands in the place of each.
 
     Returns:
         (B, S + K, width): the special tokens, then those of the kept patches in the order of `keep`.
     """
     model = vision_transformer(encoder)
     pixels = encoder.normalise(images)
-    if keep is None:
+    if keep is None and instead is None:
         return model.forward_features(pixels)
+    embedded: Tensor = model.patch_embed(pixels)  # (B, L, width), or (B, H/p, W/q, width) of models for any size
+    if instead is not None:
+        numbers, token = instead
+        flat = embedded.flatten(1, -2)
+        places = numbers[:, :, None].expand(-1, -1, flat.shape[2])
+        embedded = flat.scatter(1, places, token.to(flat.dtype).expand_as(places)).view_as(embedded)
     # the step of timm that adds positions and puts the special tokens in front has no public name
     # (B, S + L, width), of an Eva with its rotations
-    placed: tuple[Tensor, Tensor | None] | Tensor = model._pos_embed(model.patch_embed(pixels))
+    placed: tuple[Tensor, Tensor | None] | Tensor = model._pos_embed(embedded)
     sequence, rotations = (placed, None) if isinstance(placed, Tensor) else placed
     special, patches = sequence.tensor_split([model.num_prefix_tokens], dim=1)
+    if keep is None:
+        keep = torch.arange(patches.shape[1], device=patches.device).expand(len(patches), -1)
     sequence = model.norm_pre(torch.cat([special, take(patches, keep)], dim=1))  # (B, S + K, width)
     if not isinstance(model, Eva):
         return model.norm(model.blocks(sequence))

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from lightly.loss import DINOLoss
+from lightly.loss import DINOLoss, IBOTPatchLoss, KoLeoLoss
 
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.random import Key
 from ssl_kit.encoders import Encoder
-from ssl_kit.methods.dino import DINO, dino_loss
+from ssl_kit.encoders.vit import tokens
+from ssl_kit.methods.dino import DINO, dino_loss, hidden_blocks, koleo
 from ssl_kit.methods.parts import Center, by_size, sinkhorn
-from ssl_kit.training.distributed import leave
+from ssl_kit.training.distributed import leave, share_weight
 from ssl_kit.training.optim import cosine_decay
 from ssl_kit.views.recipe import ViewRecipe
 
@@ -156,3 +157,109 @@ def test_two_processes_balance_as_one_does(free_port):
     queue = mp.get_context("spawn").SimpleQueue()
     mp.spawn(one_rank, args=(2, free_port, queue), nprocs=2)
     assert max(queue.get(), queue.get()) <= 1e-6
+
+
+def transformer(**arguments):
+    torch.manual_seed(0)
+    args = {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3, "dynamic_img_size": True}
+    usual = {"small_crops": 2, "prototypes": 12, "hidden": (16, 8), "ibot": 1.0, "koleo": 0.1}
+    return DINO(Encoder("vit_tiny_patch16_224", args, SIZE), **(usual | arguments))
+
+
+def test_koleo_and_its_gradient_are_lightlys():
+    features = torch.randn(9, 5, generator=torch.Generator().manual_seed(0))
+    ours, theirs = (features.clone().requires_grad_() for _ in range(2))
+    loss, wanted = koleo(ours), KoLeoLoss()(theirs)
+    loss.backward()
+    wanted.backward()
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+    square = torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1]])
+    assert koleo(3 * square).item() == pytest.approx(-math.log(2**0.5), rel=1e-5)  # each is sqrt 2 from its next
+
+
+def test_the_loss_of_hidden_patches_is_lightlys():
+    dino, (crops, key) = transformer().eval(), views(5)
+    large = torch.cat(crops[:2])
+    hidden = hidden_blocks(dino.encoder, large, key, 0.3)
+    got = dino.loss(crops, key)
+    take = lambda sequence: torch.stack([rows[1:][chosen] for rows, chosen in zip(sequence, hidden, strict=True)])
+    student = take(tokens(dino.encoder, large, instead=(hidden, dino.patch_token)))
+    teacher = take(tokens(dino.teacher.modules_in_row[0], large))
+    lightlys = IBOTPatchLoss(12, teacher_temp=0.04, student_temp=0.1)
+    mask = torch.zeros(10, 4, 4, dtype=torch.bool)
+    mask.view(10, -1).scatter_(1, hidden, True)
+    wanted = lightlys(dino.patch_teacher(teacher.flatten(0, 1)), dino.patch_head(student.flatten(0, 1)), mask)
+    assert got["patches"].item() == pytest.approx(wanted.item(), rel=1e-5)
+    features = dino.encoder.head(tokens(dino.encoder, large, instead=(hidden, dino.patch_token))).chunk(2)
+    assert got["koleo"].item() == pytest.approx(sum(KoLeoLoss()(part).item() for part in features), rel=1e-5)
+    alone = transformer(ibot=0.0, koleo=0.0).eval()
+    assert set(alone.loss(crops, key)) == {"loss", "teacher_entropy"}
+
+
+def test_what_hidden_patches_show_has_no_influence_on_the_student_and_they_lie_together():
+    dino, (crops, key) = transformer().eval(), views(5)
+    large = torch.cat(crops[:2])
+    hidden = hidden_blocks(dino.encoder, large, key, 0.3)
+    assert hidden.shape == (10, 5) and all(len(set(row)) == 5 for row in hidden.tolist())
+    assert len({tuple(sorted(row)) for row in hidden.tolist()}) > 5
+    again = hidden_blocks(dino.encoder, large[[3, 8]], Key(0, 0, key.index[[3]]), 0.3)
+    assert torch.equal(again, hidden[[3, 8]])  # of the image alone, whatever else is in the batch
+    for row in hidden:
+        y, x = row // 4, row % 4
+        near = (y[:, None] - y).abs() + (x[:, None] - x).abs()
+        assert (near.fill_diagonal_(9).amin(dim=1) == 1).all()
+    spoilt = large.clone()
+    for image, row in zip(spoilt, hidden, strict=True):
+        for number in row.tolist():
+            top, left = 4 * (number // 4), 4 * (number % 4)
+            image[:, top : top + 4, left : left + 4] = 0.123
+    seen = [tokens(dino.encoder, images, instead=(hidden, dino.patch_token)) for images in (large, spoilt)]
+    torch.testing.assert_close(seen[0], seen[1], rtol=1e-5, atol=1e-6)
+    assert (tokens(dino.encoder, large) - tokens(dino.encoder, spoilt)).abs().max() > 1e-3
+
+
+def step_of(part):
+    torch.manual_seed(0)
+    dino = transformer(norm="layer").eval()
+    crops, key = views(6)
+    own = Key(0, 0, key.index[part])
+    loss = dino.loss([view[part] for view in crops], own)["loss"] * share_weight(len(own.index))
+    loss.backward()
+    return torch.cat([loss.detach()[None], *(one.grad.flatten() for one in dino.parameters() if one.grad is not None)])
+
+
+def one_of_unequal(rank, world, port, queue):
+    torch.set_num_threads(1)
+    wanted = step_of(slice(None))
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    made = step_of((slice(0, 4), slice(4, 6))[rank])
+    torch.distributed.all_reduce(made)
+    queue.put(((made / world - wanted).abs().max() / wanted.abs().max()).item())
+    torch.distributed.barrier()
+    leave()
+
+
+def test_two_processes_hide_and_hold_apart_as_one_does(free_port):
+    queue = mp.get_context("spawn").SimpleQueue()
+    mp.spawn(one_of_unequal, args=(2, free_port, queue), nprocs=2)
+    assert max(queue.get(), queue.get()) <= 1e-5
+
+
+def test_patches_are_hidden_of_transformers_only():
+    with pytest.raises(UserError, match="masking patches needs one of timm's VisionTransformers"):
+        method(ibot=1.0)
+    with pytest.raises(UserError, match="a fraction between 0 and 1"):
+        transformer(hidden_patches=1.0)
+    dino = transformer(balance="sinkhorn")
+    dino.loss(*views(4))["loss"].backward()
+    dino.after_step(0.5)
+    assert dino.patch_token.grad.abs().max() > 0 and dino.chance_loss(8) is None
+    eva = Encoder(
+        "eva02_tiny_patch14_224",
+        {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3, "use_fc_norm": False},
+        SIZE,
+    )
+    large = DINO(eva, small_crops=0, prototypes=12, hidden=(16, 8), ibot=0.5)
+    crops, key = views(4)
+    assert large.loss(crops[:2], key)["patches"].isfinite()
