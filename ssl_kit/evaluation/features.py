@@ -31,9 +31,11 @@ from ssl_kit.embeddings.embeddings import Embeddings, chosen_precision, embed, f
 from ssl_kit.embeddings.exact import to_device
 from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.encoders.wrapped import Wrapped
+from ssl_kit.evaluation.patches import Patches
 from ssl_kit.views.recipe import View, plain
 
-BASELINES = ("pixels", "pca", "random_init")
+BASELINES = ("pixels", "pca", "random_init")  # of every score
+ASKED = (*BASELINES, "patches")  # what may be asked for
 _BATCH = 256
 
 
@@ -42,11 +44,11 @@ class Network:
     """What made features, to make more of them from other views: (B, C, h, w) in [0, 1] to (B, D).
 
     Attributes:
-        module: an `Encoder`, `Wrapped` or `Pixels`, in eval mode, on any device.
+        module: an `Encoder`, `Wrapped`, `Pixels` or `Patches`, in eval mode, on any device.
         layers: last stages or blocks that are concatenated.
     """
 
-    module: Encoder | Wrapped | Pixels
+    module: Encoder | Wrapped | Pixels | Patches
     layers: int = 1
 
     @property
@@ -126,7 +128,7 @@ def feature_sets(
         train: labelled images.
         test: labelled images.
         cache: RUN/features.
-        baselines: among `BASELINES`. PCA is of the pixels, fitted on train, at the encoder's dimension.
+        baselines: among `ASKED`. PCA is of the pixels, fitted on train, at the encoder's dimension.
         pretrained: further encoders to compare with, in eval mode, by the name of their features.
         layers: last stages or blocks of the network, and of the untrained one, that are concatenated.
         seed: of the untrained network and of PCA.
@@ -150,6 +152,11 @@ def feature_sets(
         if "pca" in baselines:
             yield _reduced(pixels, Pca.of(pixels.train.vectors, dim, seed, device), dim, "pca")
         del pixels
+    if "patches" in baselines:
+        network = Network(Patches.of(train, seed, device).to(device))
+        made = cached(network, "")
+        yield FeatureSet("patches", made[0], made[1], network)
+        del made, network
     untrained = encoder.fresh(seed) if "random_init" in baselines else None
     if untrained is not None:
         device = next((weight.device for weight in encoder.parameters()), torch.device("cpu"))

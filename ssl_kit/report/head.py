@@ -114,7 +114,9 @@ def compared(run: Run) -> Compared | None:
         ours = score(latest[ENCODER], "top1") if ENCODER in latest else None
         if ours is None:
             continue
-        names = [name for name in BASELINES if name in latest] + sorted(n for n in latest if n.startswith(PRETRAINED))
+        names = [name for name in (*BASELINES, "patches") if name in latest] + sorted(
+            n for n in latest if n.startswith(PRETRAINED)
+        )
         others = {name: value for name in names if (value := score(latest[name], "top1"))}
         signs = {name: _sign(ours, other, score(latest[ENCODER], ABOVE + name)) for name, other in others.items()}
         judges = evaluation != "knn" or order[0] == "knn"

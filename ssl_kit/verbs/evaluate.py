@@ -29,7 +29,7 @@ from ssl_kit.encoders.pretrained import load_pretrained
 from ssl_kit.encoders.wrapped import Wrapped, in_eval_mode
 from ssl_kit.evaluation.catalog import AS_IT_CAME, EVALUATIONS, ONLY, resolve
 from ssl_kit.evaluation.duplicates import Leaks, find_leaks
-from ssl_kit.evaluation.features import BASELINES, feature_sets, pretrained_names
+from ssl_kit.evaluation.features import ASKED, BASELINES, feature_sets, pretrained_names
 from ssl_kit.evaluation.result import Result
 from ssl_kit.report.page import write_report
 from ssl_kit.verbs.pictures import Pictures
@@ -68,7 +68,8 @@ class Settings:
         dims: score kNN also after PCA to these dimensions, separated by commas; with curve, its dimensions.
         layers: concatenate the outputs of so many last stages or blocks.
         balanced: weigh classes alike in the linear probe, and choose its l2 by balanced accuracy.
-        baselines: what to compare with, of pixels, pca and random_init, separated by commas.
+        baselines: what to compare with, of pixels, pca, random_init and patches (k-means of small patches, no network:
+            the strongest of them), separated by commas; by default all but patches.
         baseline: compare with a pretrained model too, with its own image size, mean and standard deviation: timm:NAME
             (weights in timm's cache on this disk; nothing is downloaded), or a run, encoder or timm folder. May be
             repeated. What a run was begun with (--init) stands beside it unasked, as it came.
@@ -118,7 +119,7 @@ def evaluate(settings: Settings) -> Entries:
         _dims(settings.dims),
         settings.layers,
         settings.balanced,
-        _names(settings.baselines, BASELINES, "--baselines"),
+        _names(settings.baselines, ASKED, "--baselines"),
         _pretrained(settings.baseline),
         settings.leaks,
         settings.drop_leaks,

@@ -7,7 +7,6 @@ from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import pytorch_lightning as pl
 
 from ssl_kit.core.console import if_interrupted, next_command, result, say
@@ -20,7 +19,6 @@ from ssl_kit.core.sealed import Entries
 from ssl_kit.core.settings import verb
 from ssl_kit.data.fingerprint import fingerprint
 from ssl_kit.data.listing import write_skipped
-from ssl_kit.data.loader import ViewLoader
 from ssl_kit.data.module import ImageData
 from ssl_kit.data.opening import name_of, open_source, places
 from ssl_kit.data.sources import Source
@@ -28,7 +26,6 @@ from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.encoders.pretrained import freeze, initialise
 from ssl_kit.methods.method import Method
 from ssl_kit.report.page import write_report
-from ssl_kit.report.pictures import draw_views
 from ssl_kit.training.checkpoint import Checkpoints, newest
 from ssl_kit.training.chunked import Chunkable, no_chunks
 from ssl_kit.training.curves import Bar, Curves
@@ -52,9 +49,8 @@ from ssl_kit.verbs.monitor import Measure, Monitor, Show, hold_out, judge_of, ke
 from ssl_kit.verbs.record import RunRecord, loggers, opened, versions
 from ssl_kit.verbs.rehearsal import rehearse
 from ssl_kit.verbs.several import all_fit, check_images, check_processes, clean_features, held, images_per_step
-from ssl_kit.views.recipe import View, ViewRecipe, plain
-
-_SHOWN = 8  # images in the picture of the views
+from ssl_kit.verbs.views import draw_first
+from ssl_kit.views.recipe import ViewRecipe, plain
 
 
 @dataclass(frozen=True)
@@ -197,7 +193,7 @@ def pretrain(settings: Settings) -> Entries:
                 record.former.set_aside()  # there is one where `overwrite` says so, or it was killed as it began
             _describe(record, settings, source, learner)
             save_recipe(folder / "recipe.yaml", resolved_recipe(settings, learner))
-            _draw(folder / "pictures" / "views.png", source, view_schedule[0], settings.seed)
+            draw_first(folder / "pictures" / "views.png", source, view_schedule[0], settings.seed)
             write_report([folder], folder / "report.html")
             say(f"report: {folder / 'report.html'}")
         measure = Measure(training, gallery, queries, plain(settings.size), view_schedule[0])
@@ -365,15 +361,3 @@ def _describe(record: RunRecord, settings: Settings, source: Source, learner: Me
         versions=versions(),
         verdict={"state": "unknown", "reason": "nothing was measured yet"},
     )
-
-
-def _draw(path: Path, source: Source, views: tuple[View, ...], seed: int) -> None:
-    """The first picture, before the first step: a few images and their views."""
-    rows = np.linspace(0, len(source) - 1, min(_SHOWN, len(source))).astype(np.int64)
-    loader = ViewLoader(source, [rows], views, seed=seed)
-    batch = next(iter(loader))
-    kept = batch["key"].index.numpy()
-    originals = next(iter(ViewLoader(source, [kept], (plain(views[0].size),))))["views"][0].numpy()
-    stored = [(image.transpose(1, 2, 0) * 255).round().astype(np.uint8) for image in originals]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draw_views(path, stored, [view.numpy() for view in batch["views"]])

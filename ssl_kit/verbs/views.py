@@ -18,15 +18,17 @@ from ssl_kit.core.reading import reading_of
 from ssl_kit.core.sealed import Entries
 from ssl_kit.core.settings import typed, verb
 from ssl_kit.data.limits import BadImageError
+from ssl_kit.data.loader import ViewLoader
 from ssl_kit.data.opening import name_of, open_source, places
 from ssl_kit.data.sources import Source, pixels
-from ssl_kit.report.pictures import made_here, to_image
+from ssl_kit.report.pictures import draw_views, made_here, to_image
 from ssl_kit.views.host import apply_host
-from ssl_kit.views.recipe import View, ViewRecipe
+from ssl_kit.views.recipe import View, ViewRecipe, plain
 from ssl_kit.views.sample import sample
 
 _GAP = 4  # pixels between the pictures
 _LARGEST_DEFAULT = 224  # pixels
+_FIRST = 8  # images in the first picture of a run
 
 
 @dataclass(frozen=True)
@@ -129,3 +131,15 @@ def _grid(
             top, left = _GAP + row * cell + margin_y, _GAP + column * cell + margin_x
             grid[top : top + view.size[0], left : left + view.size[1]] = made[row].transpose(1, 2, 0)
     return grid
+
+
+def draw_first(path: Path, source: Source, views: tuple[View, ...], seed: int) -> None:
+    """The first picture of a run, before its first step: a few images and their views."""
+    rows = np.linspace(0, len(source) - 1, min(_FIRST, len(source))).astype(np.int64)
+    loader = ViewLoader(source, [rows], views, seed=seed)
+    batch = next(iter(loader))
+    kept = batch["key"].index.numpy()
+    originals = next(iter(ViewLoader(source, [kept], (plain(views[0].size),))))["views"][0].numpy()
+    stored = [(image.transpose(1, 2, 0) * 255).round().astype(np.uint8) for image in originals]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw_views(path, stored, [view.numpy() for view in batch["views"]])
