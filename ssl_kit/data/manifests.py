@@ -43,13 +43,15 @@ _ROWS, _UNPACKED = (2**18, 4), (2**24, 128)
 class Table(NamedTuple):
     """A manifest: ids of its rows in their order (see listing.py), the label of each, the part and the group it names.
 
-    Images of one group belong together (slices of one scan, pictures of one animal); None stands alone.
+    Images of one group belong together (slices of one scan, pictures of one animal); None stands alone. `others` are
+    the columns that mean nothing here, where none holds labels.
     """
 
     ids: list[str]
     labels: list[str | None]
     parts: list[str | None] | None
     groups: list[str | None] | None = None
+    others: tuple[str, ...] = ()
 
 
 def read_table(path: Path) -> Table:
@@ -81,7 +83,7 @@ def read_table(path: Path) -> Table:
         labels.append(words.setdefault(label, label) if label else None)
         parts.append(words.setdefault(part, part) if part else None)
         groups.append(words.setdefault(group, group) if group else None)
-    return Table(list(ids), labels, parts if found.part else None, groups if found.group else None)
+    return Table(list(ids), labels, parts if found.part else None, groups if found.group else None, found.others)
 
 
 class _Columns(NamedTuple):
@@ -91,6 +93,12 @@ class _Columns(NamedTuple):
     label: str | None
     part: str | None
     group: str | None
+    others: tuple[str, ...]  # where there are no labels
+
+    @property
+    def read(self) -> tuple[str, str | None, str | None, str | None]:
+        """The names that a row is read by."""
+        return self[:4]
 
 
 _Row = tuple[str | None, str | None, str | None, str | None]
@@ -101,7 +109,10 @@ def _found(columns: Sequence[str]) -> _Columns | None:
     plain = {name.strip().lower().replace(" ", "_").replace("-", "_"): name for name in reversed(columns)}
     first = lambda names: next((plain[name] for name in names if name in plain), None)
     path = first(_PATHS)
-    return None if path is None else _Columns(path, first(_LABELS), first(_SPLITS), first(_GROUPS))
+    if path is None:
+        return None
+    found = (path, first(_LABELS), first(_SPLITS), first(_GROUPS))
+    return _Columns(*found, tuple(name for name in columns if name not in found) if found[1] is None else ())
 
 
 def _needs_path(path: Path, columns: Sequence[str], told: str = "") -> _Columns:
@@ -115,6 +126,8 @@ def _needs_path(path: Path, columns: Sequence[str], told: str = "") -> _Columns:
         if (found.path, found.label or "label") != ("path", "label") or told:
             labels = f", {found.label!r} the labels" if found.label else ""
             say(f"{path}: the column {found.path!r} holds the paths{labels}{told}")
+        if found.others:
+            say(f"{path}: no labels, {no_labels(found.others)}")
         return found
     close = difflib.get_close_matches("path", columns[:_NAMED], 1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -123,6 +136,13 @@ def _needs_path(path: Path, columns: Sequence[str], told: str = "") -> _Columns:
         f"{path} has the columns {sorted(columns[:_NAMED])}{more}{told}; wanted a column 'path' (or "
         f"{', '.join(_PATHS[1:5])} ...){hint}"
     )
+
+
+def no_labels(columns: Sequence[str]) -> str:
+    """Says of columns that none of them holds labels, and which would."""
+    more = f" and {len(columns) - _NAMED:,} more" if len(columns) > _NAMED else ""
+    named = ", ".join(map(repr, columns[:_NAMED]))
+    return f"as none is called label (or {', '.join(_LABELS[2:6])} ...); if {named}{more} holds them, rename it"
 
 
 def _csv_rows(path: Path) -> tuple[_Columns, Iterator[_Row]]:
@@ -151,7 +171,7 @@ def _cells(path: Path, encoding: str, errors: str, separator: str, found: _Colum
         try:
             rows = csv.reader(lines, delimiter=separator)
             columns = next(rows, [])
-            places = [columns.index(name) if name in columns else len(columns) for name in found]
+            places = [columns.index(name) if name in columns else len(columns) for name in found.read]
             for row in rows:
                 lines.length = 0
                 if not row:  # blank lines are no rows
@@ -204,7 +224,7 @@ def _parquet_rows(path: Path) -> tuple[_Columns, Iterator[_Row]]:
     from ssl_kit.core.parquet import batches, contents, is_text, types
 
     found = _needs_path(path, contents(path, ()).names)
-    inside = contents(path, [name for name in found if name])
+    inside = contents(path, [name for name in found.read if name])
     for name, type_ in types(path, inside).items():
         if not is_text(type_) and not _is_scalar(type_):
             raise UserError(f"{path}: the column {name!r} holds {str(type_)[:60]!r}; wanted text or numbers")
@@ -217,7 +237,7 @@ def _parquet_rows(path: Path) -> tuple[_Columns, Iterator[_Row]]:
 
     def cells() -> Iterator[_Row]:
         for batch in batches(path, inside):
-            columns = [batch[name].to_pylist() if name else [None] * len(batch) for name in found]
+            columns = [batch[name].to_pylist() if name else [None] * len(batch) for name in found.read]
             yield from zip(*(map(text_of, column) for column in columns), strict=True)
 
     return found, cells()

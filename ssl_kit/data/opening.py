@@ -127,8 +127,8 @@ def open_labelled(
     """
     opened = partial(_opened, measure=False, in_memory=in_memory, labelled=True, threads=threads)
     parts = _parts(data, reading, max_bad)
-    if parts is None:
-        whole = opened(_listed(data, reading, False, max_bad, True), limit=limit)
+    if isinstance(parts, Listed):
+        whole = opened(parts, limit=limit)
         test = stratified(whole.labels(), _TEST_FRACTION, groups=whole.groups())
         known = whole.labels() >= 0
         return _checked(
@@ -141,16 +141,19 @@ def open_labelled(
     return _checked(*_shared_classes(first, second))
 
 
-def _parts(data: Data, reading: Reading, max_bad: float) -> tuple[Listed, Listed] | None:
-    """What a set of several parts is trained and tested on, None where it has none; says what is which."""
+def _parts(data: Data, reading: Reading, max_bad: float) -> tuple[Listed, Listed] | Listed:
+    """What a set of several parts is trained and tested on, or the whole where it has none; says what is which."""
     data = _alone(data)
     if isinstance(data, Mapping):
         return _parts_of(data, reading, max_bad)
     if not isinstance(data, str | Path):
-        return None
+        return _listed(data, reading, False, max_bad, True)
     path = Path(data)
-    table = manifests.read_table(path) if path.suffix.lower() in manifests.TABLES and path.is_file() else None
-    if table is not None and table.parts is not None:
+    if path.suffix.lower() in manifests.TABLES and path.is_file():
+        table = manifests.read_table(path)
+        whole = _of_table(path, table, reading, max_bad, True)
+        if table.parts is None:
+            return whole
         named = [part_of(part) for part in table.parts]
         if odd := sorted({str(part) for part, known in zip(table.parts, named, strict=True) if known is None}):
             raise UserError(
@@ -158,7 +161,6 @@ def _parts(data: Data, reading: Reading, max_bad: float) -> tuple[Listed, Listed
             )
         if not {"train"} < set(named):
             raise UserError(f"{path}: the column of parts names {', '.join(sorted(map(str, set(named))))} alone")
-        whole = _of_table(path, table, reading, max_bad)
         _say_parts(str(data), {part: part for part in named if part is not None})
         test = np.array([part == ("test" if "test" in named else "val") for part in named])
         if whole.grouped is not None:
@@ -171,7 +173,7 @@ def _parts(data: Data, reading: Reading, max_bad: float) -> tuple[Listed, Listed
         return made
     found = manifests.parts_in(path)
     if not found:
-        return None
+        return _listed(data, reading, False, max_bad, True)
     _say_parts(str(data), {part: ", ".join(one.name for one in paths) for part, paths in found.items()})
     tested = found.pop("test") if "test" in found else found.pop("val")
     trained = found["train"] + found.get("val", [])
@@ -252,7 +254,7 @@ def _listed(data: Data, reading: Reading, measure: bool, max_bad: float, labelle
         test = stratified(whole.labels(), _TEST_FRACTION)  # as `open_labelled` splits them
         return whole.subset(test if part == "test" else ~test, text) if part else whole
     if path.suffix.lower() in manifests.TABLES and path.is_file():
-        return _of_table(path, manifests.read_table(path), reading, max_bad)
+        return _of_table(path, manifests.read_table(path), reading, max_bad, labelled)
     if path.is_file():
         raise UserError(f"{path} is a file; wanted a folder, a .csv or .parquet with a column 'path', or 'mnist5k'")
     ids = folder_of_images(path).ids
@@ -262,7 +264,9 @@ def _listed(data: Data, reading: Reading, measure: bool, max_bad: float, labelle
     return Listed(text, ids, labels, classes, reading, path, Skipped(len(ids), max_bad), np.arange(len(ids)))
 
 
-def _of_table(path: Path, table: manifests.Table, reading: Reading, max_bad: float) -> Listed:
+def _of_table(path: Path, table: manifests.Table, reading: Reading, max_bad: float, labelled: bool) -> Listed:
+    if labelled and table.others:
+        raise UserError(f"{path} has no labels, {manifests.no_labels(table.others)}")
     labels, classes = encode(table.labels, str(path))
     bad = Skipped(len(table.ids), max_bad)
     rows = np.arange(len(table.ids))

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import unicodedata
 
 import numpy as np
@@ -96,6 +97,29 @@ def test_separator_encoding_and_columns_are_found_and_said(tmp_path, capsys, row
     path = table(tmp_path / "list.csv", [*rows, *zip(*columns, strict=True)], **options)
     source = open_source(path)
     assert source.classes == ("a", CAFE[0]) and source.ids() == ["0.png", "1.png"] and said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_columns_that_are_no_labels_are_named(tmp_path, capsys, ending):
+    images(tmp_path, ["0.png", "1.png"])
+    columns = {"path": ["0.png", "1.png"], "species": ["a", "b"], "split": ["train", "test"], "site": [1, 2]}
+    path = tmp_path / f"list.{ending}"
+    table(path, [list(columns), *zip(*columns.values(), strict=True)])
+    if ending == "parquet":
+        pq.write_table(pa.table(columns), path)
+    why = "as none is called label (or class, class_name, category, target ...); if 'species', 'site' holds them, "
+    assert open_source(path).classes == () and f"{path}: no labels, {why}" in capsys.readouterr().out
+    for opened in (open_labelled, lambda path: open_source(path, labelled=True), lambda path: open_labelled([path])):
+        with pytest.raises(UserError, match=re.escape(f"has no labels, {why}")):
+            opened(path)
+
+
+def test_a_table_is_read_once(tmp_path, capsys):
+    images(tmp_path, [f"{n}.png" for n in range(8)])
+    rows = [(f"{n}.png", "ab"[n % 2], n // 2) for n in range(8)]
+    open_labelled(table(tmp_path / "list.csv", [["file", "class", "group"], *rows], delimiter=";"))
+    said = capsys.readouterr().out
+    assert said.count("the column 'file' holds the paths") == said.count("the column 'group' holds") == 1
 
 
 def test_tables_of_windows(tmp_path, capsys):
