@@ -15,6 +15,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from ssl_kit.api import Run, pretrain
 from ssl_kit.core.console import spoken
 from ssl_kit.core.sealed import Entries
+from ssl_kit.data.given import channels_last
 from ssl_kit.data.opening import open_source
 from ssl_kit.embeddings.embeddings import embed
 from ssl_kit.encoders.network import Network
@@ -76,7 +77,8 @@ class SSLTransformer(TransformerMixin, BaseEstimator):
             low, high = np.percentile(images, _CUT)
             options["range"] = f"{low:.9g},{high if high > low else low + 1:.9g}"
         if isinstance(images, np.ndarray):
-            options.setdefault("channels", images.shape[3] if images.ndim == 4 else 1)
+            with spoken(False):
+                options.setdefault("channels", channels_last(images, 3).shape[3])
         if self.epochs is not None:
             options["epochs"] = self.epochs
         with tempfile.TemporaryDirectory() as temporary:

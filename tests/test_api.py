@@ -11,7 +11,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 import ssl_kit
 from ssl_kit import cli
 from ssl_kit.core.errors import UserError
-from ssl_kit.core.reading import GREY, RGB
+from ssl_kit.core.reading import GREY, RGB, Reading
 from ssl_kit.data.opening import open_labelled, open_source
 
 SMALL = {
@@ -119,6 +119,31 @@ def test_several_folders_are_one_source(tmp_path):
     assert apart.read([2])[0] == (tmp_path / "c/d/9.png").read_bytes() and apart.lengths([0, 2]).all()
     with pytest.raises(UserError, match="two of them are called 'a'"):
         open_source([tmp_path / "a", tmp_path / "c" / "a"])
+
+
+def test_channels_may_stand_first_where_only_they_can_be_channels(images, capsys):
+    pixels = images[0]
+    first = pixels.transpose(0, 3, 1, 2)
+    for given in (first, torch.from_numpy(first.copy()), torch.from_numpy(pixels)):
+        assert np.array_equal(np.stack(open_source(given).read(slice(None))), pixels)
+    said = capsys.readouterr().out
+    assert "shape (60, 3, 12, 12) are read as (N, C, H, W)" in said and said.count("are read as") == 2
+    bands = np.arange(4 * 12 * 16 * 7, dtype=np.uint8).reshape(4, 7, 12, 16)
+    for given in (bands, bands.transpose(0, 2, 3, 1)):
+        assert open_source(given, reading=Reading(7)).sizes([0]).tolist() == [[12, 16]]
+    assert open_source(np.zeros((4, 3, 9, 1), np.uint8)).sizes([0]).tolist() == [[3, 9]]  # as numpy has it
+    why = r"shape \(4, 7, 12, 16\): array of 16 bands: .* wanted \(N, H, W, C\), or \(N, C, H, W\) of 3 channels"
+    with pytest.raises(UserError, match=why):
+        open_source(bands)
+
+
+def test_arrays_of_many_images_in_a_folder_are_told_by_their_shape(tmp_path):
+    for n in range(3):
+        np.save(tmp_path / f"{n}.npy", np.zeros((2, 8, 8, 3), np.uint8))
+    with pytest.raises(
+        UserError, match=r"saw 3 \.npy of shape \(2, 8, 8, 3\); .* or \.npy of one image each, \(H, W\)"
+    ):
+        open_source(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,8 @@ def of_arrays(images: np.ndarray, names: Labels | None, reading: Reading, name: 
     """Arrays as a source.
 
     Args:
-        images: (N, H, W) or (N, H, W, C), of integers up to 32 bits or floats.
+        images: (N, H, W), (N, H, W, C) or, where the channels can only be the first, (N, C, H, W); of integers up to 32
+            bits or floats.
         names: (N,) a label each, if they are known.
         reading: which channels and values of them are taken.
         name: for messages.
@@ -54,7 +55,7 @@ def of_arrays(images: np.ndarray, names: Labels | None, reading: Reading, name: 
     if names is not None and (len(names) != len(images) or getattr(names, "ndim", 1) != 1):
         shape = getattr(names, "shape", len(names))
         raise UserError(f"{name}: {len(images):,} images but labels of shape {shape}; wanted one label per image")
-    images = images[..., None] if images.ndim == 3 else images
+    given, images = images.shape, channels_last(images, reading.channels)
     ids = numbers(len(images))
     labels, classes = encode([None] * len(images) if names is None else list(names), name)
     try:
@@ -68,8 +69,25 @@ def of_arrays(images: np.ndarray, names: Labels | None, reading: Reading, name: 
             tall = pixels_of(_samples(images.reshape(count * height, width, -1)), reading)
             images = tall.reshape(count, height, width, -1)
     except BadImageError as error:
-        raise UserError(f"{name}: {error}") from error
+        odd = images.shape[3] not in (1, 3, 4, reading.channels)
+        wanted = f"; wanted (N, H, W, C), or (N, C, H, W) of {reading.channels} channels" if odd else ""
+        raise UserError(f"{name} of shape {given}: {error}{wanted}") from error
     return Listed(name, ids, labels, classes, reading, None, Skipped(len(ids), 0.0), np.arange(len(ids)), images)
+
+
+def channels_last(images: np.ndarray, channels: int, torch: bool = False) -> np.ndarray:
+    """(N, H, W, C) of (N, H, W), (N, H, W, C) or (N, C, H, W): as many as are wanted can be channels, 1 for 3, 3 for 1.
+
+    Where both can be, or neither, the order is numpy's, or that of `torch`; the other one is said.
+    """
+    if images.ndim != 4:
+        return images[..., None] if images.ndim == 3 else images
+    usual = (1, 3) if channels in (1, 3) else (channels,)
+    first, last = images.shape[1] in usual, images.shape[3] in usual
+    leading = torch if first == last else first
+    if leading != torch:
+        say(f"images of shape {images.shape} are read as {'(N, C, H, W)' if leading else '(N, H, W, C)'}")
+    return images.transpose(0, 2, 3, 1) if leading else images
 
 
 def joined(sources: Sequence[Listed], max_bad: float) -> Listed:
@@ -129,7 +147,7 @@ def of_python(data: Any, reading: Reading, measure: bool, max_bad: float) -> Lis
         raise UserError(f"{len(images):,} images but {len(labels):,} labels; wanted one label per image")
     if _is_tensor(images):
         images = as_array(images)
-        images = images.transpose(0, 2, 3, 1) if images.ndim == 4 else images  # torch's order
+        images = channels_last(images, reading.channels, torch=True)
     if isinstance(images, np.ndarray):
         return of_arrays(images, labels, reading, "arrays", measure)
     if isinstance(images, list | tuple) and images and all(isinstance(one, str | Path) for one in images):
@@ -163,8 +181,8 @@ def is_one_image(value: object, channels: int) -> bool | None:
 
     One is a name, a picture, (H, W), (H, W, C) or (C, H, W); of (N, H, W) one may only be sure where N can be no C.
     """
-    shape = getattr(value, "shape", None)
-    if shape is None or len(shape) not in (2, 3):
+    shape = tuple[int, ...](getattr(value, "shape", ()) if isinstance(value, np.ndarray) or _is_tensor(value) else ())
+    if len(shape) not in (2, 3):
         return isinstance(value, str | Path | Image.Image)
     usual = (1, 3, 4, channels)
     first, last = len(shape) == 3 and shape[0] in usual, len(shape) == 2 or shape[2] in usual

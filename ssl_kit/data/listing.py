@@ -34,6 +34,7 @@ EXTENSIONS = frozenset(
 )
 # An array may be anything, such as features that lie beside the images: it is one if it has 2 or 3 dimensions.
 _ARRAY = re.compile(rb"\x93NUMPY.{4,6}\{.*'shape': \(\d+, \d+(, \d+)?\)", re.DOTALL)
+_SHAPE = re.compile(rb"\x93NUMPY.{4,6}\{.*'shape': (\([\d, ]*\))", re.DOTALL)
 # No signature for TIFF (raw camera files share it), BMP and PPM (two letters that any text may begin with).
 _SIGNATURES = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|\0\0\0\x0cjP  |....ftypavi[fs]", re.DOTALL
@@ -145,14 +146,20 @@ class _Walk:
         if extension in EXTENSIONS or _begins(entry.path, _SIGNATURES if extension != ".npy" else _ARRAY):
             self.files.append((by_link, escape(relative), identity))
         else:
-            self.listing.others[extension or "(no extension)"] += 1
+            shape = _SHAPE.match(_beginning(entry.path)) if extension == ".npy" else None
+            told = f" of shape {shape[1].decode()}" if shape else ""
+            self.listing.others[f"{extension}{told}" or "(no extension)"] += 1
 
 
 def _begins(path: bytes, pattern: re.Pattern[bytes]) -> bool:
+    return pattern.match(_beginning(path)) is not None
+
+
+def _beginning(path: bytes) -> bytes:
     try:
-        return pattern.match(read_regular(path, _BEGINNING)) is not None
+        return read_regular(path, _BEGINNING)
     except OSError:
-        return False
+        return b""
 
 
 def read_regular(path: bytes, limit: int | None = None) -> bytes:
@@ -211,6 +218,8 @@ def folder_of_images(path: Path) -> Listing:
     if not listing.ids:
         seen = ", ".join(f"{count:,} {extension}" for extension, count in listing.others.most_common(8))
         wanted = "wanted .jpg, .png, .webp, .tif, .bmp, .gif ..."
+        if ".npy of shape" in seen:
+            wanted += ", or .npy of one image each, (H, W) or (H, W, C); one of many is given from Python"
         raise UserError(f"no images in {path}: {'saw ' + seen if seen else 'it has no files'}; {wanted}")
     return listing
 
