@@ -54,7 +54,9 @@ def _scores(labels: np.ndarray, probabilities: np.ndarray, counts_RN: np.ndarray
     present = [one for one in classes if 0 < (labels == one).sum() < len(labels)]
     if present:
         ranked = np.array([_ranked(probabilities[:, one], labels == one, counts_RN) for one in present])
-        auroc_R, precision_R = np.nanmean(ranked, axis=0)  # nan: a resample without the class, or without the rest
+        known = ~np.isnan(ranked)  # not of a resample without the class, or without the rest; perhaps of no class
+        with np.errstate(invalid="ignore"):
+            auroc_R, precision_R = ranked.sum(axis=0, where=known) / known.sum(axis=0)
         scores = {"auroc": auroc_R, "average_precision": precision_R, **scores}
     return scores
 

@@ -136,6 +136,7 @@ def finetune(settings: Settings) -> Entries:
     train = _share(train, settings.fraction, seed)
     fitted, held = holdout(train.labels(), _HELD_OUT, seed)
     parts = train.subset(fitted), train.subset(held)
+    settings = _long_enough(settings, len(fitted))
     say(f"fine-tuning on {len(fitted):,} images, the epoch chosen on {len(held):,} others, tested on {len(test):,}")
     keep_memory()
     results = []
@@ -216,6 +217,20 @@ def _record(path: Path, results: list[Result], training: str) -> None:
             append_line(path, one.to_json())
 
 
+def _long_enough(settings: Settings, images: int) -> Settings:
+    """The settings with epochs, and their share of warm-up, for the fewest steps that teach anything; says so."""
+    steps = math.ceil(images / settings.batch_size)  # an epoch
+    epochs = max(settings.epochs, math.ceil(_FEWEST_STEPS / steps))
+    if epochs == settings.epochs:
+        return settings
+    say(
+        f"epochs: {epochs:,}, for {settings.epochs * steps:,} steps of {settings.epochs:,} epochs are fewer than the "
+        f"{_FEWEST_STEPS} that a fine-tuning takes"
+    )
+    warmup = settings.warmup_epochs * epochs / settings.epochs
+    return replace(settings, epochs=epochs, warmup_epochs=warmup)
+
+
 def _share(train: Source, fraction: float, seed: int) -> Source:
     """A seeded `fraction` of each class, at least two images of each that has them."""
     if fraction == 1:
@@ -243,13 +258,12 @@ def _train(
     device = choose_device()
     batch_size = min(settings.batch_size, len(training))
     steps_per_epoch = -(-len(training) // batch_size)
-    epochs = max(settings.epochs, math.ceil(_FEWEST_STEPS / steps_per_epoch))
     optim = Optim(
         name="adamw",
         lr=settings.lr,
         weight_decay=settings.weight_decay,
         betas=(0.9, 0.999),
-        warmup_epochs=settings.warmup_epochs * epochs / settings.epochs,
+        warmup_epochs=settings.warmup_epochs,
         layer_decay=settings.layer_decay if name == "encoder" else None,
         clip=1.0,
     )
@@ -264,7 +278,7 @@ def _train(
     data = ImageData(
         training, {0: view}, batch_size=batch_size, seed=settings.seed, threads=threads, channels_last=channels_last
     )
-    best = BestEpoch(held_out, max(1, epochs // _LOOKS), settings.patience)
+    best = BestEpoch(held_out, max(1, settings.epochs // _LOOKS), settings.patience)
     guard = Guard(optim.clip, folder)
     checkpoints = Checkpoints(folder, settings.checkpoint_minutes, signals)
     precision = lightning_precision(choose_precision(settings.precision, device.value).value)
@@ -273,7 +287,7 @@ def _train(
         learner,
         accelerator=device.value,
         precision=precision,
-        max_steps=epochs * steps_per_epoch,
+        max_steps=settings.epochs * steps_per_epoch,
         folder=folder,
         first=[best],
     )

@@ -50,3 +50,11 @@ def test_the_record_leads_with_the_mean_over_classes():
     assert record["macro"]["recalls"] == pytest.approx(curves.recalls.mean(axis=0), abs=1e-4)
     assert record["classes"][1]["recalls"] == pytest.approx(curves.recalls[1], abs=1e-4)
     assert record["rates"] == pytest.approx(curves.rates, abs=1e-6)
+
+
+@pytest.mark.parametrize(("labels", "num_classes"), [([0, 1], 2), ([0, 0, 1], 2), ([0, 1, 2], 3), ([0, 0, 0], 3)])
+@pytest.mark.filterwarnings("error")
+def test_few_images_warn_of_nothing_and_a_score_without_a_value_is_left_out(labels, num_classes):
+    labels = np.array(labels)
+    metrics = probability_metrics(labels, np.random.default_rng(0).dirichlet(np.ones(num_classes), len(labels)))
+    assert ("auroc" in metrics) == (len(set(labels)) > 1) and np.isfinite(list(metrics.values())).all()
