@@ -3,6 +3,7 @@
 import csv
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from PIL import Image
@@ -121,6 +122,43 @@ def test_several_folders_are_one_source(tmp_path):
         open_source([tmp_path / "a", tmp_path / "c" / "a"])
 
 
+def test_labels_in_every_usual_form(images):
+    pixels, numbers = images
+    names = np.array(["cat", "dog", "owl"])[numbers]
+    rows = np.eye(3)[numbers]
+    column = pandas.Series(names, index=range(7, 67))
+    forms = [[pixels, names], [list(pixels), list(names)], (pixels, column), (pixels, column.astype("category"))]
+    forms += [(pixels, column.to_frame()), (pixels, pandas.get_dummies(column)), (pixels, names[:, None])]
+    for given in forms:
+        assert open_source(given).classes == ("cat", "dog", "owl") and (open_source(given).labels() == numbers).all()
+    forms = [(pixels, rows), (pixels, rows.tolist()), [pixels, torch.from_numpy(rows)], (pixels, list(rows > 0))]
+    forms += [(pixels, [torch.tensor(one) for one in numbers]), (pixels, list(numbers)), (pixels, numbers[:, None])]
+    for given in forms:
+        assert open_source(given).classes == ("0", "1", "2") and (open_source(given).labels() == numbers).all()
+    for given in ([pixels[0], pixels[1]], (pixels[0, :, :, 0], pixels[1, :, :, 0])):
+        assert len(open_source(given)) == 2 and open_source(given).classes == ()
+
+
+def test_an_item_that_cannot_be_had_is_named(images, tmp_path):
+    class Broken(Pairs):
+        def __getitem__(self, row):
+            if row == 5:
+                raise self.error("no such thing\nat all")
+            return super().__getitem__(row)
+
+    for error in (OSError, KeyError, RuntimeError):
+        Broken.error = error
+        with pytest.raises(UserError, match=rf"Broken, image 5: {error.__name__}: .*no such thing"):
+            open_source(Broken(*images))
+    pickle = [{"image": one} for one in images[0]]
+    with pytest.raises(UserError, match="images, image 0: array of object"):
+        open_source(pickle)
+    Image.fromarray(images[0][0].astype(np.uint16)[..., 0]).save(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    with pytest.raises(UserError, match="images, image 1: "):
+        open_source([Image.new("I;16", (8, 8)), Image.open(tmp_path / "a.png")])
+
+
 def test_channels_may_stand_first_where_only_they_can_be_channels(images, capsys):
     pixels = images[0]
     first = pixels.transpose(0, 3, 1, 2)
@@ -152,6 +190,12 @@ def test_arrays_of_many_images_in_a_folder_are_told_by_their_shape(tmp_path):
         (object(), "got object; wanted a folder"),
         ([], "empty"),
         ((np.zeros((4, 8, 8), np.uint8), [1, 2]), "4 images but 2 labels"),
+        ((np.zeros((4, 8, 8), np.uint8), np.ones((4, 2))), r"labels of shape \(4, 2\); wanted one per image"),
+        (
+            (np.zeros((4, 8, 8), np.uint8), pandas.DataFrame({"a": list("abcd"), "b": 1})),
+            r"columns \['a', 'b'\]; wanted",
+        ),
+        (pandas.DataFrame({"path": ["x"], "kind": 1}), r"DataFrame of the columns \['path', 'kind'\]; wanted"),
         (["x.png", "x.png"], "listed more than once"),
         ([np.zeros((8, 8, 5), np.uint8)] * 3, "5 bands: --channels 5"),
         ({"train": np.zeros((4, 8, 8), np.uint8)}, "got the parts 'train'; wanted train and test"),
@@ -181,10 +225,9 @@ def test_a_run_is_an_object(images, tmp_path, capsys):
     assert [len(run.search(pixels[:count, :, :, 0])) for count in (5, 9)] == [5, 9]  # of grey ones
     with pytest.raises(UserError, match=r"shape \(3, 12, 3\), which may be one image or several; wanted one as"):
         run.search(pixels[4][:3])
-    scores = run.evaluate(
-        {"train": (pixels[:40], labels[:40]), "test": (pixels[40:], labels[40:])}, only="knn", verbose=False
-    )
-    assert scores["results"][0]["evaluation"] == "knn"
+    parts = {"train": (pixels[:40], labels[:40]), "test": (pixels[40:], labels[40:])}
+    scores = run.evaluate(parts, only="knn", baselines=False, baseline=None, dims=2, verbose=False)
+    assert {one["features"] for one in scores["results"]} == {"encoder"} and scores["results"][0]["evaluation"] == "knn"
     page = run.report
     assert page.path.is_file() and page._repr_html_().startswith("<iframe srcdoc=")
     again = ssl_kit.load_run(run.folder)

@@ -20,7 +20,7 @@ from ssl_kit.core.reading import ANY, Reading
 from ssl_kit.data import ranges
 from ssl_kit.data.decode import of_pillow
 from ssl_kit.data.labels import encode
-from ssl_kit.data.limits import BadImageError
+from ssl_kit.data.limits import BadImageError, short
 from ssl_kit.data.listing import Skipped, escape_path
 from ssl_kit.data.samples import Samples, of_array, pixels_of
 from ssl_kit.data.sources import Listed
@@ -142,7 +142,9 @@ def of_python(data: Any, reading: Reading, measure: bool, max_bad: float) -> Lis
     Raises:
         UserError: nothing of these, or images of other shapes, channels or values than are wanted.
     """
-    images, labels = data if isinstance(data, tuple) and len(data) == 2 and _are_labels(data[1]) else (data, None)
+    images, labels = _pair(data)
+    if hasattr(images, "iloc") and images.ndim == 1:  # a column of a table
+        images = images.tolist()
     if labels is not None and len(labels) != len(images):
         raise UserError(f"{len(images):,} images but {len(labels):,} labels; wanted one label per image")
     if _is_tensor(images):
@@ -153,8 +155,10 @@ def of_python(data: Any, reading: Reading, measure: bool, max_bad: float) -> Lis
     if isinstance(images, list | tuple) and images and all(isinstance(one, str | Path) for one in images):
         return _of_files(list(map(Path, images)), labels, reading, max_bad)
     if isinstance(images, Mapping) or hasattr(images, "iloc"):
+        columns = f" of the columns {list(images)[:9]}" if hasattr(images, "iloc") else ""
         raise UserError(
-            f"got a {type(images).__name__}; wanted images, or a .csv or .parquet file with a column of paths"
+            f"got a {type(images).__name__}{columns}; wanted images, a .csv or .parquet with a column of paths, or "
+            "(paths, labels), such as (table['path'], table['label'])"
         )
     if not hasattr(images, "__getitem__") or not hasattr(images, "__len__"):
         raise UserError(
@@ -206,14 +210,48 @@ def images_in(given: Any, channels: int) -> list[Any]:
     return [given] if one else list(given)
 
 
-def _are_labels(value: object) -> bool:
-    """Whether the second of a pair is a label for each of the first, not an image."""
-    if hasattr(value, "ndim"):
-        return value.ndim == 1
-    return isinstance(value, list | tuple) and all(isinstance(one, str | int | float | type(None)) for one in value)
+def _pair(data: Any) -> tuple[Any, Labels | None]:
+    """Images, and their labels where a pair of both is given: one each, flat, in a column or one-hot.
+
+    Raises:
+        UserError: labels of another form.
+    """
+    if not isinstance(data, tuple | list) or len(data) != 2 or isinstance(data[0], str | Path | Image.Image):
+        return data, None
+    images, labels = data
+    if isinstance(labels, list | tuple):
+        plain = [one.item() if getattr(one, "ndim", None) == 0 else one for one in labels]
+        if all(isinstance(one, str | bytes | int | float | type(None)) for one in plain):
+            return images, plain
+        rows = all(isinstance(one, list | tuple) or getattr(one, "ndim", None) == 1 for one in labels)
+        if not rows or len({len(one) for one in labels}) != 1:
+            return data, None
+        labels = np.array([as_array(one) for one in labels])
+    shape, table = tuple(getattr(labels, "shape", ())), hasattr(labels, "iloc")
+    if len(shape) not in (1, 2) or (len(shape) == 2 and getattr(images, "ndim", 4) == 2):  # two grey images
+        return data, None
+    return images, (labels if table else as_array(labels)) if len(shape) == 1 else _one_each(labels, table)
 
 
-def _of_files(paths: list[Path], labels: Sequence[object] | None, reading: Reading, max_bad: float) -> Listed:
+def _one_each(labels: Any, table: bool) -> Labels:
+    """The labels (N,) of a column (N, 1) or of one-hot rows (N, K); of a table by the names of its columns.
+
+    Raises:
+        UserError: they are neither.
+    """
+    values, names = as_array(labels), list(labels) if table else list(range(labels.shape[1]))
+    if len(names) == 1:
+        return values[:, 0]
+    if values.dtype.kind in "biuf" and np.isin(values, (0, 1)).all() and (values.sum(axis=1) == 1).all():
+        return [names[place] for place in values.argmax(axis=1)]
+    columns = f" and columns {names[:9]}" if table else ""
+    raise UserError(
+        f"got labels of shape {values.shape}{columns}; wanted one per image: (images, labels) with labels of shape "
+        f"({len(values)},), or one-hot"
+    )
+
+
+def _of_files(paths: list[Path], labels: Labels | None, reading: Reading, max_bad: float) -> Listed:
     """Files by their names, which are relative to the working folder."""
     ids = [escape_path(path) for path in paths]
     if len(set(ids)) < len(ids):
@@ -237,14 +275,27 @@ class _Items(Sequence[np.ndarray]):
 
     def both(self, row: int) -> tuple[object, object]:
         """Image and label of an item."""
-        with self._lock:
-            item = self.items[row]
-        if self.picked is not None:
-            image, label = self.picked
-            return item[image], item[label] if label is not None else None
+        try:
+            with self._lock:
+                item = self.items[row]
+            if self.picked is not None:
+                image, label = self.picked
+                return item[image], item[label] if label is not None else None
+        except Exception as error:  # whatever somebody's data set raises, it is of this item
+            raise UserError(f"{self.name}, image {row}: {type(error).__name__}: {short(error)}") from error
         if isinstance(item, tuple | list) and len(item) >= 1 and not np.isscalar(item[0]):
             return item[0], item[1] if len(item) > 1 else None
         return item, None
+
+    def samples(self, row: int) -> Samples | None:
+        """Of an image in memory; None for pictures of 8 bits."""
+        image = self.both(row)[0]
+        if isinstance(image, Image.Image) and not (image.mode in ("F", "I") or image.mode.startswith("I;16")):
+            return None
+        try:
+            return of_array(as_array(image))
+        except (BadImageError, OSError) as error:
+            raise UserError(f"{self.name}, image {row}: {error}") from error
 
 
 def _of_items(items: Items, labels: Labels | None, reading: Reading, measure: bool) -> Listed:
@@ -253,12 +304,12 @@ def _of_items(items: Items, labels: Labels | None, reading: Reading, measure: bo
     if not len(items):
         raise UserError(f"{name} is empty; wanted at least 2 images")
     lazy = _Items(items, _picked(items), reading, name)
-    some = (_item_samples(lazy.both(int(row))[0]) for row in ranges.spread(len(items)))
+    some = (lazy.samples(int(row)) for row in ranges.spread(len(items)))
     looked = (one for one in some if one is not None)
     try:
         if measure:
             lazy.reading = reading = ranges.of_images(name, looked, reading)
-        elif _item_samples(lazy.both(0)[0]) is not None and ANY not in reading.ranges:
+        elif lazy.samples(0) is not None and ANY not in reading.ranges:
             ranges.check_images(name, looked, reading)
     except BadImageError as error:
         raise UserError(f"{name}: {error}") from error
@@ -279,13 +330,6 @@ def _of_items(items: Items, labels: Labels | None, reading: Reading, measure: bo
     targets, classes = encode(list(labels) if labels is not None else _named(items, lazy.picked, found), name)
     count = np.arange(len(items))
     return Listed(name, numbers(len(items)), targets, classes, reading, None, Skipped(len(items), 0.0), count, images)
-
-
-def _item_samples(image: object) -> Samples | None:
-    """Of an image in memory; None for pictures of 8 bits."""
-    if isinstance(image, Image.Image) and not (image.mode in ("F", "I") or image.mode.startswith("I;16")):
-        return None
-    return of_array(as_array(image))
 
 
 def _picked(items: Items) -> tuple[str, str | None] | None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import nn
@@ -312,25 +312,29 @@ def _noted(result: Result, options: _Options, leaks: Leaks | None, of: str) -> R
 
 
 def _names(given: Sequence[str] | str, known: Sequence[str], option: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in given.split(",")) if isinstance(given, str) else tuple(given)
+    names = tuple(str(name).strip() for name in _listed(given))
     names = tuple(name for name in names if name and name != "none")
     if unknown := [name for name in names if name not in known]:
         raise UserError(f"{option} {','.join(unknown)}: wanted some of {', '.join(known)}, separated by commas")
     return names
 
 
+def _listed(given: Any) -> list[Any]:
+    """What may be several, as a list; None and False are none."""
+    if given is None or given is False:
+        return []
+    return given.split(",") if isinstance(given, str) else list(given) if isinstance(given, Iterable) else [given]
+
+
 def _pretrained(given: Sequence[str] | str) -> dict[str, str]:
     """Name of the features -> what was typed, each once."""
-    listed = given.split(",") if isinstance(given, str) else given
-    models = list(dict.fromkeys(one.strip() for one in listed if one.strip()))
+    models = list(dict.fromkeys(one.strip() for one in _listed(given) if one.strip()))
     return dict(zip(pretrained_names(models), models, strict=True))
 
 
 def _dims(given: Sequence[int] | str) -> tuple[int, ...]:
     try:
-        sizes = (
-            tuple(int(text) for text in given.split(",") if text.strip()) if isinstance(given, str) else tuple(given)
-        )
+        sizes = tuple(int(one) for one in _listed(given) if str(one).strip())
     except ValueError as error:
         raise UserError(f"--dims {given}: wanted whole numbers separated by commas, such as 8,32") from error
     if any(size < 1 for size in sizes):
