@@ -81,6 +81,29 @@ def reference(values: np.ndarray, spec: dict[str, Any], channels: int, ends: tup
 
 def tiff(rng: np.random.Generator) -> tuple[bytes, np.ndarray, dict[str, Any]]:
     """A TIFF, its raw samples and what it is."""
+    values, spec = drawn(rng)
+    values, options = packing(rng, values, spec)
+    lossy, count, nodata = options.get("compression") == "jpeg", values.shape[2], spec["nodata"]
+    planar = "separate" if count > 1 and not lossy and rng.integers(2) else "contig"
+    stored = values.transpose(2, 0, 1) if planar == "separate" else values if count > 1 else values[:, :, 0]
+    options |= {"planarconfig": planar} if count > 1 else {}
+    colours = rng.integers(0, 256, (256, 3)).astype(np.uint8)
+    if spec["photometric"] == "palette":
+        options["colormap"] = (
+            (colours.T.astype(np.uint16) * 257) if rng.integers(2) else colours.T.astype(np.uint16) << 8
+        )
+        options.pop("predictor", None)
+    if spec["extra"]:
+        options["extrasamples"] = [spec["extra"]]
+    if nodata is not None:
+        options["extratags"] = [(42113, "s", 0, f"{nodata:g}", True)]
+    data = io.BytesIO()
+    tifffile.imwrite(data, stored, photometric=spec["photometric"], **options)
+    return data.getvalue(), values, spec | {"colours": colours, "lossy": lossy, "format": "TIFF", "options": options}
+
+
+def drawn(rng: np.random.Generator) -> tuple[np.ndarray, dict[str, Any]]:
+    """Raw samples (H, W, S) and what they are."""
     pick = lambda *words: words[rng.integers(len(words))]
     kind = pick("rgb", "rgb", "grey", "grey", "white", "palette", "bands")
     bits, signed = pick(
@@ -90,11 +113,8 @@ def tiff(rng: np.random.Generator) -> tuple[bytes, np.ndarray, dict[str, Any]]:
         bits, signed = 8, False
     if bits == 0 and kind == "white":
         bits = 16
-    extra = (
-        pick(None, None, None, "unassalpha", "assocalpha", "unspecified")
-        if kind in ("rgb", "grey") and bits in (8, 16) and not signed
-        else None
-    )
+    clear = kind in ("rgb", "grey") and bits in (8, 16) and not signed
+    extra = pick(None, None, None, "unassalpha", "assocalpha", "unspecified") if clear else None
     count = {"rgb": 3, "bands": int(rng.integers(2, 8))}.get(kind, 1) + (extra is not None)
     shape = (int(rng.integers(17, 60)), int(rng.integers(17, 60)), count)
     if bits == 0:
@@ -103,13 +123,18 @@ def tiff(rng: np.random.Generator) -> tuple[bytes, np.ndarray, dict[str, Any]]:
         low = -(2 ** (bits - 1)) if signed else 0
         dtype = np.int16 if signed else np.uint8 if bits <= 8 else np.uint16
         values = rng.integers(low, low + 2**bits, shape).astype(dtype)
-    nodata = (
-        pick(None, None, -9999.0 if signed or bits == 0 else 7.0)
-        if kind in ("grey", "bands") and not extra and bits != 1
-        else None
-    )
+    blank = kind in ("grey", "bands") and not extra and bits != 1
+    nodata = pick(None, None, -9999.0 if signed or bits == 0 else 7.0) if blank else None
     if nodata is not None:
         values[:3] = nodata
+    photometric = {"rgb": "rgb", "white": "miniswhite", "palette": "palette"}.get(kind, "minisblack")
+    return values, {"bits": bits, "signed": signed, "photometric": photometric, "extra": extra, "nodata": nodata}
+
+
+def packing(rng: np.random.Generator, values: np.ndarray, spec: dict[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
+    """How samples are packed, as tifffile takes it; the samples, others where the packing would blur them."""
+    pick = lambda *words: words[rng.integers(len(words))]
+    bits, shape = spec["bits"], values.shape
     options: dict[str, Any] = {"byteorder": pick("<", ">"), "bigtiff": bool(rng.integers(2))}
     packed = bits in (1, 10, 12)
     lossy = False
@@ -120,7 +145,7 @@ def tiff(rng: np.random.Generator) -> tuple[bytes, np.ndarray, dict[str, Any]]:
         options |= {"compression": compression} if compression else {}
         if compression in ("lzw", "zlib", "zstd") and rng.integers(2):
             options["predictor"] = True
-        if kind == "rgb" and extra is None and bits == 8 and rng.integers(4) == 0:
+        if spec["photometric"] == "rgb" and spec["extra"] is None and bits == 8 and rng.integers(4) == 0:
             options, lossy = {"compression": "jpeg", "compressionargs": {"level": 100}, "subsampling": (1, 1)}, True
             y, x = np.mgrid[: shape[0], : shape[1]]
             values = np.stack([y + x, y + x + 3, y + x + 6], axis=2).astype(np.uint8)
@@ -128,24 +153,7 @@ def tiff(rng: np.random.Generator) -> tuple[bytes, np.ndarray, dict[str, Any]]:
         options["tile"] = (16, 32)
     elif not lossy:
         options["rowsperstrip"] = int(rng.integers(3, 40))
-    planar = "separate" if count > 1 and not lossy and rng.integers(2) else "contig"
-    stored = values.transpose(2, 0, 1) if planar == "separate" else values if count > 1 else values[:, :, 0]
-    options |= {"planarconfig": planar} if count > 1 else {}
-    photometric = {"rgb": "rgb", "white": "miniswhite", "palette": "palette"}.get(kind, "minisblack")
-    colours = rng.integers(0, 256, (256, 3)).astype(np.uint8)
-    if kind == "palette":
-        options["colormap"] = (
-            (colours.T.astype(np.uint16) * 257) if rng.integers(2) else colours.T.astype(np.uint16) << 8
-        )
-        options.pop("predictor", None)
-    if extra:
-        options["extrasamples"] = [extra]
-    if nodata is not None:
-        options["extratags"] = [(42113, "s", 0, f"{nodata:g}", True)]
-    data = io.BytesIO()
-    tifffile.imwrite(data, stored, photometric=photometric, **options)
-    spec = {"bits": bits, "signed": signed, "photometric": photometric, "extra": extra, "nodata": nodata}
-    return data.getvalue(), values, spec | {"colours": colours, "lossy": lossy, "format": "TIFF", "options": options}
+    return values, options
 
 
 def other(rng: np.random.Generator) -> tuple[bytes, np.ndarray, dict[str, Any]]:

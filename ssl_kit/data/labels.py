@@ -126,8 +126,7 @@ def stratified(labels: np.ndarray, fraction: float, seed: int = 0, groups: np.nd
             Groups, not images, are then counted.
     """
     if groups is not None and (groups >= 0).any():
-        own = np.where(groups >= 0, groups, groups.max() + 1 + np.arange(len(groups)))  # who stands alone is a group
-        _, first, member = np.unique(own, return_index=True, return_inverse=True)
+        first, member = grouped(groups)
         return stratified(labels[first], fraction, seed)[member]
     chosen = np.zeros(len(labels), dtype=bool)
     order = permutation(seed, 0, len(labels))
@@ -135,3 +134,10 @@ def stratified(labels: np.ndarray, fraction: float, seed: int = 0, groups: np.nd
         rows = order[labels[order] == label]
         chosen[rows[: min(round(fraction * len(rows)), len(rows) - 1)]] = True
     return chosen
+
+
+def grouped(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of groups (N,), -1 alone: the first image (G,) of each, and the place (N,) of every image's group among them."""
+    own = np.where(groups >= 0, groups, groups.max(initial=-1) + 1 + np.arange(len(groups)))
+    _, first, member = np.unique(own, return_index=True, return_inverse=True)
+    return first, member

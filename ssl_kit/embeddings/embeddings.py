@@ -73,6 +73,7 @@ class Embeddings:
         info: what `manifest.json` says: rows, dims, layers, dtype (stored), metric, normalised, precision, encoder (its
             folder), encoder_sha256, source (its name), source_root, preprocessing, made_by. Paths are escaped like ids.
         skipped: (id, reason) of the images that are missing because they could not be decoded.
+        groups: (N,) int64 as of a source, None where none is known; not saved.
     """
 
     vectors: np.ndarray
@@ -81,6 +82,7 @@ class Embeddings:
     ids: list[str]
     info: Entries = field(default_factory=dict)
     skipped: list[tuple[str, str]] = field(default_factory=list, repr=False)
+    groups: np.ndarray | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         assert self.vectors.ndim == 2 and len(self.vectors) == len(self.labels) == len(self.ids), "one row per image"
@@ -115,8 +117,7 @@ class Embeddings:
 
     def normalised(self) -> Embeddings:
         """The same with rows of Euclidean length 1 (a zero row stays zero): inner product = cosine."""
-        lengths = np.linalg.norm(self.vectors, axis=1, keepdims=True)
-        vectors = self.vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
+        vectors = self.vectors / np.linalg.norm(self.vectors, axis=1, keepdims=True).clip(np.finfo(np.float32).tiny)
         return dataclasses.replace(self, vectors=vectors, info={**self.info, "normalised": True})
 
     def save(self, folder: Path | str, dtype: Storage = "float32") -> Path:
@@ -165,8 +166,7 @@ class Embeddings:
         Raises:
             DamagedError: no manifest, or a file that is missing, altered, or not what the manifest says.
         """
-        folder = Path(folder)
-        info = manifest_of(folder, verify)
+        info = manifest_of(folder := Path(folder), verify)
         rows, dims, dtype, classes = checked(info, folder)
         position = {name: row for row, name in enumerate(classes)}
         vectors, labels = np.empty((rows, dims), dtype=np.float32), np.full(rows, -1, dtype=np.int64)
@@ -223,7 +223,7 @@ def embed(
         raise UserError(f"{source.name}: none of {len(source):,} images could be decoded; see --max-bad")
     info = describe(encoder, source, view, layers, precision)
     bad = list(source.bad.rows)
-    return Embeddings(vectors, source.labels(kept), source.classes, source.ids(kept), info, bad)
+    return Embeddings(vectors, source.labels(kept), source.classes, source.ids(kept), info, bad, source.groups(kept))
 
 
 def features(

@@ -36,7 +36,7 @@ from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.evaluation.features import Scaling
 from ssl_kit.evaluation.linear import LogisticFit
 from ssl_kit.evaluation.metrics import probability_metrics
-from ssl_kit.evaluation.result import Result, classification_metrics, holdout, labelled_parts, made_by
+from ssl_kit.evaluation.result import Result, classification_metrics, holdout, labelled_groups, labelled_parts, made_by
 
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
 _QUERIES = 8
@@ -146,7 +146,7 @@ def attentive_probe(
     settings["batch_size"] = _BATCH
     fit = lambda rows, rate: _fit(tokens, labels, rows, num_classes, rate, epochs, queries, seed, device)
     seen = lambda fitted, held: [_predict(fit(fitted, rate), tokens[held]) for rate in candidates]
-    rate, told = _chosen(candidates, labels, seed, seen)
+    rate, told = _chosen(candidates, labels, labelled_groups(train), seed, seen)
     probe = fit(np.arange(len(labels)), rate)
     predictions = _predict(probe, torch.from_numpy(test_vectors.reshape(len(test_vectors), -1, width)))
     metrics = classification_metrics(test_labels, predictions, num_classes, seed=seed)
@@ -159,6 +159,7 @@ def attentive_probe(
 def _chosen(
     candidates: Sequence[float],
     labels: np.ndarray,
+    groups: np.ndarray | None,
     seed: int,
     predicted: Callable[[np.ndarray, np.ndarray], Sequence[np.ndarray] | np.ndarray],
 ) -> tuple[float, dict[str, object]]:
@@ -167,12 +168,13 @@ def _chosen(
     Args:
         candidates: one of them is taken as it is.
         labels: (N,).
-        seed: of the held-out split.
+        groups: that the held-out split keeps together, see `holdout`.
+        seed: of it.
         predicted: given the rows to fit on and the rows held out, the classes of the latter by each candidate.
     """
     if len(candidates) == 1:
         return candidates[0], {}
-    fitted, held = holdout(labels, seed=seed)
+    fitted, held = holdout(labels, seed=seed, groups=groups)
     scores = [float((classes == labels[held]).mean()) for classes in predicted(fitted, held)]
     best = int(np.argmax(scores))
     return candidates[best], {"held_out": 0.2, "held_out_top1": scores, "at_edge": best in (0, len(candidates) - 1)}
@@ -285,7 +287,8 @@ def sgd_probe(
     candidates = [float(lr)] if isinstance(lr, int | float) else sorted(map(float, lr))
     settings: dict[str, object] = {"lr_candidates": candidates, "epochs": epochs, "batch_size": batch_size}
     fit = lambda rows, rates: train_linear(scaled[rows], targets[rows], num_classes, rates, epochs, batch_size, seed)
-    rate, told = _chosen(candidates, labels, seed, lambda fitted, held: fit(fitted, candidates).predict(scaled[held]))
+    seen = lambda fitted, held: fit(fitted, candidates).predict(scaled[held])
+    rate, told = _chosen(candidates, labels, labelled_groups(train), seed, seen)
     final = fit(slice(None), [rate])
     probabilities = final.probabilities(scaling.apply(test_vectors, device))
     predictions, confidences = probabilities.argmax(axis=1), probabilities.max(axis=1)

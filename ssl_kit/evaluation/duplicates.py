@@ -287,7 +287,7 @@ class Leaks:
         leaked = set(self.test_ids)
         kept = np.array([name not in leaked for name in test.ids])
         ids = [name for name in test.ids if name not in leaked]
-        return replace(test, vectors=test.vectors[kept], labels=test.labels[kept], ids=ids)
+        return replace(test, vectors=test.vectors[kept], labels=test.labels[kept], ids=ids, groups=None)
 
 
 def find_leaks(train: Source, test: Source, *, batch_size: int = 256, device: torch.device | str = "cpu") -> Leaks:

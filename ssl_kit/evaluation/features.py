@@ -237,7 +237,8 @@ def _cached(cache: Path, network: Network, source: Source, weights: str, of: str
             warn(f"{error}; embedding again")
         else:
             say(f"{source.name}: {len(found):,} feature vectors from {folder}")
-            return found
+            place = {name: row for row, name in enumerate(source.ids())}
+            return replace(found, groups=source.groups(np.array([place[name] for name in found.ids], np.int64)))
     embeddings = embed(encoder, source, layers=network.layers, batch_size=batch_size, label=source.name)
     embeddings.save(folder)
     return embeddings

@@ -30,11 +30,12 @@ from torch import Tensor
 from ssl_kit.core.console import progress
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.random import random_bits
+from ssl_kit.data.labels import grouped
 from ssl_kit.embeddings.exact import normalised
 from ssl_kit.evaluation.features import FeatureSet, Pca, Scaling, random_projection
 from ssl_kit.evaluation.linear import LogisticFit, curvature, fit_logistic, linear_probe, spanned
 from ssl_kit.evaluation.neighbours import knn
-from ssl_kit.evaluation.result import Result, draw_metrics, holdout, labelled_parts, made_by
+from ssl_kit.evaluation.result import Result, draw_metrics, holdout, labelled_groups, labelled_parts, made_by
 
 if TYPE_CHECKING:
     from ssl_kit.embeddings.embeddings import Embeddings
@@ -98,7 +99,9 @@ def few_shot(
     vectors, labels, test_vectors, test_labels, num_classes = labelled_parts(train, test)
     candidates = sorted(map(float, l2), reverse=True)
     predictors = {
-        PROTOCOLS[0]: _probe(vectors, labels, test_vectors, num_classes, candidates, seed, device),
+        PROTOCOLS[0]: _probe(
+            vectors, labels, labelled_groups(train), test_vectors, num_classes, candidates, seed, device
+        ),
         PROTOCOLS[1]: _class_mean(vectors, labels, test_vectors, num_classes),
     }
     sizes: list[_Size] = [{"shots": size} for size in sorted(shots)]
@@ -157,6 +160,7 @@ def _class_mean(vectors: np.ndarray, labels: np.ndarray, test_vectors: np.ndarra
 def _probe(
     vectors: np.ndarray,
     labels: np.ndarray,
+    groups: np.ndarray | None,
     test_vectors: np.ndarray,
     num_classes: int,
     candidates: Sequence[float],
@@ -168,28 +172,43 @@ def _probe(
 
     def predict(rows: np.ndarray, draw: int) -> tuple[np.ndarray, dict[str, float]]:
         points, test_points = spanned(scaled[rows], test_scaled)
-        fit, l2 = _fit(points, labels[rows], num_classes, candidates, seed + draw)
+        kin = None if groups is None else groups[rows]
+        fit, l2 = _fit(points, labels[rows], kin, num_classes, candidates, seed + draw)
         return fit.predict(test_points)[0], {"l2": l2}
 
     return predict
 
 
 def _fit(
-    points: Tensor, labels: np.ndarray, num_classes: int, candidates: Sequence[float], seed: int
+    points: Tensor,
+    labels: np.ndarray,
+    groups: np.ndarray | None,
+    num_classes: int,
+    candidates: Sequence[float],
+    seed: int,
 ) -> tuple[LogisticFit, float]:
     """The probe on all drawn rows, its l2 the one that was right most often on rows it was not fitted on."""
     targets, moment = torch.from_numpy(labels).to(points.device), curvature(points)
     fit = partial(fit_logistic, max_passes=_PASSES, tolerance=_TOLERANCE)
     right = np.zeros(len(candidates))
-    for fitted, held in _folds(labels, seed) if len(candidates) > 1 else ():
+    for fitted, held in _folds(labels, groups, seed) if len(candidates) > 1 else ():
         path = fit(points[fitted], targets[fitted], num_classes, candidates, moment)
         right += (path.predict(points[held]) == labels[held]).sum(axis=1)
     l2 = candidates[int(right.argmax())] if right.any() or len(candidates) == 1 else _ONE_SHOT_L2
     return fit(points, targets, num_classes, [l2], moment), l2
 
 
-def _folds(labels: np.ndarray, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Rows to fit on and rows to choose on: folds of few images, one fifth of many, nothing of one per class."""
+def _folds(labels: np.ndarray, groups: np.ndarray | None, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Rows to fit on and rows to choose on: folds of few images, one fifth of many, nothing of one per class.
+
+    With groups it is these that are counted and come together, each for the class of its first image.
+    """
+    if groups is not None:
+        first, member = grouped(groups)
+        for _, held in _folds(labels[first], None, seed):
+            inside = np.isin(member, held)
+            yield np.flatnonzero(~inside), np.flatnonzero(inside)
+        return
     counts = np.bincount(labels)
     if counts[counts > 0].min() >= _ENOUGH:
         yield holdout(labels, seed=seed)

@@ -25,7 +25,7 @@ from torch import Tensor
 from ssl_kit.core.random import permutation
 from ssl_kit.evaluation.features import Scaling
 from ssl_kit.evaluation.metrics import probability_metrics
-from ssl_kit.evaluation.result import Result, classification_metrics, holdout, labelled_parts, made_by
+from ssl_kit.evaluation.result import Result, classification_metrics, holdout, labelled_groups, labelled_parts, made_by
 
 if TYPE_CHECKING:
     from ssl_kit.embeddings.embeddings import Embeddings
@@ -107,7 +107,8 @@ def linear_probe(
     scaling = Scaling.of(vectors)
     scaled, test_scaled = spanned(*(scaling.apply(part, device) for part in (vectors, test_vectors)))
     candidates = [float(l2)] if isinstance(l2, int | float) else sorted(map(float, l2), reverse=True)
-    final, chosen = fit_chosen(scaled, labels, num_classes, candidates, balanced=balanced, seed=seed)
+    groups = labelled_groups(train)
+    final, chosen = fit_chosen(scaled, labels, num_classes, candidates, balanced=balanced, seed=seed, groups=groups)
     probabilities = final.probabilities(test_scaled)
     predictions = probabilities.argmax(axis=1)
     metrics = classification_metrics(test_labels, predictions, num_classes, seed=seed)
@@ -146,6 +147,7 @@ def fit_chosen(
     *,
     balanced: bool = False,
     seed: int = 0,
+    groups: np.ndarray | None = None,
 ) -> tuple[LogisticFit, dict[str, object]]:
     """Fits on all rows with the l2 that is best on a held-out fifth of them.
 
@@ -156,6 +158,7 @@ def fit_chosen(
         candidates: l2, descending: of equal scores the first is taken.
         balanced: as in `linear_probe`.
         seed: of the held-out split.
+        groups: that it keeps together, see `holdout`.
 
     Returns:
         The fit, and how its l2 came about, for the record.
@@ -165,7 +168,7 @@ def fit_chosen(
     settings: dict[str, object] = {"l2_candidates": list(candidates)}
     start, best = None, 0
     if len(candidates) > 1:
-        fitted, held = holdout(labels, seed=seed)
+        fitted, held = holdout(labels, seed=seed, groups=groups)
         path = fit_logistic(scaled[fitted], targets[fitted], num_classes, candidates, moment, row_weights=weigh(fitted))
         right = path.predict(scaled[held]) == labels[held]
         counted = weigh(held)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ssl_kit.embeddings.exact import blocks, normalised, search
-from ssl_kit.evaluation.result import Result, classification_metrics, holdout, labelled_parts, made_by
+from ssl_kit.evaluation.result import Result, classification_metrics, holdout, labelled_groups, labelled_parts, made_by
 
 if TYPE_CHECKING:
     from ssl_kit.embeddings.embeddings import Embeddings
@@ -137,7 +137,7 @@ def knn_rows(
     started = time.perf_counter()
     vectors, gallery_labels, queries, query_labels, num_classes = labelled_parts(train, test)
     gallery = normalised(vectors)
-    settle = partial(_settled, gallery, gallery_labels, num_classes, seed=seed, device=device)
+    settle = partial(_settled, gallery, gallery_labels, labelled_groups(train), num_classes, seed=seed, device=device)
     settings = [settle(k, temperature) for k, temperature in rows]
     cosines, ids = search(gallery, normalised(queries), max(entry["k"] for entry in settings), device=device)
     seconds = (time.perf_counter() - started) / len(rows)
@@ -163,6 +163,7 @@ class _Row(TypedDict):
 def _settled(
     gallery: np.ndarray,
     labels: np.ndarray,
+    groups: np.ndarray | None,
     num_classes: int,
     k: int | None,
     temperature: float | None,
@@ -173,7 +174,7 @@ def _settled(
     """The k and temperature of one row, chosen here when k is None, and how they came about."""
     if k is not None:
         return {"k": min(k, len(gallery)), "temperature": temperature, "chosen": False}
-    k, temperature, accuracy = choose_k(gallery, labels, num_classes, seed=seed, device=device)
+    k, temperature, accuracy = choose_k(gallery, labels, num_classes, seed=seed, groups=groups, device=device)
     return {"k": k, "temperature": temperature, "chosen": True, "held_out_top1": accuracy}
 
 
@@ -183,6 +184,7 @@ def choose_k(
     num_classes: int,
     *,
     seed: int = 0,
+    groups: np.ndarray | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[int, float | None, float]:
     """k among `KS` and temperature among `TEMPERATURES` with the best top-1 on a held-out fifth of the training set.
@@ -194,12 +196,13 @@ def choose_k(
         labels: (N,) int64.
         num_classes: C.
         seed: of the split.
+        groups: that it keeps together, see `holdout`.
         device: that searches; the votes, 3 % of the time on a CPU with 10 classes and 10 % with 1,000, are the host's.
 
     Returns:
         k, temperature, top-1 on the held-out part.
     """
-    fitted, held = holdout(labels, min(0.2, MOST_HELD_OUT / len(labels)), seed)
+    fitted, held = holdout(labels, min(0.2, MOST_HELD_OUT / len(labels)), seed, groups)
     ks = sorted({min(k, len(fitted)) for k in KS})
     cosines, ids = search(gallery[fitted], gallery[held], ks[-1], device=device)
     neighbour_labels = labels[fitted][ids]

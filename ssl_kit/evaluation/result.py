@@ -20,6 +20,7 @@ import numpy as np
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.random import random_bits
 from ssl_kit.core.sealed import Entries
+from ssl_kit.data.labels import grouped
 
 if TYPE_CHECKING:
     from ssl_kit.embeddings.embeddings import Embeddings
@@ -142,13 +143,22 @@ def labelled_parts(train: Embeddings, test: Embeddings) -> tuple[np.ndarray, np.
     return vectors, labels, test_vectors, test_labels, num_classes
 
 
-def holdout(labels: np.ndarray, fraction: float = 0.2, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def labelled_groups(embeddings: Embeddings) -> np.ndarray | None:
+    """(N,) int64 groups of the rows that `labelled` gives, None where none is known."""
+    return None if embeddings.groups is None else embeddings.groups[embeddings.labels >= 0]
+
+
+def holdout(
+    labels: np.ndarray, fraction: float = 0.2, seed: int = 0, groups: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Splits a training set by class: what candidates are fitted on, and what they are chosen on.
 
     Args:
         labels: (N,) int64 of the training images only.
         fraction: of each class to hold out, in (0, 1); a class of one image is never held out.
-        seed: the split is a pure function of labels, fraction and seed.
+        seed: the split is a pure function of its arguments.
+        groups: (N,) int64, -1 alone: images of one group come together, where any class has two groups; groups are
+            then counted, each for the class of its first image.
 
     Returns:
         Positions (N - M,) and (M,) int64, both ascending.
@@ -156,6 +166,11 @@ def holdout(labels: np.ndarray, fraction: float = 0.2, seed: int = 0) -> tuple[n
     Raises:
         UserError: no class has two images.
     """
+    if groups is not None:
+        first, member = grouped(groups)
+        if len(np.unique(labels[first])) < len(first):
+            inside = np.isin(member, holdout(labels[first], fraction, seed)[1])
+            return np.flatnonzero(~inside), np.flatnonzero(inside)
     order = random_bits(seed, 0, np.arange(len(labels)), _STREAM_HOLDOUT, 1)[:, 0]
     held = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):

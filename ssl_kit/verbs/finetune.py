@@ -134,7 +134,7 @@ def finetune(settings: Settings) -> Entries:
         check_lora(loaded)
     train, test = open_labelled(settings.labelled, limit=settings.limit, reading=loaded.reading)
     train = _share(train, settings.fraction, seed)
-    fitted, held = holdout(train.labels(), _HELD_OUT, seed)
+    fitted, held = holdout(train.labels(), _HELD_OUT, seed, train.groups())
     parts = train.subset(fitted), train.subset(held)
     settings = _long_enough(settings, len(fitted))
     say(f"fine-tuning on {len(fitted):,} images, the epoch chosen on {len(held):,} others, tested on {len(test):,}")

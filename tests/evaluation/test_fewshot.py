@@ -19,7 +19,9 @@ def clusters(count, dim=24, num_classes=4, seed=0, spread=1.0):
 
 
 def as_embeddings(vectors, labels, num_classes=4):
-    return SimpleNamespace(vectors=vectors, labels=labels, classes=tuple("abcdefghij"[:num_classes]), info={})
+    return SimpleNamespace(
+        vectors=vectors, labels=labels, classes=tuple("abcdefghij"[:num_classes]), info={}, groups=None
+    )
 
 
 def test_shots_are_per_class_and_fractions_of_each_class():

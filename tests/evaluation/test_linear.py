@@ -28,7 +28,9 @@ def clusters(count, dim=24, num_classes=4, seed=0):
 
 
 def as_embeddings(vectors, labels, num_classes=4):
-    return SimpleNamespace(vectors=vectors, labels=labels, classes=tuple("abcdefghij"[:num_classes]), info={})
+    return SimpleNamespace(
+        vectors=vectors, labels=labels, classes=tuple("abcdefghij"[:num_classes]), info={}, groups=None
+    )
 
 
 def standardised(train, test):

@@ -29,7 +29,9 @@ def clusters(count, dim=16, num_classes=5, spread=0.35, seed=0):
 
 
 def as_embeddings(vectors, labels, num_classes=5):
-    return SimpleNamespace(vectors=vectors, labels=labels, classes=tuple("abcdefghij"[:num_classes]), info={})
+    return SimpleNamespace(
+        vectors=vectors, labels=labels, classes=tuple("abcdefghij"[:num_classes]), info={}, groups=None
+    )
 
 
 def brute_force_predict(train, labels, test, k, temperature, num_classes):

@@ -21,7 +21,7 @@ def clusters(count, dim=8, num_classes=5, seed=0):
 
 
 def as_embeddings(vectors, labels):
-    return SimpleNamespace(vectors=vectors, labels=np.asarray(labels), classes=tuple("abcde"), info={})
+    return SimpleNamespace(vectors=vectors, labels=np.asarray(labels), classes=tuple("abcde"), info={}, groups=None)
 
 
 @pytest.mark.parametrize("separate", [False, True])

@@ -21,7 +21,7 @@ def clusters(count, dim=12, num_classes=4, seed=0):
 
 
 def as_embeddings(vectors, labels):
-    return SimpleNamespace(vectors=vectors, labels=labels, classes=tuple("abcd"), info={})
+    return SimpleNamespace(vectors=vectors, labels=labels, classes=tuple("abcd"), info={}, groups=None)
 
 
 def test_every_candidate_takes_the_steps_of_torchs_sgd():
