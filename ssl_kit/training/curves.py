@@ -291,11 +291,15 @@ class Bar:
     def __init__(self, curves: Curves):
         self.curves = curves
         self.bar: Progress | None = None
+        self._epochs = self._images = 0.0  # of a step
+        self._first: tuple[int, float] | None = None  # step of this sitting, and when it was made: it loads, compiles
         curves.finished = self._measured
 
     def start(self, trainer: pl.Trainer, total: int) -> None:
         """Shows the bar on a terminal."""
         if shows_bars() and trainer.is_global_zero:
+            data, batches = self.curves.data(trainer), trainer.accumulate_grad_batches
+            self._epochs, self._images = batches / data.steps_per_epoch, batches * data.images_per_step
             columns = (TextColumn("epoch {task.fields[epoch]:.1f}"), BarColumn(), TextColumn("{task.fields[text]}"))
             self.bar = Progress(*columns, TimeRemainingColumn(), console=stderr_console(), transient=True)
             self.bar.add_task("", total=total, completed=trainer.global_step, epoch=0.0, text="")
@@ -303,17 +307,22 @@ class Bar:
             live(True)
 
     def move(self, step: int, total: int) -> None:
-        """Moves the bar to `step` of `total`."""
-        if self.bar is not None and self.curves.row:
-            row = self.curves.row
+        """Moves the bar to `step` of `total`; until there is a row, with the speed since the first step."""
+        if self.bar is None:
+            return
+        row, now, text = self.curves.row, time.perf_counter(), ""
+        self._first = self._first or (step, now)
+        if row:
             text = f"loss {row['loss']:.3f} · {row['images_per_second']:,.0f} images/s"
             text += f" · waiting {row['waiting_share']:.0%}"
-            for column, label in (("effective_rank", "rank"), ("knn_top1", "kNN"), ("crops_top1", "crops")):
-                value = self.curves.last(column)
-                text += f" · {label} {value:.3g}" if value is not None else ""
-            if self.curves.verdict.state != "unknown":
-                text += f" · {self.curves.verdict.state}"
-            self.bar.update(self.bar.task_ids[0], completed=step, total=total, epoch=row["epoch"], text=text)
+        elif step > self._first[0]:
+            text = f"{self._images * (step - self._first[0]) / (now - self._first[1]):,.0f} images/s"
+        for column, label in (("effective_rank", "rank"), ("knn_top1", "kNN"), ("crops_top1", "crops")):
+            value = self.curves.last(column)
+            text += f" · {label} {value:.3g}" if value is not None else ""
+        if self.curves.verdict.state != "unknown":
+            text += f" · {self.curves.verdict.state}"
+        self.bar.update(self.bar.task_ids[0], completed=step, total=total, epoch=step * self._epochs, text=text)
 
     def stop(self) -> None:
         """Removes the bar."""

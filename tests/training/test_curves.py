@@ -10,7 +10,7 @@ from tiny_runs import Random, Tiny, stopped_after, train
 
 from ssl_kit import cli
 from ssl_kit.training import curves as curves_file
-from ssl_kit.training.curves import Curves, feature_health, read_curves
+from ssl_kit.training.curves import Bar, Curves, feature_health, read_curves
 from ssl_kit.training.loop import Loop
 from ssl_kit.training.optim import Optim
 from ssl_kit.training.verdict import BELOW, Verdict
@@ -171,3 +171,15 @@ def test_a_resumed_run_has_the_rows_of_a_whole_one_with_the_pixels_in_the_first(
     assert first["step"] == 0 and {"knn_pixels", "knn_pca", "crops_pixels"} <= first.keys()
     assert len(later) >= 2 and not any("pixels" in name or "pca" in name for row in later for name in row)
     assert all({"knn_top1", "crops_top1"} <= row.keys() for row in (first, *later))
+
+
+def test_the_bar_tells_epoch_and_speed_from_the_second_step_on(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(curves_file, "shows_bars", lambda: True)
+    monkeypatch.setattr(curves_file.Progress, "update", lambda self, task, **values: shown.append(values))
+    curves = Curves(tmp_path / "metrics.csv", interval=4)
+    train(Tiny(SGD), Loop(curves=curves, bar=Bar(curves)), 6)
+    assert [row["epoch"] for row in shown] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    assert [row["completed"] for row in shown] == [1, 2, 3, 4, 5, 6] and shown[0]["text"] == ""
+    assert all(row["text"].endswith("images/s") and "loss" not in row["text"] for row in shown[1:3])
+    assert all(row["text"].startswith("loss ") for row in shown[3:])
