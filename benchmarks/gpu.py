@@ -28,6 +28,7 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 
+from benchmarks.commands import first_step
 from benchmarks.step import lightly_loop
 from benchmarks.views import kornia, pictures
 from ssl_kit.core.console import say, table
@@ -46,6 +47,7 @@ from ssl_kit.embeddings.exact import normalised, search
 from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.methods.simclr import nt_xent
 from ssl_kit.verbs.defaults import build_method
+from ssl_kit.verbs.evaluate import evaluate
 from ssl_kit.verbs.pretrain import pretrain
 from ssl_kit.views.device import DeviceViews
 from ssl_kit.views.recipe import ViewRecipe, plain
@@ -282,20 +284,17 @@ def embed_row(count: int, batch: int, small: bool) -> Row:
     return figures(ours, forward, "images/s", ours / forward)
 
 
-def verb_row(command: list[str], until: str = "") -> Row:
-    """Seconds of a command of ours in a process of its own, to its end or to a line that holds `until`."""
-    began = time.perf_counter()
-    with subprocess.Popen(
-        [sys.executable, "-m", "ssl_kit", *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if until and until in line:
-                seconds = time.perf_counter() - began
-                process.terminate()
-                return NOTHING | {"ours": round(seconds, 2), "unit": "s"}
-    seconds = time.perf_counter() - began
-    return NOTHING | {"ours": round(seconds, 2), "unit": "s", "note": f"exit {process.returncode}"}
+def start_row(train: Path) -> Row:
+    """Seconds of `pretrain` from the command to the first step."""
+    return NOTHING | {"ours": first_step(str(train), 1)["ours"], "unit": "s"}
+
+
+def evaluate_row(data: Path) -> Row:
+    """Seconds of `evaluate` after imports, baselines and report included, of a ResNet-18 after one epoch."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"method": SUBJECTS["simclr-r18"].method, "batch_size": 512, "epochs": 1, "image_size": 32}
+        pretrain(str(data / "train"), run=f"{folder}/run", **options)
+        return NOTHING | {"ours": evaluate(f"{folder}/run", str(data))["seconds"], "unit": "s"}
 
 
 def lightly_row(train: Path, limit: int) -> Row:
@@ -335,16 +334,13 @@ def rows(data: Path | None, small: bool) -> Iterator[tuple[str, Callable[[], Row
     yield "gpu/views/224/kornia", partial(views_row, 32 if small else 224, 256, 4 if small else 256, seconds)
     yield "gpu/embed/forward", partial(embed_row, 64 if small else 20_000, 32 if small else 512, small)
     yield from steps(small)
-    train = None if data is None else data / "train"
-    if train is None:
+    if data is None:
         missing = lambda: NOTHING | {"note": "no data given"}
         yield from ((name, missing) for name in ("gpu/start/seconds", "gpu/evaluate/seconds", "gpu/simclr-r18/lightly"))
         return
-    with tempfile.TemporaryDirectory() as folder:
-        command = ["pretrain", str(train), "-c", "simclr_cifar10_small", "--epochs", "1", "--run", f"{folder}/run"]
-        yield "gpu/start/seconds", partial(verb_row, [*command, "--trainer.max_steps", "1"], "encoder")
-        evaluated = lambda: verb_row(["evaluate", f"{folder}/run", str(data)])
-        yield "gpu/evaluate/seconds", evaluated
+    train = data / "train"
+    yield "gpu/start/seconds", partial(start_row, train)
+    yield "gpu/evaluate/seconds", partial(evaluate_row, data)
     yield "gpu/simclr-r18/lightly", partial(lightly_row, train, 512 if small else 10_000)
 
 
