@@ -41,7 +41,6 @@ from ssl_kit.core.files import read_json
 from ssl_kit.core.process import Signals
 from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.training.checkpoint import Checkpoints, SafeCheckpointIO
-from ssl_kit.training.curves import Curves
 from ssl_kit.training.loop import Loop
 from ssl_kit.verbs import monitor
 from ssl_kit.verbs import pretrain as pretraining
@@ -211,7 +210,7 @@ def _in(owner: Any, name: str, after: bool = False, step: int | None = None, cal
 
 
 PLACES: dict[str, Callable[[], None]] = {
-    "before the first step": _in(Curves, "measure_untrained", step=0),
+    "before the first step": _in(Loop, "on_train_batch_start", step=0),
     "during the first measurement": _in(monitor, "knn_accuracy"),
     "during the second measurement": _in(monitor, "knn_accuracy", call=2),
     "during the last measurement": _in(monitor, "knn_accuracy", call=5),

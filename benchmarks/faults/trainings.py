@@ -78,6 +78,7 @@ SETTINGS: dict[str, Any] = {
     "epochs": STEPS / STEPS_PER_EPOCH,
     "checkpoint_minutes": 0.05 / 60,
     "threads": 1,
+    "evaluate_every": 1,
 }
 
 

@@ -172,7 +172,8 @@ def positions(encoder: Encoder, features: Tensor, images: Tensor) -> Tensor:
     model = encoder.model
     if features.ndim == 4:
         return features.movedim(3, 1) if getattr(model, "output_fmt", "NCHW") == "NHWC" else features
-    return features[:, model.num_prefix_tokens :].transpose(1, 2).unflatten(2, grid(encoder, images))
+    places = grid(encoder, images)
+    return features[:, model.num_prefix_tokens :].transpose(1, 2).unflatten(2, places)
 
 
 def grid(encoder: Encoder, images: Tensor) -> tuple[int, int]:

@@ -106,7 +106,7 @@ def ended_by(work):
 # place -> (owner, function, which call, the step that is saved, None where the run ends before it has begun)
 BEFORE = {
     "the images are opened": (verb, "open_source", 1),
-    "the first picture is drawn": (verb, "_draw", 1),
+    "the first picture is drawn": (verb, "draw_first", 1),
     "the first report is written": (verb, "write_report", 1),
     "Lightning has its own handlers": (ImageData, "train_dataloader", 1),
 }
@@ -168,7 +168,7 @@ def test_after_the_last_step_a_run_ends_well(finished, labelled_folder, tmp_path
 
 
 def test_a_signal_whose_exception_was_swallowed_still_stops_the_run(finished, labelled_folder, tmp_path, monkeypatch):
-    run, draw = tmp_path / "run", verb._draw
+    run, draw = tmp_path / "run", verb.draw_first
 
     def swallowing(*args):  # as a finaliser or a callback from C does
         try:
@@ -177,7 +177,7 @@ def test_a_signal_whose_exception_was_swallowed_still_stops_the_run(finished, la
             draw(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(verb, "_draw", swallowing)
+        patch.setattr(verb, "draw_first", swallowing)
         assert ended_by(lambda: pretrain(labelled_folder, run)) == 128 + signal.SIGTERM
     assert status(run) == "interrupted" and not list(run.glob("checkpoints/*"))
     assert pretrain(labelled_folder, run, "--resume") == 0 and outcome(run) == finished
@@ -188,7 +188,7 @@ def test_a_resumed_run_that_is_stopped_at_once_keeps_its_state(finished, labelle
     with monkeypatch.context() as patch:
         send_in(patch, SimCLR, "loss", signal.SIGTERM, 7)
         assert ended_by(lambda: pretrain(labelled_folder, run)) == 128 + signal.SIGTERM
-    for owner, name in ((verb, "_draw"), (ImageData, "train_dataloader")):
+    for owner, name in ((verb, "draw_first"), (ImageData, "train_dataloader")):
         with monkeypatch.context() as patch:
             send_in(patch, owner, name, signal.SIGTERM)
             assert ended_by(lambda: pretrain(labelled_folder, run, "--resume")) == 128 + signal.SIGTERM
