@@ -286,9 +286,7 @@ class ViewLoader:
                 if at[-1] - at[0] == len(at) - 1:
                     apply_host(pixels, now, view.size, out=made[at[0] : at[-1] + 1])
                 else:  # around a bad one
-                    made[at] = apply_host(
-                        pixels, now, view.size, out=np.empty_like(made, shape=(len(at), *made.shape[1:]))
-                    )
+                    made[at] = apply_host(pixels, now, view.size, out=np.empty_like(made[: len(at)]))
             return at
 
         together = -(-len(places) // self.threads) if in_memory else _TOGETHER

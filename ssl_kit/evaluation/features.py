@@ -153,10 +153,7 @@ def feature_sets(
             yield _reduced(pixels, Pca.of(pixels.train.vectors, dim, seed, device), dim, "pca")
         del pixels
     if "patches" in baselines:
-        network = Network(Patches.of(train, seed, device).to(device))
-        made = cached(network, "")
-        yield FeatureSet("patches", made[0], made[1], network)
-        del made, network
+        yield _of_patches(train, test, seed, device, batch_size)
     untrained = encoder.fresh(seed) if "random_init" in baselines else None
     if untrained is not None:
         device = next((weight.device for weight in encoder.parameters()), torch.device("cpu"))
@@ -251,6 +248,13 @@ def _pixels(encoder: Encoder | Wrapped, train: Source, test: Source, batch_size:
     mean = centre(made[0].vectors, made[1].vectors)
     module.mean = torch.from_numpy(mean)  # from now on it gives centred pixels too
     return FeatureSet("pixels", made[0], made[1], Network(module))
+
+
+def _of_patches(train: Source, test: Source, seed: int, device: torch.device | str, batch_size: int) -> FeatureSet:
+    module = Patches.of(train, seed, device).to(device)
+    view = plain(module.image_size)
+    made = [embed(module, part, view=view, batch_size=batch_size, label="patches") for part in (train, test)]
+    return FeatureSet("patches", made[0], made[1], Network(module))
 
 
 def _reduced(features: FeatureSet, pca: Pca, dim: int, name: str) -> FeatureSet:

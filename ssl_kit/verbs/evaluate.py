@@ -222,15 +222,14 @@ class _Opened:
 
 def _one(asked: _Asked, folder: Path, opened: _Opened, options: _Options) -> tuple[Scored, Entries]:
     """Scores one encoder: features one kind after the other, then what they have in common."""
-    started, seed = time.perf_counter(), options.seed
-    device = opened.device
+    started, seed, device = time.perf_counter(), options.seed, opened.device
     loaded = asked.loaded(opened)
     if options.layers != 1 and isinstance(loaded, Wrapped):
         raise UserError(f"layers {options.layers}: a module of your own has no known stages or blocks; leave it out")
     pretrained = {
         name: load_pretrained(given, loaded.channels).to(device) for name, given in options.pretrained.items()
     }
-    pretrained |= {name: start.to(device) for name, start in _start(asked, loaded.channels, options).items()}
+    pretrained |= _start(asked, loaded.channels, options)
     wanted = options.only or default_names(loaded)
     train, test, leaks = opened.parts(loaded.reading)
     nested = isinstance(loaded, Encoder) and bool(loaded.args["num_classes"]) and options.layers == 1
@@ -293,7 +292,7 @@ def _start(asked: _Asked, channels: int, options: _Options) -> dict[str, Encoder
     if not isinstance(init, str) or init in options.pretrained.values():
         return {}
     try:
-        return {AS_IT_CAME: load_pretrained(init, channels)}
+        return {AS_IT_CAME: load_pretrained(init, channels).to(solver())}
     except UserError as error:
         say(f"as it came: what the run was begun with is not scored beside it ({error})")
         return {}

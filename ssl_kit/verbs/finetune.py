@@ -156,12 +156,8 @@ def finetune(settings: Settings) -> Entries:
             metrics = classification_metrics(labels, predicted, len(train.classes), seed=seed)
             metrics |= probability_metrics(labels, found, seed=seed)
             used = {key: value for key, value in how.items() if key not in ("views", "resume", "threads")}
-            used |= {
-                "held_out_top1": scores,
-                "num_train": len(fitted),
-                "num_held_out": len(held),
-                "num_test": len(test),
-            }
+            sizes = {"num_train": len(fitted), "num_held_out": len(held), "num_test": len(test)}
+            used |= {"held_out_top1": scores, **sizes}
             seconds = time.perf_counter() - began
             made_by = {**made, "versions": versions(), _TRAINING: training}
             results.append(Result("finetune", name, metrics, used, made_by, seconds, predicted, found.max(axis=1)))

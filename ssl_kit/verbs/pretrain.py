@@ -191,11 +191,9 @@ def pretrain(settings: Settings) -> Entries:
                 smallest = len(training) // loader.steps_per_epoch  # step
                 rehearse(learner, view_schedule, settings.seed, min(2, smallest))  # the last that may be refused
                 record.former.set_aside()  # there is one where `overwrite` says so, or it was killed as it began
-            _describe(record, settings, source, learner)
-            save_recipe(folder / "recipe.yaml", resolved_recipe(settings, learner))
+            _begin(record, settings, source, learner)
             draw_first(folder / "pictures" / "views.png", source, view_schedule[0], settings.seed)
             write_report([folder], folder / "report.html")
-            say(f"report: {folder / 'report.html'}")
         measure = Measure(training, gallery, queries, plain(settings.size), view_schedule[0])
         show = Show(folder / "pictures", training, view_schedule[0], settings.seed)
         encoder = _train(learner, loader, duration, fitted, measure, show, record, settings, signals)
@@ -339,7 +337,7 @@ def _checked(settings: Settings) -> Settings:
     return replace(settings, trainer=options or None)
 
 
-def _describe(record: RunRecord, settings: Settings, source: Source, learner: Method) -> None:
+def _begin(record: RunRecord, settings: Settings, source: Source, learner: Method) -> None:
     facts = {
         "root": name_of(settings.data),
         "images": len(source),
@@ -361,3 +359,5 @@ def _describe(record: RunRecord, settings: Settings, source: Source, learner: Me
         versions=versions(),
         verdict={"state": "unknown", "reason": "nothing was measured yet"},
     )
+    save_recipe(settings.folder / "recipe.yaml", resolved_recipe(settings, learner))
+    say(f"report: {settings.folder / 'report.html'}")
