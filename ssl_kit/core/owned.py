@@ -41,6 +41,7 @@ _FOLDERS = (
     ("encoder", r"encoder", _ENCODER),
     ("finetuned", r"finetuned", _ENCODER),
     ("features/*", r".*", ()),
+    ("embeddings", r"embeddings", ()),
 )
 _PICTURES = ("views", "reconstruction", "reconstructions", "samples", "interpolations", "traversals")
 _DRAWN = ("neighbours", "map", "wrong", "looks", "duplicates")
@@ -57,7 +58,7 @@ _UNLISTED = (
 _NAMES = (
     *_FORMATS,
     *dict.fromkeys(name.split("/")[0] for name in _UNLISTED),
-    *("checkpoints", "encoder", "features", "finetuned", "tensorboard", "wandb"),
+    *("checkpoints", "embeddings", "encoder", "features", "finetuned", "tensorboard", "wandb"),
 )
 
 

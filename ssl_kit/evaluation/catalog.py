@@ -70,6 +70,11 @@ _ENTRIES = (
         | {"balanced_accuracy": "balanced", "macro_f1": "macro-F1", "auroc": "AUROC"}
         | {"average_precision": "average precision", "ece": "calibration error"},
     ),
+    Evaluation(
+        "crops",
+        "Crop to crop",
+        "Without labels: is the right half of an image found by its left half, among those of all these images?",
+    ),
     Evaluation("finetune", "Fine-tuning", "The whole network trained on the labels."),
     Evaluation(
         "attentive",
@@ -107,7 +112,7 @@ _ENTRIES = (
         "Instance retrieval",
         "Is one crop of an image found by another?",
         f"{_SCORING}instances",
-        row="crop to crop",
+        row="instance retrieval",
         metrics={"recall_at_1": "recall@1", "recall_at_10": "recall@10", "mean_reciprocal_rank": "reciprocal rank"},
     ),
     Evaluation(

@@ -18,6 +18,7 @@ from markupsafe import Markup
 from ssl_kit.core.sealed import Entries
 from ssl_kit.evaluation.catalog import EVALUATIONS
 from ssl_kit.report.read import Roc, Run, number
+from ssl_kit.report.scale import Scale
 from ssl_kit.report.tables import Line, dimension_lines, few_shot_lines, storage
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 MAX_POINTS = 2_000  # per line
 _SMOOTH_FROM = 150  # rows from which a moving average is drawn over the logged line
 _DOTS_TO = 40  # rows up to which each is marked with a dot
-NUM_COLOURS = 8  # --c0 ... --c7 of style.css: Okabe & Ito, darkened or lightened for contrast with the page
+NUM_COLOURS = 10  # --c0 ... --c9 of style.css
 MARKERS = ("circle", "triangle", "square", "diamond", "inverted_triangle")  # colour is never the only sign
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 _CURVES = {  # column -> title, note
@@ -35,16 +36,18 @@ _CURVES = {  # column -> title, note
     "knn_top1": ("kNN top-1 while training", "On held-out labelled images the encoder never trained on."),
     "crops_top1": (
         "Crop to crop, top-1",
-        "How often a crop of an image finds another one of it first, among those of 512.",
+        "How often the left half of an image finds its right half, among those of all images asked; no labels.",
     ),
-    "effective_rank": ("Effective rank", "How many directions the features use; 1 means collapsed."),
+    "effective_rank": ("Effective rank while training", "How many directions the features use; 1 means collapsed."),
     "lr": ("Learning rate", "As scheduled, after scaling with the batch."),
-    "alignment": ("Alignment", "Distance between two views of one image; lower is closer."),
-    "uniformity": ("Uniformity", "How evenly the features fill the sphere; lower is more even."),
+    "alignment": ("Alignment while training", "Distance between two views of one image; lower is closer."),
+    "uniformity": ("Uniformity while training", "How evenly the features fill the sphere; lower is more even."),
 }
 # The same features have the same colour in every chart: their place in the palette; pretrained models get the rest
 _PLACES = {"encoder": 0, "pixels": 1, "random_init": 6, "pca": 3}
-_OTHERS = (2, 5, 7, 4)
+_OTHERS = (2, 7, 8, 4)
+_SHARES = ("knn_top1", "crops_top1")  # columns that may be spaced by their odds
+_SHOWN = {"loss": ".3f", "effective_rank": ".1f"} | dict.fromkeys(_SHARES, ".3f")  # as the verdict writes them
 _HEIGHT = 300  # of charts of scores
 _DASHES = ("solid", "dashed", "dotted")
 _LOWEST = 4  # classes whose ROC curve has a colour of its own
@@ -84,23 +87,48 @@ def bokeh_js() -> Markup:
 
 
 def curve_charts(runs: Sequence[Run]) -> list[Chart]:
-    """A chart per measured column of metrics.csv, the runs overlaid."""
+    """A chart per column of metrics.csv that was measured more than once, the runs overlaid."""
     axis = _time_axis(runs)
     charts = []
     for column, (title, note) in _CURVES.items():
         lines = [(run, *_line(run, axis, column)) for run in runs]
-        if not any(len(x) for _, x, _ in lines):
+        if not any(len(x) > 1 for _, x, _ in lines):
             continue
         fig = _figure(axis)
-        smoothed = [_draw_curve(fig, x, y, position) for position, (_, x, y) in enumerate(lines)]
+        scale = _spread_out(fig, np.concatenate([y for _, _, y in lines])) if column in _SHARES else None
+        smoothed = [_draw_curve(fig, x, y, position, scale) for position, (_, x, y) in enumerate(lines)]
         chances = [number(run.info.get("chance_loss")) for run in runs] if column == "loss" else []
         for chance in sorted({round(chance, 4) for chance in chances if chance is not None}):
             _draw_chance(fig, chance, [y for _, _, y in lines if len(y)])
-        ends = "; ".join(_ends(run.name if len(runs) > 1 else "", y) for run, _, y in lines if len(y))
+        ends = "; ".join(_ends(column, run.name if len(runs) > 1 else "", y) for run, _, y in lines if len(y))
         legend = [(run.name, position, shape_of(position)) for position, run in enumerate(runs)]
         legend = legend if len(runs) > 1 else []
         charts.append(Chart(f"curve-{column}", title, f"{ends}. {note}", legend, fig, any(smoothed)))
     return charts
+
+
+def single_values(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """Title and value of each column that was measured no more than once in any run: no curve yet."""
+    found = []
+    for column, (title, _) in _CURVES.items():
+        lines = [(run.name if len(runs) > 1 else "", _line(run, "step", column)[1]) for run in runs]
+        if max(len(y) for _, y in lines) == 1:
+            found.append((title, "; ".join(_ends(column, name, y) for name, y in lines if len(y))))
+    return found
+
+
+def _spread_out(fig: Figure, values: Iterable[float]) -> Scale | None:
+    """Gives the chart an axis by odds where values come near 1; None where it stays even."""
+    from bokeh.models import FixedTicker
+
+    scale = Scale.of(values)
+    if scale is None or not scale.odds:
+        return None
+    places = [float(place) for place in scale.spaced(scale.ticks)]
+    told: Any = {place: f"{tick:g}" for place, tick in zip(places, scale.ticks, strict=True)}
+    fig.yaxis.ticker, fig.yaxis.major_label_overrides = FixedTicker(ticks=places), told
+    fig.ygrid.ticker = FixedTicker(ticks=places)
+    return scale
 
 
 def few_shot_charts(run: Run) -> list[Chart]:
@@ -166,17 +194,20 @@ def _score_chart(
     from bokeh.models import NoOverlap
 
     legend, ends = [], []
+    every = [one for line in lines for one in line.points.values()]
+    scale = _spread_out(fig, [end for one in every for end in (one.value, *(one.bounds or ()))]) or Scale(0, 1)
     for line in lines:
         place = _place_of(line.features, lines)
         shape = shape_of(line.variant if any(one.variant for one in lines) else place % NUM_COLOURS)
         bounded = [(x, *one.bounds) for x, one in line.points.items() if one.bounds]
         if bounded:
             x, low, high = (list(column) for column in zip(*bounded, strict=True))
-            bars = fig.segment(x, low, x, high, line_width=5, line_alpha=0.3)
+            bars = fig.segment(x, scale.spaced(low), x, scale.spaced(high), line_width=5, line_alpha=0.3)
             _colour(bars.glyph, place, "line_color")
         scores = list(line.points.values())
         told = [f"{one.text} {one.interval}".strip() for one in scores]
-        data: dict[str, Sequence[object]] = {"x": list(line.points), "y": [one.value for one in scores], "told": told}
+        data: dict[str, Sequence[object]] = {"x": list(line.points), "told": told}
+        data["y"] = scale.spaced([one.value for one in scores]).tolist()
         tooltips = [(line.name, "@told"), ("at", "@x{0,0}")]
         _draw_line(fig, data, place, shape, tooltips, dash=_DASHES[line.variant % len(_DASHES)])
         legend.append((line.name, place, shape))
@@ -230,8 +261,8 @@ def map_model(value: Entries) -> Figure:
 
 
 def shape_of(position: int) -> int:
-    """Index of `MARKERS` for the class or line at `position`: 40 pairs of colour and shape before one comes again."""
-    return position % len(MARKERS)  # 5 shapes and 8 colours have no common factor
+    """Index of `MARKERS` for the class or line at `position`: 50 pairs of colour and shape before one comes again."""
+    return (position + position // NUM_COLOURS) % len(MARKERS)
 
 
 def decimate(x: np.ndarray, y: np.ndarray, limit: int = MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:
@@ -280,9 +311,9 @@ def _positions(run: Run, axis: str) -> np.ndarray | None:
     return seen / per_epoch if seen is not None and per_epoch else None
 
 
-def _ends(name: str, y: np.ndarray) -> str:
-    told = f"{name} " if name else ""
-    return f"{told}{y[-1]:.4g}" if len(y) == 1 else f"{told}{y[0]:.4g} at first, {y[-1]:.4g} at last"
+def _ends(column: str, name: str, y: np.ndarray) -> str:
+    told, how = f"{name} " if name else "", _SHOWN.get(column, ".4g")
+    return f"{told}{y[-1]:{how}}" if len(y) == 1 else f"{told}{y[0]:{how}} at first, {y[-1]:{how}} at last"
 
 
 def _figure(x_label: str, *, x_scale: Literal["linear", "log"] = "linear", height: int = 240) -> Figure:
@@ -308,7 +339,7 @@ def _figure(x_label: str, *, x_scale: Literal["linear", "log"] = "linear", heigh
     return fig
 
 
-def _draw_curve(fig: Figure, x: np.ndarray, y: np.ndarray, position: int) -> bool:
+def _draw_curve(fig: Figure, x: np.ndarray, y: np.ndarray, position: int, scale: Scale | None = None) -> bool:
     """Draws a run's line; says whether a moving average lies over a noisy one."""
     if not len(x):
         return False
@@ -319,8 +350,9 @@ def _draw_curve(fig: Figure, x: np.ndarray, y: np.ndarray, position: int) -> boo
         faint = fig.line(thin_x, thin_y, line_width=1, line_alpha=0.3)
         _colour(faint.glyph, position, "line_color")
         thin_x, thin_y = decimate(x, moving_average(y, max(3, len(y) // 40)))
-    tooltips = [(str(fig.xaxis[0].axis_label), "@x{0,0.[00]}"), ("value", "@y{0.[0000]}")]
-    _draw_line(fig, {"x": thin_x, "y": thin_y}, position, shape_of(position), tooltips, dots=len(x) <= _DOTS_TO)
+    tooltips = [(str(fig.xaxis[0].axis_label), "@x{0,0.[00]}"), ("value", "@value{0.[0000]}")]
+    data = {"x": thin_x, "y": thin_y if scale is None else scale.spaced(thin_y), "value": thin_y}
+    _draw_line(fig, data, position, shape_of(position), tooltips, dots=len(x) <= _DOTS_TO)
     return noisy
 
 

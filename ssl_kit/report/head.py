@@ -13,7 +13,20 @@ from typing import NamedTuple
 
 from ssl_kit.evaluation.catalog import ABOVE, ENCODER, EVALUATIONS, PRETRAINED
 from ssl_kit.report.read import Run, number
-from ssl_kit.report.tables import Record, Row, Score, axis_of, best_first, feature_name, full_size, score
+from ssl_kit.report.scale import Scale
+from ssl_kit.report.tables import (
+    CROPS,
+    Record,
+    Row,
+    Score,
+    axis_of,
+    best_first,
+    crops,
+    feature_name,
+    full_size,
+    measured_on,
+    score,
+)
 
 BASELINES = {"pixels": "raw pixels", "random_init": "the same network untrained", "pca": "PCA of the pixels"}
 LAMPS = {  # of the states that a training can have; any other is unknown
@@ -57,7 +70,7 @@ class Verdict:
         scores: how they compare, in a sentence; empty without any.
         rows: of the plot beside the headline.
         axis: its scale.
-        metric: its title.
+        metric: its title, and of which images.
     """
 
     state: str
@@ -66,7 +79,7 @@ class Verdict:
     lamp: str
     scores: str = ""
     rows: list[Row] = field(default_factory=list)
-    axis: tuple[float, float] | None = None
+    axis: Scale | None = None
     metric: str = ""
 
     @property
@@ -94,11 +107,24 @@ def verdict(run: Run) -> Verdict:
     found = compared(run)
     if not reason:
         reason = "no score yet: evaluate the encoder on labelled images" if found is None else "nothing was measured"
-    if found is None:
+    shown = found or _by_crops(run)
+    if shown is None:
         return Verdict(state, reason, word, lamp)
-    scores = {ENCODER: found.ours, **found.others}
+    scores = {ENCODER: shown.ours, **shown.others}
     rows = best_first(Row(feature_name(name), "", name == ENCODER, [one]) for name, one in scores.items())
-    return Verdict(state, reason, word, lamp, _sentence(found, run), rows, axis_of(rows), f"{found.title}, top-1")
+    on = "test images" if found else measured_on(shown.record)
+    sentence = _sentence(found, run) if found else ""  # without labels the reason says it
+    return Verdict(state, reason, word, lamp, sentence, rows, axis_of(rows), f"{shown.title}, top-1, on {on}")
+
+
+def _by_crops(run: Run) -> Compared | None:
+    """The comparison that needs no label, for a run without a score by labels; it settles no verdict."""
+    scores = {record["features"]: one for record in crops(run) if (one := score(record, "top1"))}
+    record = next((one for one in crops(run) if one["features"] == ENCODER), None)
+    if record is None or ENCODER not in scores:
+        return None
+    ours = scores.pop(ENCODER)
+    return Compared(EVALUATIONS[CROPS].title, record, ours, scores, {}, False)
 
 
 def compared(run: Run) -> Compared | None:
@@ -132,9 +158,7 @@ def _sign(ours: Score, other: Score, gap: Score | None) -> int:
 
 def _sentence(found: Compared, run: Run) -> str:
     ours = found.ours
-    told = f"{found.title} {ours.value:.2f}"
-    if ours.bounds:
-        told += f" [{ours.low:.2f}, {ours.high:.2f}]"
+    told = f"{found.title} {ours.value:.3f} {ours.interval}".strip()
     gaps = [
         _gap(ours.value - other.value, found.signs[name], BASELINES.get(name, feature_name(name)))
         for name, other in found.others.items()
@@ -148,7 +172,7 @@ def _sentence(found: Compared, run: Run) -> str:
 def _gap(difference: float, sign: int, name: str) -> str:
     if not sign:
         return f"level with {name}"
-    return f"{abs(difference):.2f} {'above' if sign > 0 else 'below'} {name}"
+    return f"{abs(difference):.3f} {'above' if sign > 0 else 'below'} {name}"
 
 
 class Fact(NamedTuple):
@@ -214,10 +238,19 @@ def next_step(run: Run, judged: Verdict) -> Step:
             f"ssl-kit views {data} -c {folder}/recipe.yaml --out views.png",
             "are the views still recognisable? Then try another learning rate or temperature",
         )
+    image = shlex.quote(str(run.data["image"])) if run.data.get("image") else "IMAGE.jpg"
+    search = f"ssl-kit search {folder} {image} --html neighbours.html"
+    waits = "once training has ended" if status in ("starting", "running") else ""
+    if not run.labelled:
+        return Step(search, waits or "which images are like this one?")
     if not any(record.get("features") == ENCODER for record in run.results):
-        why = "once training has ended" if status in ("starting", "running") else "is it better than raw pixels?"
-        return Step(f"ssl-kit evaluate {folder} LABELLED", why)
-    return Step(f"ssl-kit embed {folder} {data} --out EMB", "then index and search it")
+        return Step(f"ssl-kit evaluate {folder} {labelled(run)}", waits or "is it better than raw pixels?")
+    return Step(search, "which images are like this one?")
+
+
+def labelled(run: Run) -> str:
+    """The labelled images that belong to a run, as they are typed in a command."""
+    return data_root(run) if number(run.data.get("classes")) else "LABELLED"
 
 
 def data_root(run: Run) -> str:

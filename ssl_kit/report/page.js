@@ -56,6 +56,63 @@
     });
   }
 
+  // Pictures open large: by a click, Enter or Space; the arrows go on to the next one, Esc closes.
+  const SMALL = 200; // pixels, below which they are enlarged as squares
+  const shown = document.querySelectorAll(".thumbs img, .strip img, .wrongs img, .prototypes img, .lookrow img, .hits img, .asked img, .picture img");
+  const large = document.createElement("dialog");
+  const [picture, told, buttons] = ["img", "p", "div"].map((tag) => document.createElement(tag));
+  large.append(told, buttons);
+  large.setAttribute("aria-label", "Picture");
+  let at = 0;
+
+  function open(place) {
+    at = (place + shown.length) % shown.length;
+    const { src, alt, title, naturalWidth } = shown[at];
+    Object.assign(picture, { src, alt, className: naturalWidth < SMALL ? "small" : "" });
+    told.textContent = title && !alt.includes(title) ? `${alt} (${title})` : alt;
+    large.prepend(picture);
+    if (!large.open) large.showModal();
+  }
+  for (const [text, act] of [["Previous", () => open(at - 1)], ["Next", () => open(at + 1)], ["Close", () => large.close()]]) {
+    const one = Object.assign(document.createElement("button"), { type: "button", textContent: text });
+    one.addEventListener("click", act);
+    buttons.append(one);
+  }
+  large.addEventListener("keydown", ({ key }) => {
+    if (key === "ArrowLeft") open(at - 1);
+    if (key === "ArrowRight") open(at + 1);
+  });
+  large.addEventListener("click", ({ target }) => { if (target === large) large.close(); });
+  large.addEventListener("close", () => { picture.remove(); shown[at].focus(); });
+  if (shown.length) document.body.append(large);
+  for (const [place, one] of shown.entries()) {
+    one.tabIndex = 0;
+    one.setAttribute("role", "button");
+    one.addEventListener("click", () => open(place));
+    one.addEventListener("keydown", (event) => {
+      if (event.key !== "Enter" && event.key !== " ") return;
+      event.preventDefault();
+      open(place);
+    });
+  }
+
+  // While a run goes on the page looks again, where it was scrolled to; not while somebody looks at a picture.
+  const { reload } = document.body.dataset;
+  const kept = `ssl_kit_scroll ${location.pathname}`;
+  function again() {
+    if (large.open || document.hidden) return setTimeout(again, 1000);
+    try { sessionStorage.setItem(kept, String(scrollY)); } catch { /* the browser keeps it, nearly */ }
+    location.reload();
+  }
+  function scrollBack() {
+    try {
+      const place = sessionStorage.getItem(kept);
+      sessionStorage.removeItem(kept);
+      if (place !== null) scrollTo({ top: Number(place), behavior: "instant" });
+    } catch { /* a page opened from a file may have no storage */ }
+  }
+  if (reload) setTimeout(again, 1000 * Number(reload));
+
   // The map: class buttons dim the other classes, a click pins an image and what lies next to it.
   let map = null;
 
@@ -96,12 +153,12 @@
       while (pins.children.length > 4) pins.lastElementChild.remove();
     }
     function paint() {
-      const palette = Array.from({ length: 8 }, (_, i) => colour(`--c${i}`));
+      const palette = Array.from({ length: 10 }, (_, i) => colour(`--c${i}`));
       const grey = colour("--muted");
       const labels = Array.from(data().label);
       source.data = {
         ...data(),
-        color: labels.map((label) => (label < 0 ? grey : palette[label % 8])),
+        color: labels.map((label) => (label < 0 ? grey : palette[label % 10])),
         alpha: labels.map((label) => (chosen === null ? 0.8 : label === chosen ? 0.95 : 0.08)),
       };
     }
@@ -132,6 +189,7 @@
 
   const saved = remember.get();
   setTheme(themes.includes(saved) ? saved : "auto");
+  scrollBack();
   if (!window.Bokeh) return;
   // BokehJS embeds after DOMContentLoaded and fills Bokeh.documents; wait for it, then colour the charts
   const wanted = document.querySelectorAll("[data-root-id]").length;

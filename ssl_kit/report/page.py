@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 import secrets
 import shlex
 from collections import Counter
 from collections.abc import Sequence
 from importlib.resources import files
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 from jinja2 import Environment, FunctionLoader, StrictUndefined
+from markupsafe import Markup
 
 from ssl_kit import __version__
 from ssl_kit.core.files import atomic_file
@@ -26,9 +29,10 @@ from ssl_kit.core.owned import check_output
 from ssl_kit.core.sealed import Entries
 from ssl_kit.evaluation.catalog import ENCODER, EVALUATIONS
 from ssl_kit.report import charts
-from ssl_kit.report.head import data_root, facts, next_step, verdict
+from ssl_kit.report.head import data_root, facts, labelled, next_step, verdict
 from ssl_kit.report.pictures import encode
 from ssl_kit.report.read import VIEWS, Confusion, Run, read_run
+from ssl_kit.report.scale import Scale
 from ssl_kit.report.tables import (
     Score,
     axis_of,
@@ -60,7 +64,10 @@ _MATRIX = 40  # classes that a matrix shows readably on 1,100 pixels
 _RECALLS = 40
 _PAIRS = 8
 _STRONGEST = 48  # percent of the full colour: the number on it stays readable in both themes
+_SEPARATORS = " _-./\\"
+_PARTS = re.compile(rf"[^{re.escape(_SEPARATORS)}]*[{re.escape(_SEPARATORS)}]+|.+$", re.S)
 Context: TypeAlias = dict[str, Any]  # what a template is given
+_RELOAD = 15  # seconds between two looks at a run that goes on
 _SEARCH_SIZE = 160  # pixels of the longer side
 
 
@@ -101,6 +108,10 @@ def write_report(runs: Sequence[Path | str], out: Path | str) -> Entries:
         duplicates=alone and alone.duplicates,
         map=_map_context(alone.map) if alone and alone.map else None,
         hints=_hints(read[0], scores["lacking"]),
+        labelled=any(run.labelled for run in read),
+        values=charts.single_values(read),
+        reload=_RELOAD if any(run.info.get("status") in ("starting", "running") for run in read) else 0,
+        whole=Scale(0, 1),
         divs=divs,
         script=script,
         bokeh=charts.bokeh_js() if divs else "",
@@ -145,13 +156,29 @@ def render(template: str, /, **context: object) -> str:
 @functools.cache  # compiling the templates takes 0.3 s, and a run writes its page again and again
 def _environment() -> Environment:
     folder = files("ssl_kit.report")
-    return Environment(
+    made = Environment(
         loader=FunctionLoader(lambda name: folder.joinpath(name).read_text(encoding="utf-8")),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    made.filters |= {"broken": _broken, "short": _short}
+    return made
+
+
+def _broken(name: str) -> Markup:
+    """A name that may be broken after its separators, where it is too long for its place."""
+    return Markup("<wbr>").join(_PARTS.findall(name))
+
+
+def _short(name: str, most: int) -> str:
+    """A name of at most `most` characters: of a longer one the first words and an ellipsis, at least one of them."""
+    if len(name) <= most:
+        return name
+    parts = _PARTS.findall(name)
+    kept = [one for one, end in zip(parts, accumulate(map(len, parts)), strict=True) if end < most] or parts[:1]
+    return f"{''.join(kept).rstrip(_SEPARATORS)}…" if len(kept) < len(parts) else name
 
 
 def write_page(path: Path | str, page: str) -> None:
@@ -198,7 +225,7 @@ def _stale(run: Run) -> list[str]:
 def _hints(run: Run, lacking: Sequence[str]) -> dict[str, str]:
     """The commands that make what is missing."""
     folder = shlex.quote(str(run.folder))
-    evaluate = f"ssl-kit evaluate {folder} LABELLED"
+    evaluate = f"ssl-kit evaluate {folder} {labelled(run)}"
     return {
         "pretrain": f"ssl-kit pretrain {data_root(run)} --run {folder}",
         "evaluate": evaluate,
@@ -246,7 +273,8 @@ def _scores(runs: Sequence[Run]) -> Context:
     roc = charts.roc_chart(alone.roc) if alone.roc and alone.roc.classes else None
     there: dict[str, object] = {"few_shot": few_shot, "curve": dimensions, "robustness": robustness}
     there |= {"details": alone.confusion and alone.roc and alone.wrong, "looks": alone.looks}
-    lacking = [entry for entry in EVALUATIONS.values() if len(runs) == 1 and entry.absent and not there[entry.name]]
+    scored = len(runs) == 1 and alone.labelled
+    lacking = [entry for entry in EVALUATIONS.values() if scored and entry.absent and not there[entry.name]]
     recalls = sorted((one for one in alone.classes if one.num_images), key=lambda one: one.recall)
     return {
         "tables": score_tables(runs, without=_DRAWN if len(runs) == 1 else ()),
@@ -264,6 +292,7 @@ def _scores(runs: Sequence[Run]) -> Context:
         "suspected": _suspected(alone),
         "missing": [entry.absent for entry in lacking],
         "lacking": [entry.name for entry in lacking],
+        "by_labels": any(run.results for run in runs),
     }
 
 
@@ -339,7 +368,9 @@ def _strips(value: Entries) -> Context:
         called = class_of(query, f"query {position + 1}")
         queries.append({"name": called, "image": value["images"][query], "rows": rows})
     sums = [f"{right[name]} of {asked[name]} by {feature_name(name)}" for name in names if asked[name]]
-    return {"queries": queries, "told": f"Of the query's class: {', '.join(sums)}." if sums else ""}
+    marked = bool(sums)
+    told = " ".join(filter(None, (value["told"], f"Of the query's class: {', '.join(sums)}." if marked else "")))
+    return {"queries": queries, "told": told, "marked": marked}
 
 
 def _map_context(value: Entries) -> Context:

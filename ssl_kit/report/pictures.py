@@ -4,7 +4,7 @@ Functions of arrays: nothing here knows torch, sources or encoders. An image is 
 view is float (C, h, w) in [0, 1]. Every file appears whole or not at all (`core.files.atomic_file`). Maps are dark to
 bright for amounts, blue to orange for signed ones: the scales of style.css (.heat, .signed).
 
-`folder` is RUN/pictures, `classes[i]` the name of label i, -1 an unknown label. Images become thumbnails of 64 pixels.
+`folder` is RUN/pictures, `classes[i]` the name of label i, -1 an unknown label. Images become thumbnails of 128 pixels.
 Letters: N images, Q queries, k neighbours, C channels, (H, W) stored size, (h, w) size of a view or map, in pixels.
 """
 
@@ -23,15 +23,14 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from ssl_kit.core.files import atomic_file
 from ssl_kit.core.reading import eight_bits
 
-NEIGHBOURS = "neighbours.json"
-MAP = "map.json"
+NEIGHBOURS, MAP = "neighbours.json", "map.json"
 WRONG = "wrong.json"
 LOOKS = "looks.json"
 DUPLICATES = "duplicates.json"
 KINDS = ("image", "neighbour", "attention", "patch", "colours", "similarity", "gradients")  # of looks; see looks.html
 MAP_SIZES = ((44, 62), (36, 45), (32, 25))  # (longer side in pixels, WebP quality), tried until the map fits
 MAP_BYTES = 2_200_000  # of base64 thumbnails: bokeh and the rest of the page need under 3.5 MB of the 6
-_NEIGHBOUR_SIZE = 64
+THUMBNAIL = 128  # of images that open large; smaller ones are stored as they are
 _LOOK_SIZE = 112  # also what smaller images are enlarged to, by an integer, below a map
 _CELL = 132  # a view is enlarged by the largest integer that keeps it below this many pixels
 _GAP = 6
@@ -66,11 +65,9 @@ def draw_views(path: Path | str, originals: Sequence[np.ndarray], views: Sequenc
 def draw_grid(path: Path | str, grid: np.ndarray, columns: Sequence[str], caption: str) -> None:
     """Draws what a method shows of itself (reconstructions, samples, ...).
 
-    Many rows of few images are drawn as few rows of many, as `draw_views` does.
-
     Args:
         path: the PNG to write; the caption is kept in its `Description`, from where the report takes it.
-        grid: (R, K, C, h, w) float in [0, 1], clipped; R rows of K images.
+        grid: (R, K, C, h, w) float in [0, 1], clipped; R rows of K images, drawn as K rows of R where R > K.
         columns: K captions, or none.
         caption: what is seen, in a sentence or two.
     """
@@ -130,6 +127,7 @@ def draw_neighbours(
     thumbnail: Thumbnail,
     labels: np.ndarray,
     classes: tuple[str, ...],
+    told: str = "",
 ) -> None:
     """Writes `neighbours.json`: query strips, each image stored once and referred to by its place in `images`.
 
@@ -138,17 +136,19 @@ def draw_neighbours(
         found: features ("encoder", "pixels", ...) -> (Q, k) int, indices of the neighbours, nearest first.
         thumbnail: index -> (H, W, C) uint8.
         labels: int64 by index.
+        told: which images these are, in a sentence.
     """
     used = np.unique(np.concatenate([np.ravel(queries), *(np.ravel(rows) for rows in found.values())]))
     places = lambda indices: np.searchsorted(used, indices).tolist()
     _write(
         Path(folder) / NEIGHBOURS,
         classes=list(classes),
-        images=[encode(thumbnail(index), _NEIGHBOUR_SIZE, 75) for index in used.tolist()],
+        images=[encode(thumbnail(index), THUMBNAIL, 75) for index in used.tolist()],
         indices=used.tolist(),
         labels=labels[used].tolist(),
         queries=places(np.ravel(queries)),
         found={name: places(rows) for name, rows in found.items()},
+        told=told,
     )
 
 
@@ -203,7 +203,7 @@ def draw_wrong(
     _write(
         Path(folder) / WRONG,
         classes=list(classes),
-        images=[encode(image, _NEIGHBOUR_SIZE, 75) for image in images],
+        images=[encode(image, THUMBNAIL, 75) for image in images],
         indices=indices.tolist(),
         labels=labels.tolist(),
         predicted=predicted.tolist(),
@@ -253,9 +253,9 @@ def draw_looks(folder: Path | str, looks: Sequence[Look], prototypes: Sequence[P
     examples = [
         {
             "name": one.name,
-            "image": encode(one.image, _NEIGHBOUR_SIZE, 80),
+            "image": encode(one.image, THUMBNAIL, 80),
             "counter_name": one.counter_name,
-            "counter": encode(one.counter, _NEIGHBOUR_SIZE, 80),
+            "counter": encode(one.counter, THUMBNAIL, 80),
             "cosines": [round(float(cosine), 4) for cosine in one.cosines],
         }
         for one in prototypes
@@ -289,7 +289,7 @@ def draw_duplicates(
     shown = [[place[name] for name in group if name in place] for group in groups]
     _write(
         Path(folder) / DUPLICATES,
-        images=[encode(image, _NEIGHBOUR_SIZE, 75) for image in images.values()],
+        images=[encode(image, THUMBNAIL, 75) for image in images.values()],
         ids=list(images),
         groups=[group for group in shown if len(group) > 1],
         outliers=[[place[name], round(float(distance), 4)] for name, distance in outliers if name in place],

@@ -122,6 +122,11 @@ class Run:
         return tuple(name for name in names if name in EVALUATIONS) or JUDGED_BY
 
     @property
+    def labelled(self) -> bool:
+        """Whether its images have labels, as far as run.json says."""
+        return number(self.data.get("classes")) != 0
+
+    @property
     def data(self) -> Entries:
         """What run.json says of the images; may be empty."""
         data = self.info.get("data")
@@ -309,7 +314,7 @@ def _neighbours(path: Path) -> Entries:
     _places([*queries, *(place for rows in found.values() for row in rows for place in row)], common["images"])
     fits = all(len(rows) == len(queries) for rows in found.values())
     _expect(fits, "each feature needs one row of neighbours per query")
-    return {**common, "queries": queries, "found": found}
+    return {**common, "queries": queries, "found": found, "told": str(value.get("told") or "")}
 
 
 def _map(path: Path) -> Entries:

@@ -1,6 +1,6 @@
 """From result records to tables and lines: an encoder beside its baselines, by evaluation and setting.
 
-Of equal settings the last record counts: it replaces earlier ones with the same evaluation, features and test set.
+Of records with the same evaluation, features, settings and test set the last one counts.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeAlias
 from ssl_kit.core.sealed import Entries
 from ssl_kit.evaluation.catalog import ABOVE, ENCODER, EVALUATIONS, GAIN, METRICS, PRETRAINED
 from ssl_kit.report.read import Run, number
+from ssl_kit.report.scale import Scale
 
 Record: TypeAlias = Entries  # a line of results.jsonl
 FEATURES = {
@@ -23,11 +24,11 @@ FEATURES = {
     "pixels": "raw pixels",
     "pca": "PCA of pixels",
 }
+CROPS = "crops"  # the evaluation that needs no label
 _MAX_COLUMNS = 5
 _WAYS = {"cut": "cut", "pca": "PCA", "random": "random projection"}  # to fewer dimensions
 _FULL = ""  # the way to all dimensions
-_STRENGTHS = (1, 2, 3)
-_PRETTY = {"jpeg": "JPEG"}
+_STRENGTHS, _PRETTY = (1, 2, 3), {"jpeg": "JPEG"}
 _MOST = 10**7  # shots or dimensions; more of them no encoder has
 
 
@@ -71,7 +72,7 @@ class Row:
 class Table:
     """The scores of one evaluation under one setting, the encoder first, then the baselines from the best on.
 
-    `axis` (low, high) is the scale of the interval plot of the first metric, None when it has no interval. `others`
+    `axis` is the scale of the interval plot of the first metric, None when it has no interval. `others`
     are tables of the same evaluation and test set under other settings, shown folded.
     """
 
@@ -80,7 +81,7 @@ class Table:
     setting: str
     metrics: list[str]
     rows: list[Row]
-    axis: tuple[float, float] | None
+    axis: Scale | None
     others: list[Table] = field(default_factory=list)
 
     @property
@@ -171,6 +172,20 @@ def full_size(records: Sequence[Record]) -> list[Record]:
     return [record for record in records if _dim(record) == own[record["evaluation"], record["features"]]]
 
 
+def crops(run: Run) -> list[Record]:
+    """What the looks during training compare without labels, as records: they stand in run.json, the last one whole."""
+    told = run.info.get("crops")
+    if not isinstance(told, dict) or not isinstance(found := told.get("top1"), dict):
+        return []
+    made_by = {"test": f"{number(told.get('images')) or 0:,.0f} {told.get('of') or 'images'}"}
+    return [
+        {"evaluation": CROPS, "features": str(name), "settings": {}, "made_by": made_by}
+        | {"metrics": dict(zip(("top1", "top1_low", "top1_high"), values, strict=False))}
+        for name, values in found.items()
+        if isinstance(values, list)
+    ]
+
+
 def score_tables(runs: Sequence[Run], without: Collection[str] = ()) -> list[Table]:
     """A table per evaluation and setting; with several runs each encoder row carries its run's name.
 
@@ -181,7 +196,7 @@ def score_tables(runs: Sequence[Run], without: Collection[str] = ()) -> list[Tab
     groups: dict[tuple[str, str, str], dict[tuple[str, str], tuple[Run, Record]]] = {}
     for run in runs:
         latest = {}
-        for record in full_size([one for one in run.results if one["evaluation"] not in without]):
+        for record in full_size([one for one in (*crops(run), *run.results) if one["evaluation"] not in without]):
             latest[(record["evaluation"], measured_on(record), _setting(record)), record["features"]] = record
         for (key, features), record in latest.items():
             # a baseline that scores the same for several runs is the same baseline: one row is enough
@@ -213,7 +228,7 @@ def _table(
         rows.append(Row(name, _detail(record), features == ENCODER, [score(record, metric) for metric in metrics]))
     entry = EVALUATIONS.get(evaluation)
     title = entry.title if entry else in_words(evaluation)
-    title = f"{title}, on {test}" if several_tests and test else title
+    title = f"{title}, on {test}" if (several_tests or evaluation == CROPS) and test else title
     heads = [METRICS.get(metric, in_words(metric)) for metric in metrics]
     return Table(title, entry.note if entry else "", setting, heads, best_first(rows), axis_of(rows))
 
@@ -224,14 +239,10 @@ def best_first(rows: Iterable[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: (not row.is_encoder, -first(row)))
 
 
-def axis_of(rows: Iterable[Row]) -> tuple[float, float] | None:
-    """The scale of an interval plot: the intervals of the first metric, rounded outwards to tenths."""
+def axis_of(rows: Iterable[Row]) -> Scale | None:
+    """The scale of an interval plot: of the intervals of the first metric."""
     first = [row.scores[0] for row in rows if row.scores and row.scores[0] and row.scores[0].bounds]
-    ends = [end for one in first for end in (*(one.bounds or ()), one.value)]
-    if not ends:
-        return None
-    low, high = math.floor(10 * min(ends)) / 10, math.ceil(10 * max(ends)) / 10
-    return low, high if high > low else low + 0.1
+    return Scale.of(end for one in first for end in (*(one.bounds or ()), one.value))
 
 
 def in_words(name: str) -> str:

@@ -31,7 +31,7 @@ COLUMNS = (
     *("step", "epoch", "images", "seconds", "loss", "lr", "images_per_second", "waiting_share"),
     *("gradient_norm", "skipped_steps", "views_low", "views_high", "views_std"),
     *("effective_rank", "embedding_std", "images_std", "alignment", "uniformity", "turned", "grown", "knn_top1"),
-    *("knn_pixels", "knn_pca", "crops_top1", "crops_pixels"),
+    *("knn_pixels", "knn_pca", "crops_top1", "crops_pixels", "crops_pca"),
 )
 _PLACE = ("step", "epoch", "images", "seconds")  # of every row
 _EARLY = (100, 200)  # steps after which the verdict may say something

@@ -21,6 +21,7 @@
     knn_pixels, _pca    the same for raw pixels and PCA of them                      before the first step
     crops_top1          of left crops that find the right one of their image         likewise
     crops_pixels        the same for raw pixels                                      before the first step
+    crops_pca           likewise for PCA of them; shown, not judged by               before the first step
 
 kNN decides where it was measured and judges the method, otherwise crops do. Everything is compared with what the same
 encoder gave before the first step, since what is healthy differs between encoders and images. "Surely" is by 95 %

@@ -49,7 +49,7 @@ _MEASURED = 2_048  # images whose rank is followed
 _PAIRS = 256  # of them, whose two views are compared
 _GALLERY = 10_000  # labelled images that vote in the monitor's kNN, at most
 _QUERIES = 2_000  # labelled images held out for the monitor's kNN, at most
-_CROPPED = 512  # images of which one crop looks for the other, at most
+_CROPPED = 512  # images of which one crop looks for the other, at most; held out where that costs 5 % at most
 _PIXEL_SIDE = 32  # of the images that raw pixels are compared on, at most
 _PCA_ROWS = 2_048  # of the gallery that PCA of the pixels is fitted on: all of them take 3 s more and give 0.006
 _PCA_DIM = 128  # at most, otherwise that of the encoder
@@ -58,9 +58,15 @@ _HELD_OUT = 0.05  # of the labelled images, at most
 
 
 def hold_out(source: Source) -> tuple[Source, Source | None, Source | None]:
-    """(training images, kNN gallery, kNN queries); the queries are labelled images that are never trained on."""
+    """(training images, kNN gallery, held-out images), said.
+
+    What is held out is never trained on: labelled images, which kNN asks with; without labels some of many images, on
+    which crops are compared, and there is no gallery.
+    """
     training, gallery, queries = asked_apart(source)
-    if queries is not None:
+    if queries is not None and gallery is None:
+        say(f"no labels: {len(queries):,} images are held out of training, to see on them what was learnt")
+    elif queries is not None:
         say(
             f"labels found: kNN is followed on {len(queries):,} images held out of training; labels are used for "
             "nothing else"
@@ -69,11 +75,11 @@ def hold_out(source: Source) -> tuple[Source, Source | None, Source | None]:
 
 
 def asked_apart(source: Source) -> tuple[Source, Source | None, Source | None]:
-    """(the other images, kNN gallery among them, kNN queries), as far as there are labels; groups stay together."""
+    """(the other images, kNN gallery among them, held-out images) as `hold_out`; groups stay together."""
     labels = source.labels()
     labelled = labels >= 0
     if len(source.classes) < 2 or labelled.sum() < 100:
-        return source, None, None
+        return _unlabelled(source)
     fraction = min(_HELD_OUT, _QUERIES / labelled.sum())
     held = np.zeros(len(source), bool)
     groups = source.groups()
@@ -82,8 +88,21 @@ def asked_apart(source: Source) -> tuple[Source, Source | None, Source | None]:
         return source, None, None
     rest = np.flatnonzero(labelled & ~held)
     gallery = rest[spread(len(rest), _GALLERY)]
-    kin = held if groups is None else held | (np.isin(groups, groups[held]) & (groups >= 0))  # also without a label
-    return source.subset(~kin), source.subset(gallery), source.subset(held)
+    return source.subset(~_kin(held, groups)), source.subset(gallery), source.subset(held)
+
+
+def _unlabelled(source: Source) -> tuple[Source, None, Source | None]:
+    if len(source) * _HELD_OUT < _CROPPED:
+        return source, None, None
+    held = np.zeros(len(source), bool)
+    held[spread(len(source), _CROPPED)] = True
+    rest = source.subset(~_kin(held, source.groups()))
+    return (rest, None, source.subset(held)) if len(rest) > len(source) / 2 else (source, None, None)  # else few groups
+
+
+def _kin(held: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
+    """(N,) bool: what is held out, and all that is of a group with it, also without a label."""
+    return held if groups is None else held | (np.isin(groups, groups[held]) & (groups >= 0))
 
 
 def kept(folder: Path) -> str:
@@ -106,7 +125,7 @@ class Measure:
     Args:
         training: images that are trained on.
         gallery: labelled images that vote, if any.
-        queries: labelled images held out of training, if any.
+        queries: images held out of training, if any; labelled where there is a gallery.
         view: of clean images.
         pair: the run's own views, for the alignment where there are two.
         encoder: the `Encoder` (or `Wrapped`) of the method that is looked at; the trained one by default.
@@ -114,6 +133,7 @@ class Measure:
     Attributes:
         held_out: images that kNN is measured on.
         cropped: images whose crops look for each other.
+        crops_of: which images these are, in words.
         embedded: images that each look embeds, crops included.
     """
 
@@ -128,8 +148,11 @@ class Measure:
     ):
         images = training.subset(spread(len(training), _MEASURED))
         self.images, self.view, self.encoder = Share(images), view, encoder
-        cropped = training.subset(spread(len(training), _CROPPED))
+        apart = queries is not None and len(queries) >= _CROPPED
+        asked = queries if apart and queries is not None else training
+        cropped = asked.subset(spread(len(asked), _CROPPED))
         self.held_out, self.cropped = 0, len(cropped)
+        self.crops_of = f"{'held-out' if apart else 'training'} images"
         self.scores: list[Neighbours | Crops] = [Crops(cropped)]
         if gallery is not None and queries is not None:
             self.held_out = len(queries)
@@ -233,8 +256,11 @@ class Crops:
         return {"crops_top1": crops_top1(*found)}
 
     def of_pixels(self, found: Arrays, dim: int) -> dict[str, float]:
-        """Top-1 of raw pixels."""
-        return {"crops_pixels": crops_top1(*found)}
+        """Top-1 of raw pixels and of their PCA, fitted on these crops, at the encoder's dimension up to 128."""
+        crops = np.concatenate(np.split(found[0], 2, axis=1))
+        reduced = Pca.of(crops, min(dim, _PCA_DIM)).apply(crops)
+        sides = np.concatenate(np.split(reduced, 2), axis=1)
+        return {"crops_pixels": crops_top1(*found), "crops_pca": crops_top1(sides)}
 
 
 def _features(encoder: Encoder | Wrapped, images: Tensor) -> np.ndarray:

@@ -36,6 +36,7 @@ from ssl_kit.evaluation.health import sample_rows
 from ssl_kit.evaluation.metrics import ClassScore, class_scores, confidently_wrong, roc_curves, suspected_errors
 from ssl_kit.evaluation.result import Result, confusion_matrix
 from ssl_kit.report.pictures import (
+    THUMBNAIL,
     Look,
     Prototype,
     colours_of,
@@ -215,7 +216,7 @@ class Pictures:
             shown = sample_rows(np.arange(len(features.test)), _MAP, self.seed)
             place = {name: position for position, name in enumerate(self.test.ids())}
             self.shown = np.array([place[features.test.ids[one]] for one in shown])
-            self.positions, self.projection = _flattened(features.test.vectors[shown], self.seed)
+            self.positions, self.projection = flattened(features.test.vectors[shown], self.seed)
 
     def draw(self) -> None:
         """Writes the neighbours and the map for the report."""
@@ -239,8 +240,8 @@ class Pictures:
 
 
 def image_of(source: Source, row: int) -> np.ndarray:
-    """(H, W, C) uint8, for a thumbnail of 64 pixels or less."""
-    return pixels(source, row, smallest=(64, 64))
+    """(H, W, C) uint8, for a thumbnail."""
+    return pixels(source, row, smallest=(THUMBNAIL, THUMBNAIL))
 
 
 def rows_in(embeddings: Embeddings, source: Source, places: np.ndarray) -> list[tuple[int, int]]:
@@ -259,15 +260,22 @@ def spread(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     return order[np.lexsort((labels[order], turn[order]))][:count]
 
 
-def _flattened(vectors: np.ndarray, seed: int) -> tuple[np.ndarray, str]:
-    """(N, 2) for the map, and how it was made: t-SNE of 50 principal components, PCA when there are few images."""
-    pca = Pca.of(vectors, 50, seed)
-    if len(vectors) < 100:
-        return _padded(pca.apply(vectors, 2)), f"PCA of {len(vectors):,} test images"
+def flattened(vectors: np.ndarray, seed: int, of: str = "test images", quick: bool = False) -> tuple[np.ndarray, str]:
+    """(N, 2) for the map, and how it was made: t-SNE of 50 principal components, PCA when there are few images.
+
+    Args:
+        vectors: (N, D).
+        seed: of both.
+        of: what the images are, in words.
+        quick: PCA in any case, for a map that may not take seconds.
+    """
+    pca, count = Pca.of(vectors, 50, seed), f"{len(vectors):,} {of}"
+    if quick or len(vectors) < 100:
+        return _padded(pca.apply(vectors, 2)), f"PCA of {count}"
     from sklearn.manifold import TSNE
 
     tsne: Callable[[np.ndarray], np.ndarray] = TSNE(init="pca", max_iter=500, random_state=seed).fit_transform
-    return tsne(pca.apply(vectors)), f"t-SNE of {len(vectors):,} test images"
+    return tsne(pca.apply(vectors)), f"t-SNE of {count}"
 
 
 def _padded(positions: np.ndarray) -> np.ndarray:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import pytorch_lightning as pl
 
-from ssl_kit.core.console import if_interrupted, next_command, result, say
+from ssl_kit.core.console import if_interrupted, result, say
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.machine import Precision, Switch, keep_memory, lightning_precision
 from ssl_kit.core.owned import check_place
@@ -48,6 +47,7 @@ from ssl_kit.verbs.defaults import (
 from ssl_kit.verbs.monitor import Measure, Monitor, Show, hold_out, judge_of, kept
 from ssl_kit.verbs.record import RunRecord, loggers, opened, versions
 from ssl_kit.verbs.rehearsal import rehearse
+from ssl_kit.verbs.seen import first_image, say_next, see
 from ssl_kit.verbs.several import all_fit, check_images, check_processes, clean_features, held, images_per_step
 from ssl_kit.verbs.views import draw_first
 from ssl_kit.views.recipe import ViewRecipe, plain
@@ -202,12 +202,12 @@ def pretrain(settings: Settings) -> Entries:
         if rank() == 0:
             write_skipped(folder / "skipped.csv", source.bad.rows)
             encoder.save(folder / "encoder", record.provenance())
+            record.update(seen=see(settings.folder, encoder, training, queries, settings.seed, record.entries))
             record.update(status="finished", encoder_sha256=encoder.sha256)
             write_report([folder], folder / "report.html")
         record.entries = broadcast(lambda: record.entries)
     result(f"verdict: {record.entries['verdict']['state']} - {record.entries['verdict']['reason']}")
-    labelled = shlex.quote(name_of(settings.data)) if source.classes else "LABELLED"
-    next_command(f"ssl-kit evaluate {shlex.quote(str(folder))} {labelled}")
+    say_next(record.entries)
     return record.entries
 
 
@@ -277,6 +277,7 @@ def _train(
         device=str(trainer.strategy.root_device),
         world_size=trainer.world_size,
         images_per_step=loader.images_per_step,
+        crops={"images": measure.cropped, "of": measure.crops_of},
         chance_loss=learner.chance_loss(loader.images_per_step),
     )
     begun = broadcast(lambda: str(newest(folder / "checkpoints") or "")) if settings.resume else ""
@@ -343,6 +344,7 @@ def _begin(record: RunRecord, settings: Settings, source: Source, learner: Metho
         "images": len(source),
         "skipped": len(source.bad.rows),
         "classes": len(source.classes),
+        "image": first_image(source),
         "reader": source.reading.reader,
         **fingerprint(source, settings.seed),
     }

@@ -13,7 +13,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,13 +29,16 @@ from ssl_kit.core.files import NotOursError, entries, if_room
 from ssl_kit.core.machine import peak_memory, size_text
 from ssl_kit.core.owned import RUN, Former, Record, check_ours, our_files
 from ssl_kit.core.sealed import Entries
+from ssl_kit.evaluation.catalog import AS_IT_CAME, ENCODER
+from ssl_kit.evaluation.metrics import wilson
 from ssl_kit.report.head import BASELINES, Compared, compared
 from ssl_kit.report.head import verdict as shown
+from ssl_kit.report.page import write_report
 from ssl_kit.report.read import Run, number, read_run
 from ssl_kit.training.checkpoint import resumable
 from ssl_kit.training.curves import Curves
 from ssl_kit.training.distributed import all_gather_object, rank
-from ssl_kit.training.verdict import BELOW, Verdict, too_short
+from ssl_kit.training.verdict import BELOW, Row, Verdict, too_short
 
 # The loose files that a run begins with
 _WRITTEN = ("recipe.yaml", "metrics.csv", "skipped.csv", "diagnose.csv", "report.html", "pictures/views.png")
@@ -65,6 +68,8 @@ class RunRecord(Record):
         if kind is not None and self._begun:
             with if_room(self.folder / RUN):
                 self.update(status="interrupted" if issubclass(kind, SystemExit | KeyboardInterrupt) else "failed")
+                if rank() == 0 and (self.folder / "report.html").is_file():
+                    write_report([self.folder], self.folder / "report.html")  # one that waits for no more
         super().__exit__(kind, value, trace)
 
     def begin(self, **entries: object) -> None:
@@ -114,7 +119,21 @@ class RunRecord(Record):
             seconds=curves.row["seconds"],
             images_per_second=float(np.median(speeds)),
             waiting_share=float(np.mean(waiting[1:] or waiting)),  # the first interval waits for the first batch
+            crops=self._crops(curves.history),
         )
+
+    def _crops(self, history: Sequence[Row]) -> Entries:
+        """The encoder of the last look beside what it began as and beside pixels: top-1 with its 95 % interval."""
+        told, looks = dict(self.entries.get("crops") or {}), [row for row in history if "crops_top1" in row]
+        if not told or not looks:
+            return told
+        start, count = looks[0] if looks[0]["step"] == 0 else {}, told["images"]
+        shares = {ENCODER: looks[-1]["crops_top1"], "pixels": start.get("crops_pixels"), "pca": start.get("crops_pca")}
+        shares[AS_IT_CAME if self.entries.get("init") else "random_init"] = start.get("crops_top1")
+        found = {
+            name: [share, *wilson(round(share * count), count)] for name, share in shares.items() if share is not None
+        }
+        return told | {"top1": found}
 
     def peak(self) -> None:
         """The most memory that all processes together have held; all of them must call it."""

@@ -17,7 +17,7 @@ class Settings:
 
     Args:
         runs: one or more run folders.
-        out: the HTML file to write; one run without it writes RUN/report.html, several need it.
+        out: the HTML file to write; without it RUN/report.html of one run, compare.html of several.
     """
 
     runs: list[str]
@@ -36,18 +36,17 @@ def report(settings: Settings) -> Entries:
         its state alone and as a line, and how the scores compare in words, empty without any.
 
     Raises:
-        UserError: no run, a folder that is no run, or several runs without `out`.
+        UserError: no run, or a folder that is no run; `compare.html` is somebody else's.
     """
     from ssl_kit.report.page import write_report
 
     folders = [settings.runs] if isinstance(settings.runs, str | Path) else list(settings.runs)
     if not folders:
         raise UserError("got no run folder: give one or more, as in `ssl-kit report runs/NAME`")
-    if settings.out is None and len(folders) > 1:
-        raise UserError(f"got {len(folders)} run folders and no --out: say where to write, as in --out compare.html")
     if settings.out is not None and Path(settings.out).is_dir():
         raise UserError(f"--out {settings.out} is a folder: give the name of the HTML file")
-    target = Path(settings.out) if settings.out is not None else Path(folders[0]) / "report.html"
+    usual = Path(folders[0]) / "report.html" if len(folders) == 1 else Path("compare.html")
+    target = usual if settings.out is None else Path(settings.out)
     written = write_report(folders, target)
     for run in written["runs"]:
         result(f"{run['name']}: {run['verdict']}")

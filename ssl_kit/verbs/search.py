@@ -5,21 +5,25 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from ssl_kit.core.console import next_command, progress, say, table, warn
+from ssl_kit.core.console import next_command, progress, say, spoken, table, warn
 from ssl_kit.core.errors import UserError
+from ssl_kit.core.files import MANIFEST, read_manifest
+from ssl_kit.core.owned import RUN
 from ssl_kit.core.reading import Function
-from ssl_kit.core.sealed import Entries
+from ssl_kit.core.sealed import Entries, read_object
 from ssl_kit.core.settings import typed, verb
 from ssl_kit.data.listing import escape_path, folder_of_images, unescape
 from ssl_kit.embeddings.search import BATCH, Index, Neighbour, has_index, picture
 from ssl_kit.embeddings.signing import find_key
+from ssl_kit.verbs.embed import embed
 from ssl_kit.verbs.index import make_index
+from ssl_kit.verbs.recipes import read_recipe
 
 _THUMBNAIL = (160, 160)  # pixels
 _SHOWN = 20  # queries printed as tables
@@ -42,7 +46,8 @@ class Settings:
     """What to look for, and where.
 
     Args:
-        emb: embeddings folder; where it has no index yet, one is made first if it can be, as `ssl-kit index` does.
+        emb: embeddings folder, or a run: its images are embedded first, to RUN/embeddings, unless they are already.
+            Where there is no index yet, one is made if it can be, as `ssl-kit index` does.
         images: image files, folders of them, or ids of the embeddings folder itself (as a search prints them).
         k: images to find for each; at most as many as there are. An image named by its id does not find itself.
         html: file to write the answer to as pictures.
@@ -74,6 +79,8 @@ def search(settings: Settings) -> Entries:
         raise UserError(f"-k {settings.k}: wanted at least 1")
     if not names:
         raise UserError("no image was given: name one or more image files after the embeddings folder")
+    if (Path(settings.emb) / RUN).is_file():
+        settings = replace(settings, emb=_embeddings_of(Path(settings.emb), settings.reader))
     _make_missing_index(Path(settings.emb))
     index = Index.load(settings.emb, encoder=settings.encoder, trust_index=settings.trust_index)
     asked = _queries(names)
@@ -107,6 +114,21 @@ def _queries(names: Sequence[str]) -> list[Query]:
         else:
             queries.append(Query(name, None, True))
     return queries
+
+
+def _embeddings_of(run: Path, reader: Function | None) -> str:
+    """RUN/embeddings, of the run's images by its encoder: made anew where that has been trained on since."""
+    folder = run / "embeddings"
+    there = (folder / MANIFEST).is_file()
+    if there and read_manifest(folder, verify=False)["encoder_sha256"] == read_object(run / RUN).get("encoder_sha256"):
+        return str(folder)
+    recipe = read_recipe(str(run / "recipe.yaml")) if (run / "recipe.yaml").is_file() else {}
+    if "data" not in recipe:  # arrays: there is nothing to embed, which is said where embeddings are opened
+        return str(run)
+    say(f"{run}: its images are embedded first, to {folder}")
+    with spoken(True):  # without the hint at a search
+        embed(str(run), recipe["data"], out=str(folder), limit=recipe.get("limit"), reader=reader, overwrite=there)
+    return str(folder)
 
 
 def _make_missing_index(folder: Path) -> None:

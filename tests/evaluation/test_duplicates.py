@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from ssl_kit.embeddings.exact import search
+from ssl_kit.evaluation.alignment import thumbnail
 from ssl_kit.evaluation.duplicates import (
     EDITS,
     Around,
@@ -14,6 +15,7 @@ from ssl_kit.evaluation.duplicates import (
     groups,
     isolation,
     limits,
+    near_duplicates,
     pairs_above,
     reach,
 )
@@ -69,6 +71,21 @@ def around(points, count=32):
     """(N, K) squared distances and rows of each point's neighbours; NaN for itself."""
     far, rows = search(points, points, count + 1, metric="l2")
     return np.where(rows == np.arange(len(rows))[:, None], np.nan, far), rows
+
+
+def test_a_quick_look_finds_copies_and_nothing_among_pictures_of_one_kind():
+    """Of 20 pictures there is a JPEG and a brighter copy."""
+    photographs = [photograph(number) for number in range(200)]
+    made = [edits(photographs[number], number)[name] for number in range(20) for name in ("jpeg", "brightness")]
+    pictures = np.stack([thumbnail(image) for image in (*photographs, *made)])
+    assert not len(near_duplicates(pictures[:200]))
+    pairs = near_duplicates(pictures)
+    assert [group.tolist() for group in groups(pairs, 240)] == [
+        [number, 200 + 2 * number, 201 + 2 * number] for number in range(20)
+    ]
+    for few in (1, 2, 3):  # too few to have others to compare with
+        assert not len(near_duplicates(pictures[:few]))
+    assert near_duplicates(pictures[[0, 0, 1]]).tolist() == [[0, 1]]
 
 
 def test_copies_reach_as_far_as_the_gap_behind_them():

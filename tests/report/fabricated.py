@@ -137,11 +137,11 @@ def write_details(run: Path, classes: tuple[str, ...], images: np.ndarray) -> No
 
 
 def write_run(run: Path, classes: tuple[str, ...] = ("cat", "dog"), info: dict | None = None) -> Path:
-    """A run folder with every file the report knows."""
+    """A run folder with every file the report knows; without classes, those that need no label."""
     rng = np.random.default_rng(0)
     (run / "pictures").mkdir(parents=True)
     images = rng.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
-    labels = np.arange(40) % len(classes)
+    labels = np.arange(40) % len(classes) if classes else np.full(40, -1)
     views = [rng.random((4, 3, 8, 8)) for _ in range(2)]
     draw_views(run / "pictures" / "views.png", list(images[:4]), views)
     found = {key: rng.integers(0, 40, (12, 5)) for key in ("pixels", "encoder")}
@@ -156,6 +156,7 @@ def write_run(run: Path, classes: tuple[str, ...] = ("cat", "dog"), info: dict |
     (run / "run.json").write_text(json.dumps(told | (info or {})))
     (run / "recipe.yaml").write_text("seed: 0\nepochs: 2\n")
     (run / "skipped.csv").write_text("path,reason\nbroken.jpg,0 bytes\n")
-    write_results(run, [*scores(), *more_scores()])
-    write_details(run, classes, images)
+    if classes:
+        write_results(run, [*scores(), *more_scores()])
+        write_details(run, classes, images)
     return run

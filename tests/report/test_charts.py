@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import re
+from itertools import combinations
+from pathlib import Path
+
 import numpy as np
 import pytest
 from bokeh.models.annotations import Span
 from fabricated import record
 
+from ssl_kit.report import head
 from ssl_kit.report.charts import (
     MARKERS,
     NUM_COLOURS,
@@ -16,6 +21,7 @@ from ssl_kit.report.charts import (
     moving_average,
     roc_chart,
     shape_of,
+    single_values,
 )
 from ssl_kit.report.read import Roc, RocLine, Run
 
@@ -70,7 +76,8 @@ def test_the_chance_level_is_drawn_and_in_sight(tmp_path):
 def test_empty_cells_are_left_out_and_empty_columns_have_no_chart(tmp_path):
     run = run_of(tmp_path, step=[1, 2, 3], effective_rank=[10, np.nan, 30], knn_top1=[np.nan] * 3)
     (chart,) = curve_charts([run])
-    assert chart.title == "Effective rank" and chart.caption.startswith("10 at first, 30 at last.")
+    assert chart.title == "Effective rank while training"
+    assert chart.caption.startswith("10.0 at first, 30.0 at last.")
     assert chart.model.renderers[0].data_source.data["x"].tolist() == [1, 3]
 
 
@@ -82,8 +89,48 @@ def test_only_noise_is_smoothed(tmp_path):
     }  # fmt: skip
 
 
-def test_colour_and_shape_together_tell_40_classes_apart():
-    assert len({(label % NUM_COLOURS, shape_of(label)) for label in range(40)}) == 40 == NUM_COLOURS * len(MARKERS)
+def test_colour_and_shape_together_tell_50_classes_apart():
+    assert len({(label % NUM_COLOURS, shape_of(label)) for label in range(50)}) == 50 == NUM_COLOURS * len(MARKERS)
+
+
+def lab(colour: str) -> tuple[np.ndarray, float]:
+    """CIELAB of `#rrggbb`, and its luminance as WCAG 2.2 has it."""
+    parts = np.array([int(colour[place : place + 2], 16) for place in (1, 3, 5)]) / 255
+    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    x, y, z = np.cbrt(to_xyz @ linear / [0.95047, 1, 1.08883])
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)]), float(to_xyz[1] @ linear)
+
+
+def test_ten_classes_have_ten_colours_that_are_told_apart_in_both_themes():
+    css = (Path(head.__file__).parent / "style.css").read_text(encoding="utf-8")
+    found = dict(re.findall(r"--(c\d|bg): light-dark\(([^)]+)\)", css))
+    for theme in (0, 1):
+        of = {name: lab(colours.split(", ")[theme]) for name, colours in found.items()}
+        page = of.pop("bg")[1]
+        assert len(of) == NUM_COLOURS == 10
+        assert min(np.linalg.norm(one - two) for (one, _), (two, _) in combinations(of.values(), 2)) > 25
+        for _, luminance in of.values():
+            darker, lighter = sorted((page, luminance))
+            assert (lighter + 0.05) / (darker + 0.05) > 3
+
+
+def test_near_1_a_curve_is_spaced_by_its_odds_and_tells_its_values(tmp_path):
+    (chart,) = curve_charts([run_of(tmp_path, step=[1, 2, 3], knn_top1=[0.3, 0.991, 0.996])])
+    data = chart.model.renderers[0].data_source.data
+    assert data["value"].tolist() == [0.3, 0.991, 0.996]
+    height = (data["y"] - data["y"].min()) / np.ptp(data["y"])
+    assert height[2] - height[1] > 0.1  # on an even axis they are 0.007 apart
+    assert "0.99" in chart.model.yaxis[0].major_label_overrides.values()
+    assert chart.caption.startswith("0.300 at first, 0.996 at last.")
+    (even,) = curve_charts([run_of(tmp_path, step=[1, 2], knn_top1=[0.3, 0.6])])
+    assert even.model.renderers[0].data_source.data["y"].tolist() == [0.3, 0.6]
+
+
+def test_a_curve_of_one_point_is_a_value(tmp_path):
+    run = run_of(tmp_path, step=[1, 2], loss=[5, 4], knn_top1=[np.nan, 0.25])
+    assert [chart.title for chart in curve_charts([run])] == ["Loss"]
+    assert single_values([run]) == [("kNN top-1 while training", "0.250")]
 
 
 def test_the_map_shows_unlabelled_images_too():

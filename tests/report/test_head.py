@@ -21,7 +21,7 @@ def test_the_head_is_what_run_json_says_with_the_scores_as_facts_beside_it(tmp_p
     head = verdict(run_of(tmp_path, scores(), verdict=LEARNING))
     assert (head.state, head.word, head.lamp, head.reason) == ("learning", "Learning", "learning", LEARNING["reason"])
     assert head.line == "learning - kNN 0.7 against 0.2 at the start"
-    expected = "kNN 0.71 [0.70, 0.72], 0.33 above raw pixels and 0.35 above the same network untrained."
+    expected = "kNN 0.710 [0.700, 0.720], 0.330 above raw pixels and 0.350 above the same network untrained."
     assert head.scores == expected
     assert [row.is_encoder for row in head.rows] == [True, False, False]
 
@@ -40,7 +40,7 @@ def test_every_verdict_that_training_gives_has_a_lamp(tmp_path):
 
 @pytest.mark.parametrize(
     ("encoder", "place"),
-    [(0.401, "0.02 above raw pixels"), (0.399, "level with raw pixels"), (0.359, "0.02 below raw pixels")],
+    [(0.401, "0.021 above raw pixels"), (0.399, "level with raw pixels"), (0.359, "0.021 below raw pixels")],
 )
 def test_a_distance_is_told_where_the_intervals_do_not_touch(tmp_path, encoder, place):
     # half widths are 0.01 and pixels have 0.38
@@ -49,7 +49,11 @@ def test_a_distance_is_told_where_the_intervals_do_not_touch(tmp_path, encoder, 
 
 def test_a_paired_interval_decides_where_there_is_one(tmp_path):
     # separate intervals touch, but on the same images the encoder is better (or worse) by more than chance
-    for low, high, place in ((0.001, 0.019, "0.01 above"), (-0.001, 0.02, "level with"), (-0.02, -0.001, "0.01 below")):
+    for low, high, place in (
+        (0.001, 0.019, "0.010 above"),
+        (-0.001, 0.02, "level with"),
+        (-0.02, -0.001, "0.010 below"),
+    ):
         results = scores(0.37 if high < 0 else 0.39)
         results[0]["metrics"] |= {"above_pixels": 0.01, "above_pixels_low": low, "above_pixels_high": high}
         assert f", {place} raw pixels" in verdict(run_of(tmp_path, results)).scores
@@ -62,7 +66,7 @@ def test_a_better_pretrained_model_is_a_fact_like_the_others(tmp_path):
         results[0]["metrics"] |= {name: gap, f"{name}_low": gap - 0.01, f"{name}_high": gap + 0.01}
     run = run_of(tmp_path, results)
     head = verdict(run)
-    assert head.scores.endswith("same network untrained and 0.19 below pretrained resnet18.")
+    assert head.scores.endswith("same network untrained and 0.190 below pretrained resnet18.")
     assert [row.name for row in head.rows][:2] == ["this encoder", "pretrained resnet18"]
     (table,) = score_tables([run])
     assert table.metrics == ["Top-1", "Above the best baseline"]
@@ -80,7 +84,7 @@ def test_a_reason_stands_word_for_word_with_a_capital_letter_where_it_needs_one(
 
 def test_scores_without_baselines_claim_nothing(tmp_path):
     head = verdict(run_of(tmp_path, scores()[:1]))
-    assert (head.state, head.scores) == ("unknown", "kNN 0.71 [0.70, 0.72].")
+    assert (head.state, head.scores) == ("unknown", "kNN 0.710 [0.700, 0.720].")
 
 
 @pytest.mark.parametrize(
@@ -107,7 +111,7 @@ def test_knn_does_not_judge_a_masked_autoencoder_and_fine_tuning_goes_first(tmp_
     assert head.scores.endswith("untrained. kNN does not judge MAE: fine-tuning does.")
     tuned = [record("finetune", "encoder", 0.9), record("finetune", "random_init", 0.7)]
     head = verdict(run_of(tmp_path, scores(0.1) + tuned, **told))
-    assert head.scores == "Fine-tuning 0.90 [0.89, 0.91], 0.20 above the same network untrained."
+    assert head.scores == "Fine-tuning 0.900 [0.890, 0.910], 0.200 above the same network untrained."
 
 
 @pytest.mark.parametrize("told", [None, [], "finetune", ["unheard of"], {"finetune": 1}])
@@ -126,7 +130,13 @@ def test_the_chosen_row_is_quoted_whatever_the_order(tmp_path):
     [
         ({"status": "interrupted"}, [], "ssl-kit pretrain DATA --run 'my run' --resume"),
         ({"status": "finished"}, [], "ssl-kit evaluate 'my run' LABELLED"),
-        ({"status": "finished"}, scores(), "ssl-kit embed 'my run' DATA --out EMB"),
+        ({"status": "finished"}, scores(), "ssl-kit search 'my run' IMAGE.jpg --html neighbours.html"),
+        ({"data": {"root": "a b", "classes": 3}}, [], "ssl-kit evaluate 'my run' 'a b'"),
+        (
+            {"data": {"classes": 0, "image": "a b/1.jpg"}},
+            [],
+            "ssl-kit search 'my run' 'a b/1.jpg' --html neighbours.html",
+        ),
         ({"verdict": {"state": "collapsed"}}, [], "ssl-kit views DATA -c 'my run'/recipe.yaml --out views.png"),
     ],
 )

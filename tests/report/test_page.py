@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from fabricated import HOSTILE, Page, record, scores, write_results
 from ssl_kit.core.errors import UserError
 from ssl_kit.methods.method import Method
 from ssl_kit.report.page import confusion_grid, write_report
-from ssl_kit.report.pictures import draw_grid
+from ssl_kit.report.pictures import draw_duplicates, draw_grid, draw_wrong
 from ssl_kit.report.read import Confusion, read_run
 from ssl_kit.verbs.report import report
 
@@ -35,7 +36,7 @@ def test_a_full_run_has_every_section_in_order_and_none_is_empty(make_run):
                   "Recall of each class", "ROC", "Most confidently wrong", "Attention of the class token",
                   "Typical images", "Duplicates and outliers", "Views"):  # fmt: skip
         assert words in page.words, words
-    assert "kNN 0.71 [0.70, 0.72], 0.33 above raw pixels, 0.35 above the same network untrained and " in page.words
+    assert "kNN 0.710 [0.700, 0.720], 0.330 above raw pixels, 0.350 above the same network untrained and " in page.words
     assert len(page.html) < 3_000_000  # bokeh's core is 1.3 MB of it
 
 
@@ -44,7 +45,7 @@ def test_charts_have_a_place_a_title_and_words(make_run):
     charts = [one for one in page.all("figure") if "aria-describedby" in one]
     assert len(charts) == CHARTS
     assert all({one["aria-labelledby"], one["aria-describedby"]} <= page.ids for one in charts)
-    assert "4.99 at first, 4 at last" in page.words
+    assert "4.990 at first, 4.000 at last" in page.words
     assert len([one for one in page.all("div") if "data-root-id" in one]) == CHARTS + 1  # and the map
 
 
@@ -158,10 +159,81 @@ def test_several_runs_share_charts_and_tables(make_run, tmp_path):
     assert "2 runs side by side" in page.words
     assert all(row in page.words for row in ("good: encoder", "flat: encoder", "raw pixels", "same network, untrained"))
     assert page.words.count("raw pixels 3,072 dimensions") == 1  # the same baseline stands there once
-    assert "good 4.99 at first, 4 at last; flat 4.99 at first, 4 at last" in page.words
+    assert "good 4.990 at first, 4.000 at last; flat 4.990 at first, 4.000 at last" in page.words
     assert {"neighbours", "map"} & page.ids == set()
     assert {one["href"].removeprefix("#") for one in page.all("a")} <= page.ids
     assert not (first / "report.html").exists()
+
+
+CROPS = {
+    "images": 512,
+    "of": "held-out images",
+    "top1": {"encoder": [0.34, 0.3, 0.38], "random_init": [0.1, 0.07, 0.13]},
+}
+
+
+def without_labels(make_run, name="run", **info):
+    """A run as pretraining without labels leaves it."""
+    data = {"root": "/data/my pets", "images": 500, "classes": 0, "image": "/data/my pets/1.jpg"}
+    run = make_run(name, classes=(), info={"data": data, "crops": CROPS} | info)
+    draw_duplicates(run / "pictures", [], [("c.jpg", 0.7)], lambda name: np.zeros((8, 8, 3), np.uint8), num_images=500,
+                    num_groups=0, superfluous=0)  # fmt: skip
+    return run
+
+
+def test_without_labels_nothing_is_empty_and_nothing_asks_for_labels(make_run):
+    page = page_of(without_labels(make_run))
+    assert [one["id"] for one in page.all("section")] == [name for name in SECTIONS if name != "looks"]
+    assert {one["href"].removeprefix("#") for one in page.all("a")} <= page.ids
+    assert " yet" not in page.words  # as boxes say in which something is missing
+    assert "LABELLED" not in page.html and "ssl-kit evaluate" not in page.html and "No score" not in page.words
+    assert "Near-duplicates: none found. No two of 500 images show the same picture." in page.words
+    assert "Crop to crop, on 512 held-out images" in page.words and "0.340 [0.300, 0.380]" in page.words
+    assert (
+        "Crop to crop, top-1, on 512 held-out images, from 0 to 0.4, with 95 % intervals" in page.words
+    )  # in the head
+    assert "ssl-kit search" in page.words and "'/data/my pets/1.jpg' --html neighbours.html" in page.words
+
+
+def test_runs_without_labels_stand_side_by_side_in_one_table(make_run, tmp_path):
+    better = {**CROPS, "top1": {**CROPS["top1"], "encoder": [0.5, 0.45, 0.55]}}
+    runs = without_labels(make_run, "one"), without_labels(make_run, "other", crops=better)
+    page = page_of(*runs, out=tmp_path / "both.html")
+    (table,) = [part for part in page.html.split('<div class="card">') if "Crop to crop, on 512" in part]
+    rows = re.findall(r'<th scope="row">([^<]*)', table.split("</table>")[0])
+    assert rows == ["other: encoder", "one: encoder", "same network, untrained"]
+
+
+@pytest.mark.parametrize(("status", "again"), [("starting", True), ("running", True), ("finished", False),
+                                               ("interrupted", False), ("failed", False)])  # fmt: skip
+def test_a_page_looks_again_while_its_run_goes_on(make_run, status, again):
+    (body,) = page_of(make_run(info={"status": status})).all("body")
+    assert (body.get("data-reload") == "15") == again == bool(body)
+
+
+def test_what_was_measured_once_is_no_curve_but_a_value(make_run):
+    run = make_run()
+    (run / "metrics.csv").write_text("step,epoch,loss,effective_rank\n1,0.1,4.5,\n2,0.2,4.25,12.34\n")
+    page = page_of(run)
+    assert "title-curve-loss" in page.ids and "title-curve-effective_rank" not in page.ids
+    assert "Effective rank while training 12.3 measured once so far" in page.words
+
+
+def test_a_probe_without_mistakes_says_none_found(make_run):
+    run = make_run()
+    draw_wrong(run / "pictures", [], *np.zeros((3, 0), int), np.zeros(0), ("cat", "dog"))
+    assert "None found: the probe is right about every test image." in page_of(run).words
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("cat", "cat"), ("a very long name", "a very long name"), ("Pembroke Welsh corgi", "Pembroke Welsh…"),
+     ("n02113023_Pembroke_corgi", "n02113023…"), ("incomprehensibilities", "incomprehensibilities")],
+)  # fmt: skip
+def test_names_are_shortened_at_the_ends_of_words(make_run, name, shown):
+    page = page_of(make_run(classes=(name, "dog")))
+    matrix = page.html.split('class="matrix')[1].split("</table>")[0]
+    assert re.findall(r'<th scope="(?:row|col)" title="([^"]*)">(?:<span>)?([^<]*)', matrix)[0] == (name, shown)
 
 
 def test_every_image_says_what_it_shows_and_headings_go_down_by_one(make_run):
@@ -198,7 +270,7 @@ def test_the_verb_writes_beside_the_run_and_returns_the_record(make_run, capsys)
     run = make_run()
     told = report([str(run)])
     assert told["report"] == str(run / "report.html") and told["bytes"] == (run / "report.html").stat().st_size
-    facts = "kNN 0.71 [0.70, 0.72], 0.33 above raw pixels, 0.35 above the same network untrained and "
+    facts = "kNN 0.710 [0.700, 0.720], 0.330 above raw pixels, 0.350 above the same network untrained and "
     (one,) = told["runs"]
     assert one["scores"].startswith(facts)
     assert one == {"name": "run", "state": "learning", "verdict": "learning - rank 50", "scores": one["scores"]}
@@ -207,12 +279,21 @@ def test_the_verb_writes_beside_the_run_and_returns_the_record(make_run, capsys)
     assert said[:2] == ["run: learning - rank 50", f"run: {one['scores']}"] and said[-1].startswith("next: ")
 
 
+def test_the_verb_writes_several_runs_where_it_stands_but_not_over_a_page_of_others(make_run, tmp_path, monkeypatch):
+    runs = [str(make_run(name)) for name in ("one", "other")]
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert report(runs)["report"] == "compare.html" and "2 runs side by side" in Path("compare.html").read_text()
+    Path("compare.html").write_text("mine")
+    with pytest.raises(UserError, match="was not made by ssl_kit"):
+        report(runs)
+
+
 def test_the_verb_says_what_is_wrong(make_run, tmp_path):
     run = str(make_run())
     (tmp_path / "empty").mkdir()
     for runs, out, words in [
         ([], None, "give one or more"),
-        ([run, run], None, "no --out"),
         ([str(tmp_path / "nowhere")], None, "is not a folder"),
         ([str(tmp_path / "empty")], None, "holds no run"),
         ([run], str(tmp_path), "is a folder"),

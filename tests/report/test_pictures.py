@@ -90,7 +90,7 @@ def test_neighbours_store_each_image_once_and_refer_to_it(tmp_path):
     assert all(np.array_equal(back[told["found"][name]], found[name]) for name in found)
     assert told["labels"] == labels[back].tolist()
     with Image.open(io.BytesIO(base64.b64decode(told["images"][1]))) as picture:
-        assert picture.size == (32, 64)
+        assert picture.size == (50, 100)
         assert abs(np.asarray(picture.convert("RGB")).astype(int) - 7).max() <= 3
 
 

@@ -4,6 +4,7 @@ import pytest
 from fabricated import more_scores, record, scores
 
 from ssl_kit.report.read import Run
+from ssl_kit.report.scale import Scale
 from ssl_kit.report.tables import (
     Score,
     axis_of,
@@ -120,9 +121,45 @@ def test_a_table_puts_the_encoder_first_then_the_best_and_folds_other_settings(t
     results = [*reversed(scores()), record("knn", "encoder", 0.6, k=200, temperature=0.07, chosen=False, dim=64)]
     (table,) = score_tables([run_of(tmp_path, results)])
     assert [row.name for row in table.rows] == ["this encoder", "raw pixels", "same network, untrained"]
-    assert table.setting.startswith("k and temperature chosen") and table.axis == (0.3, 0.8)
+    assert table.setting.startswith("k and temperature chosen") and table.axis == Scale(0.3, 0.8)
     (folded,) = table.others
     assert folded.summary == "k = 200, temperature = 0.07: encoder 0.600 [0.590, 0.610]"
+
+
+@pytest.mark.parametrize(
+    ("values", "low", "high", "odds"),
+    [([0.32, 0.71], 0.3, 0.8, False), ([0.3, 0.991, 0.996], 0.25, 0.998, True), ([0.95, 1.0], 0.95, 0.9999, True),
+     ([-0.1, 0.95], -0.1, 1.0, False), ([0.5, 0.5], 0.5, 0.6, False), ([1.0], 0.999, 0.9999, True),
+     ([10.0, 57.7], 10.0, 57.7, False)],
+)  # fmt: skip
+def test_a_scale_holds_its_values_and_is_of_odds_near_1(values, low, high, odds):
+    scale = Scale.of(values)
+    assert (scale.low, scale.high, scale.odds) == (pytest.approx(low), pytest.approx(high, abs=0.1), odds)
+    assert {scale.percent(scale.low), scale.percent(scale.high)} == {"0.00%", "100.00%"}
+    assert {scale.low, scale.high} <= set(scale.ticks) and len(scale.ticks) <= 5
+    assert all(0 <= float(scale.percent(one)[:-1]) <= 100 for one in values)
+
+
+def test_near_1_half_as_many_mistakes_are_seen_beside_a_baseline_far_below():
+    scale = Scale.of([0.3, 0.991, 0.996])
+    assert float(scale.percent(0.996)[:-1]) - float(scale.percent(0.991)[:-1]) > 10
+    assert Scale.of([]) is None
+
+
+CROPS = {"images": 512, "of": "held-out images", "top1": {"encoder": [0.34, 0.3, 0.38], "pixels": [0.1, 0.07, 0.13]}}
+
+
+def test_what_needs_no_label_is_a_table_too_and_damage_costs_it_alone(tmp_path):
+    run = run_of(tmp_path, [])
+    run.info["crops"] = CROPS
+    (table,) = score_tables([run])
+    assert table.title == "Crop to crop, on 512 held-out images" and [row.name for row in table.rows] == [
+        "this encoder", "raw pixels",
+    ]  # fmt: skip
+    assert table.rows[0].scores[0].interval == "[0.300, 0.380]"
+    for odd in ("x", {}, {"top1": 3}, {"top1": {}}, {"images": "x", "top1": {}}, {"top1": {"encoder": 3, "pca": None}}):
+        run.info["crops"] = odd
+        assert score_tables([run]) == []
 
 
 def test_a_later_record_replaces_an_earlier_one(tmp_path):

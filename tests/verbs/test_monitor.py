@@ -21,7 +21,7 @@ from ssl_kit.methods.vae import VAE
 from ssl_kit.training.distributed import joined, rank
 from ssl_kit.training.optim import Optim
 from ssl_kit.training.verdict import BELOW
-from ssl_kit.verbs.monitor import Measure, hold_out, judge_of
+from ssl_kit.verbs.monitor import Crops, Measure, hold_out, judge_of
 from ssl_kit.views.recipe import plain
 
 SIZE = (16, 16)
@@ -98,10 +98,34 @@ def test_crops_are_the_left_and_the_right_of_an_image(images):
 def test_pixels_are_measured_once_and_the_encoder_at_each_look(images):
     measure = Measure(*hold_out(open_source(images)), plain(SIZE))
     first, later = measure(Bare()), measure(Bare(step=1))
-    beside = {"knn_pixels", "knn_pca", "crops_pixels"}
+    beside = {"knn_pixels", "knn_pca", "crops_pixels", "crops_pca"}
     assert first.keys() - later.keys() == beside and {"knn_top1", "crops_top1"} <= later.keys()
     assert {name: first[name] for name in later} == later  # the encoder is the same
     assert all(isinstance(value, float) for value in first.values())
+
+
+def test_of_many_images_without_labels_some_are_held_out_and_their_crops_are_compared():
+    rng = np.random.default_rng(0)
+    many = rng.integers(0, 256, (10_240, 8, 8, 3), dtype=np.uint8)
+    training, gallery, held = hold_out(source := open_source(many))
+    assert (len(training), gallery, len(held)) == (9_728, None, 512)
+    assert set(training.ids()) | set(held.ids()) == set(source.ids()) and not set(training.ids()) & set(held.ids())
+    measure = Measure(training, gallery, held, plain((8, 8)))
+    assert measure.crops_of == "held-out images" and (measure.cropped, measure.held_out) == (512, 0)
+    assert measure.scores[0].share.source.ids() == held.ids()
+    assert hold_out(few := open_source(many[:10_239])) == (few, None, None)
+    assert Measure(few, None, None, plain((8, 8))).crops_of == "training images"
+
+
+def test_pca_of_crops_at_all_dimensions_is_the_pixels_themselves():
+    """A rotation changes no cosine; of few dimensions it is another score."""
+    rng = np.random.default_rng(0)
+    sides = rng.normal(size=(200, 1, 12)) + rng.normal(size=(200, 2, 12))
+    sides -= sides.mean(axis=0)
+    crops = Crops(open_source(np.zeros((2, 8, 8, 3), np.uint8)))
+    found = crops.of_pixels([sides.reshape(200, 24).astype(np.float32)], 12)
+    assert 0.1 < found["crops_pca"] == found["crops_pixels"]
+    assert crops.of_pixels([sides.reshape(200, 24).astype(np.float32)], 2)["crops_pca"] < found["crops_pca"]
 
 
 def test_images_that_are_all_alike_have_scores_of_nothing(images):

@@ -5,6 +5,7 @@ import gc
 import itertools
 import json
 import os
+import shlex
 import shutil
 import weakref
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from ssl_kit.core.machine import Choice
 from ssl_kit.data.opening import open_source
 from ssl_kit.encoders import Encoder, encoder
 from ssl_kit.encoders.encoder import choose_architecture
+from ssl_kit.report.read import read_run
 from ssl_kit.training import curves, optim
 from ssl_kit.verbs import defaults, monitor
 from ssl_kit.verbs.defaults import fit_to_data, view_size
@@ -290,6 +292,48 @@ def test_growing_views_train_and_are_refused_where_they_cannot(labelled_folder, 
     options = [*TINY, *vit, "--image-size", "16", "--grow", "{0: 8}"]
     assert cli.main(["pretrain", str(labelled_folder), "--run", str(tmp_path / "vit"), *options]) == 2
     assert "takes images of 16 x 16 only" in capsys.readouterr().err
+
+
+def test_a_user_without_labels_is_shown_what_was_learnt_and_can_search_at_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    photos, rng = tmp_path / "my photos", np.random.default_rng(0)
+    photos.mkdir()
+    for number in range(64):
+        image = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize((40, 40))
+        image.save(photos / f"{number:02d}.png")
+        if number < 2:
+            image.save(photos / f"copy {number}.jpg", quality=80)
+    options = ("--image-size", "16", "--overwrite")
+    for _ in range(2):  # what the first leaves is replaced
+        pretrain("my photos", "my run", *options)
+        said = capsys.readouterr().out.splitlines()
+        run = tmp_path / "my run"
+        record = json.loads((run / "run.json").read_text())
+        assert {name: record["seen"][name] for name in ("images", "of", "near_duplicates")} == {
+            "images": 66, "of": 66, "near_duplicates": 2,
+        }  # fmt: skip
+        assert set(record["crops"]["top1"]) == {"encoder", "random_init", "pixels", "pca"}
+        assert all(low <= value <= high for value, low, high in record["crops"]["top1"].values())
+        found = read_run(run)
+        copies = [sorted(found.duplicates["ids"][place] for place in group) for group in found.duplicates["groups"]]
+        assert sorted(copies) == [
+            ["00.png", "copy 0.jpg"], ["01.png", "copy 1.jpg"],
+        ]  # fmt: skip
+        assert len(found.duplicates["outliers"]) == 12 and len(found.map["x"]) == 66
+        neighbours = found.neighbours
+        for rows in neighbours["found"].values():
+            for query, row in zip(neighbours["queries"], rows, strict=True):
+                assert len(set(row)) == 8 and query not in row  # an image is not its own neighbour
+        page = (run / "report.html").read_text()
+        assert "LABELLED" not in page and "images trained on" in page and "yet." not in page
+        assert said[-2] == f"look: {(run / 'report.html').as_uri()}"
+        words = shlex.split(said[-1].removeprefix("next: "))
+        assert words[:3] == ["ssl-kit", "search", "my run"] and cli.main(words[1:]) == 0  # as it stands
+        capsys.readouterr()
+    before = page
+    assert cli.main(["report", "my run"]) == 0
+    drawn = [html.count("data:image/webp") for html in (before, (run / "report.html").read_text())]
+    assert drawn[0] == drawn[1] > 100  # from what the run holds: nothing is lost
 
 
 @pytest.mark.parametrize(

@@ -247,3 +247,26 @@ def test_what_holds_no_embeddings_is_told_how_to_make_them(ask, indexed, labelle
     with pytest.raises(UserError, match="is no folder: give an embeddings folder"):
         ask(str(tmp_path / "nothing"))
     assert not [*photos.glob(".*")] and not [*run.glob(".*")]
+
+
+def test_a_run_is_embedded_once_and_again_when_its_encoder_is_another(labelled_folder, tmp_path, capsys, monkeypatch):
+    photos, run = tmp_path / "my photos", tmp_path / "my run"
+    shutil.copytree(labelled_folder / "a", photos)
+    sha = Encoder.load(Encoder("resnet18_small", {"channels": [4, 4, 8, 8]}, (16, 16)).save(run / "encoder")).sha256
+    (run / "run.json").write_text(json.dumps({"encoder_sha256": sha}))
+    (run / "recipe.yaml").write_text(f"data: {photos}\nlimit: 30\n")
+    made, embedded = module.embed, []
+    monkeypatch.setattr(module, "embed", lambda *given, **named: embedded.append(named) or made(*given, **named))
+    command = ["search", str(run), str(photos / "003.png"), "-k", "3"]
+    for _ in range(2):
+        assert cli.main(command) == 0
+        said = capsys.readouterr().out.splitlines()
+        assert [line for line in said if line.startswith("next:")] == said[-1:]
+        assert said[-1].startswith(f"next: ssl-kit search '{run}/embeddings' IMAGE.jpg")
+    assert len(embedded) == 1 and len(Index.load(run / "embeddings")) == 30
+    torch.manual_seed(1)
+    other = Encoder("resnet18_small", {"channels": [4, 4, 8, 8]}, (16, 16)).save(tmp_path / "other")
+    shutil.copytree(other, run / "encoder", dirs_exist_ok=True)
+    (run / "run.json").write_text(json.dumps({"encoder_sha256": (sha256 := Encoder.load(other).sha256)}))
+    assert cli.main(command) == 0
+    assert len(embedded) == 2 and Index.load(run / "embeddings").info["encoder_sha256"] == sha256

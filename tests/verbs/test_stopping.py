@@ -16,6 +16,7 @@ from ssl_kit.core.errors import UserError
 from ssl_kit.data.module import ImageData
 from ssl_kit.encoders import Encoder
 from ssl_kit.methods.simclr import SimCLR
+from ssl_kit.report.page import write_report
 from ssl_kit.training.checkpoint import Checkpoints
 from ssl_kit.verbs import monitor
 from ssl_kit.verbs import pretrain as verb
@@ -227,8 +228,11 @@ def test_a_run_that_fails_says_so(labelled_folder, tmp_path, monkeypatch):
         raise UserError("got a mistake, wanted none")
 
     monkeypatch.setattr(SimCLR, "loss", fails)
+    monkeypatch.setattr(verb, "write_report", write_report)
     assert pretrain(labelled_folder, tmp_path / "run") == 2
     assert status(tmp_path / "run") == "failed"
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "<span>failed</span>" in page and "<body>" in page  # it looks at the run no more
 
 
 def test_a_run_that_was_killed_as_it_began_is_none(labelled_folder, tmp_path, capsys):
