@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ssl_kit.cli import _verbs
+from ssl_kit.verbs.manual import verbs
 
 RUN = [sys.executable, "-P", "-m", "ssl_kit"]  # -P: not the package that the current folder may hold
 CACHES = Path("/proc/sys/vm/drop_caches")
@@ -82,7 +82,7 @@ def main() -> None:
     arguments = parser.parse_args()
     runs = 3 if arguments.quick else 10
     rows = [row("commands/help", "ssl-kit --help", timed(["--help"], runs))]
-    rows += [row(f"commands/help/{verb}", f"ssl-kit {verb} --help", timed([verb, "--help"], runs)) for verb in _verbs()]
+    rows += [row(f"commands/help/{verb}", f"ssl-kit {verb} --help", timed([verb, "--help"], runs)) for verb in verbs()]
     if arguments.embeddings:
         search = ["search", arguments.embeddings, arguments.image]
         rows.append(row("commands/search", f"ssl-kit search {arguments.embeddings}", timed(search, runs)))

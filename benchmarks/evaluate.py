@@ -37,9 +37,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ssl_kit.core.console import say, table
 from ssl_kit.core.machine import available_cores
+from ssl_kit.core.named import find_encoder
 from ssl_kit.data.opening import open_labelled
 from ssl_kit.embeddings.embeddings import Embeddings, embed
-from ssl_kit.encoders.encoder import Encoder, find_encoder
+from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.evaluation import knn, linear_probe
 from ssl_kit.evaluation.attentive import train_linear
 

@@ -18,12 +18,13 @@ import numpy as np
 import timm
 import torch
 
+from ssl_kit.core.named import find_encoder
 from ssl_kit.data.loader import ViewLoader
 from ssl_kit.data.opening import open_source
 from ssl_kit.data.sources import Source, pixels
 from ssl_kit.embeddings.embeddings import embed
 from ssl_kit.embeddings.exact import normalised, search
-from ssl_kit.encoders.encoder import Encoder, find_encoder
+from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.encoders.exporting import run_onnx
 from ssl_kit.verbs.export import export
 from ssl_kit.views.recipe import plain

@@ -50,9 +50,10 @@ def augmented(encoder: str, data: str, count: int) -> np.ndarray:
     import torch
 
     from ssl_kit.core.console import progress
+    from ssl_kit.core.named import find_encoder
     from ssl_kit.data.loader import ViewLoader
     from ssl_kit.data.opening import open_source
-    from ssl_kit.encoders.encoder import Encoder, find_encoder
+    from ssl_kit.encoders.encoder import Encoder
     from ssl_kit.views.recipe import View
 
     loaded = Encoder.load(find_encoder(encoder))

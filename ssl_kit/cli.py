@@ -9,7 +9,6 @@ interrupted command says what it has kept.
 
 from __future__ import annotations
 
-import ast
 import atexit
 import difflib
 import functools
@@ -19,39 +18,19 @@ import math
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from ssl_kit.core.errors import UserError
+from ssl_kit.core.options import options, underscored
 from ssl_kit.core.process import FULL, imports_set_aside, is_first, lost, prepare, printable, protect, refusal, terminal
 from ssl_kit.core.sealed import Entries, read_object
-from ssl_kit.core.settings import options, parsed
+from ssl_kit.verbs.manual import VERBS, WITH_RECIPE, overview, plain_types, verb_help, verbs
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
-
-_VERBS = Path(__file__).parent / "verbs"
-_COMMON = (
-    ("--json", "print one JSON document on stdout; everything else goes to stderr"),
-    ("--quiet", "print results and warnings only"),
-    ("--help", "this text"),
-    (
-        "--encoder MODULE:FUNCTION",
-        "a network of your own, to train or that a folder names; with --allow MODULE",
-    ),
-    ("--help-all", "every option with its type, those of the method and the trainer included (slow)"),
-)
-_RECIPE = (
-    ("-c RECIPE", "a recipe: YAML file or packaged name; may be repeated, later ones and options win"),
-    ("--allow MODULE", "let the recipe name classes of this module too; may be repeated"),
-)
-_WITH_RECIPE = ("pretrain", "views")  # verbs that take -c
-_ORDER = (
-    *("pretrain", "evaluate", "finetune", "embed", "index", "search", "duplicates", "report", "export", "views"),
-    "doctor",
-)
 
 
 def run() -> NoReturn:
@@ -113,7 +92,7 @@ def _complain(text: str) -> None:
 
 def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(_help())
+        print(overview())
         return 0
     if arguments[0] == "--version":
         from ssl_kit import __version__
@@ -121,16 +100,20 @@ def _run(arguments: list[str]) -> int:
         print(__version__)
         return 0
     verb, rest = arguments[0], arguments[1:]
-    if verb not in _verbs():
-        near = difflib.get_close_matches(verb, _verbs(), n=1)
+    if verb not in verbs():
+        near = difflib.get_close_matches(verb, verbs(), n=1)
         raise UserError(
             f"no command is called {verb!r}; " + (f"did you mean {near[0]!r}? " if near else "") + "see ssl-kit --help"
         )
     if "-h" in rest or "--help" in rest:
-        print(_verb_help(verb))
+        print(verb_help(verb))
         return 0
 
+    from ssl_kit.verbs.early import look
+
     prepare()
+    common, rest = _common(rest)
+    doing = look(verb, rest, _own_recipe(rest) if _resumes(rest) else None) if "--help-all" not in common else ""
     if verb == "pretrain":
         from ssl_kit.core.process import processes_asked
         from ssl_kit.verbs.launching import launch
@@ -138,15 +121,16 @@ def _run(arguments: list[str]) -> int:
         processes = processes_asked(_devices(rest))
         if processes > 1:
             return launch(arguments, processes)
-    from ssl_kit.core.console import configure
+    from ssl_kit.core.console import configure, say
 
-    rest, as_json, quiet, everything = _take_common(rest)
-    silent = not is_first()  # of several processes
-    configure(to_stderr=as_json or silent, quiet=quiet or silent)
+    as_json, silent = "--json" in common, not is_first()  # of several processes
+    configure(to_stderr=as_json or silent, quiet="--quiet" in common or silent, verbose="--verbose" in common)
+    if doing:
+        say(doing)  # before the seconds that the libraries take
     with redirect_stdout(sys.stderr) if as_json else nullcontext():  # whoever prints, libraries included
         with imports_set_aside():
             module = importlib.import_module(f"ssl_kit.verbs.{verb}")
-            values = _parse(verb, module.Settings, rest, everything)
+            values = _parse(verb, module.Settings, rest, "--help-all" in common)
         result = getattr(module, verb)(**values)
     if as_json and not silent:
         # JSON leaves DEL as it is, which a terminal would not show
@@ -174,10 +158,10 @@ def _finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _take_common(rest: list[str]) -> tuple[list[str], bool, bool, bool]:
-    flags = [flag in rest for flag in ("--json", "--quiet", "--help-all")]
-    kept = [argument for argument in rest if argument not in ("--json", "--quiet", "--help-all")]
-    return kept, flags[0], flags[1], flags[2]
+def _common(rest: list[str]) -> tuple[set[str], list[str]]:
+    """What all verbs take, and the rest."""
+    common = {"--json", "--quiet", "--verbose", "--help-all"} & set(rest)
+    return common, [argument for argument in rest if argument not in common]
 
 
 def _parse(verb: str, settings: type, rest: list[str], everything: bool) -> Entries:
@@ -186,7 +170,6 @@ def _parse(verb: str, settings: type, rest: list[str], everything: bool) -> Entr
 
     from ssl_kit.verbs.recipes import (
         allowed_function,
-        brief,
         check_class_paths,
         data_of,
         last_of_each_pair,
@@ -197,16 +180,16 @@ def _parse(verb: str, settings: type, rest: list[str], everything: bool) -> Entr
         without_places,
     )
 
-    rest = _flags([_underscored(argument) for argument in rest], settings)
+    rest = _flags([underscored(argument) for argument in rest], settings)
     rest = _joined(rest, settings)
     rest, allow = _taken(rest, ("--allow",))
     rest, readers = _taken(rest, ("--reader",) if "reader" in settings.__annotations__ else ())
     rest = with_network(*_taken(rest, ("--encoder",)), allow, verb)
     rest, recipes = _taken(rest, ("-c", "--config"))
-    own = _own_recipe(rest) if "--resume=true" in rest else None  # a resumed run needs nothing said again
+    own = _own_recipe(rest) if _resumes(rest) else None  # a resumed run needs nothing said again
     restrict_imports(allow)
     parser = ArgumentParser(prog=f"ssl-kit {verb}", exit_on_error=False, allow_abbrev=False)
-    if verb in _WITH_RECIPE:
+    if verb in WITH_RECIPE:
         parser.add_argument("-c", "--config", action="config")
     read = [*([without_places(read_recipe(own))] if own is not None else []), *map(read_how, recipes)]
     last_of_each_pair(read, rest)
@@ -215,9 +198,9 @@ def _parse(verb: str, settings: type, rest: list[str], everything: bool) -> Entr
     try:
         _add_arguments(parser, verb, settings, method)
     except (ArgumentError, ValueError, TypeError) as error:
-        raise UserError(brief(error)) from error
+        raise UserError(_explained(error, parser, verb)) from error
     if everything:
-        parser.print_help()
+        print(plain_types(parser.format_help()))
         raise SystemExit(0)
     configs, named = [], None
     for recipe in read:
@@ -229,9 +212,9 @@ def _parse(verb: str, settings: type, rest: list[str], everything: bool) -> Entr
     try:
         parsed = parser.parse_args([*configs, *rest])
     except (ArgumentError, ValueError, TypeError) as error:
-        raise UserError(_explained(brief(error), parser)) from error
+        raise UserError(_explained(error, parser, verb)) from error
     check_class_paths(parsed.as_dict(), allow)  # options name classes too
-    values = parser.instantiate(parsed).as_dict() if verb not in _WITH_RECIPE else _instantiated(parser, parsed)
+    values = parser.instantiate(parsed).as_dict() if verb not in WITH_RECIPE else _instantiated(parser, parsed)
     values.pop("config", None)
     if readers:
         values["reader"] = allowed_function(readers[-1], allow, "reader")
@@ -250,8 +233,8 @@ def _method_named(recipes: list[Entries], rest: list[str]) -> str | None:
 
 def _add_arguments(parser: ArgumentParser, verb: str, settings: type, method: str | None) -> None:
     add = functools.partial(parser.add_class_arguments, settings, as_group=False, as_positional=False)
-    if verb not in _WITH_RECIPE:
-        positional = [option for option in options(_VERBS / f"{verb}.py") if option.positional]
+    if verb not in WITH_RECIPE:
+        positional = [option for option in options(VERBS / f"{verb}.py") if option.positional]
         for option in positional:
             count = "+" if option.several else None if option.default is None else "?"
             parser.add_argument(option.name, type=str, nargs=count)
@@ -259,7 +242,7 @@ def _add_arguments(parser: ArgumentParser, verb: str, settings: type, method: st
         return
     from ssl_kit.verbs.defaults import add_recipe_arguments
 
-    several = next(option.several for option in options(_VERBS / f"{verb}.py") if option.name == "data")
+    several = next(option.several for option in options(VERBS / f"{verb}.py") if option.name == "data")
     parser.add_argument("data", nargs="*" if several else "?", default=None, help="folder, manifest or built-in set")
     add(skip={"data", "method", "trainer", "reader"})
     if verb == "pretrain":
@@ -282,14 +265,6 @@ def _instantiated(parser: ArgumentParser, parsed: Namespace) -> Entries:
     return values
 
 
-def _underscored(argument: str) -> str:
-    """`--max-bad 0.1` is `--max_bad 0.1`, and `-k 12` is `--k 12`."""
-    if re.fullmatch(r"-[a-bd-z]", argument):  # `-k 12` is `--k 12`; -c is a recipe
-        return "-" + argument
-    match = re.match(r"--[A-Za-z][\w.-]*", argument)
-    return match.group().replace("-", "_").replace("__", "--", 1) + argument[match.end() :] if match else argument
-
-
 def _flags(rest: list[str], settings: type) -> list[str]:
     """`--resume` alone means `--resume=true`, for options that are yes or no."""
     flags = {f"--{name}" for name, kind in settings.__annotations__.items() if kind == "bool"}
@@ -306,7 +281,7 @@ def _devices(rest: list[str]) -> object:
     from ssl_kit.core.process import most_processes
 
     typed = _taken(rest, ("--trainer.devices",))[1]
-    own = _own_recipe(rest) if any(argument in ("--resume", "--resume=true") for argument in rest) else None
+    own = _own_recipe(rest) if _resumes(rest) else None
     if typed or own is None:
         return [1, *typed][-1]
     begun = read_object(Path(own).parent / RUN).get("world_size")
@@ -320,6 +295,10 @@ def _joined(rest: list[str], settings: type) -> list[str]:
         if len(values) > 1:
             rest = [*kept, f"--{name}={','.join(values)}"]
     return rest
+
+
+def _resumes(rest: list[str]) -> bool:
+    return bool({"--resume", "--resume=true"} & set(rest))
 
 
 def _own_recipe(rest: list[str]) -> str | None:
@@ -343,54 +322,31 @@ def _taken(rest: list[str], names: tuple[str, ...]) -> tuple[list[str], list[str
     return kept, values
 
 
-def _explained(message: str, parser: ArgumentParser) -> str:
-    """Adds the nearest option to a complaint about an unknown one."""
-    unknown = re.search(
-        r"(?:Option|argument[s]?:?|Key) '?(?:--)?([\w.]+)'? is not|[Uu]nrecognized arguments: --([\w.]+)", message
-    )
+def _explained(error: Exception, parser: ArgumentParser, verb: str) -> str:
+    """What the parser complains of, in the words that a complaint has everywhere (`verbs/early.py`)."""
+    from ssl_kit.verbs.early import no_option, no_value
+    from ssl_kit.verbs.recipes import brief
+
+    message = brief(error)
+    if lacking := re.search(r"arguments are required: (\w+)", message):
+        return no_value(verb, lacking[1], {option.name: option for option in options(VERBS / f"{verb}.py")})
+    unknown = re.search(r"(?:Option|Key) '([\w.]+)' is not|[Uu]nrecognized arguments: --([\w.]+)", message)
     if unknown is None:
         return message
-    wrong = next(group for group in unknown.groups() if group)
-    options = [string[2:] for string in parser._option_string_actions if string.startswith("--")]
-    near = difflib.get_close_matches(wrong, options, n=1)
-    return f"{message}; did you mean {near[0]!r}?" if near else f"{message}; see --help-all"
+    inside = re.match(r"--([\w.-]+): ", message)  # "--method: Option 'temprature' is not accepted"
+    name = ".".join([*([inside[1].replace("-", "_")] if inside else []), unknown[1] or unknown[2]])
+    return no_option(name, [*_names(parser)])
 
 
-def _verbs() -> list[str]:
-    """Files of `verbs/` that define a function of their own name, in the order of use."""
-    # not glob, which finds nothing, without a word, where too many files are open
-    files = [_VERBS / name for name in os.listdir(_VERBS) if name.endswith(".py")]
-    found = [path.stem for path in files if f"\ndef {path.stem}(" in path.read_text(encoding="utf-8")]
-    return sorted(found, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name))
+def _names(parser: ArgumentParser) -> Iterator[str]:
+    """Every option, those of the method among them."""
+    from inspect import signature
 
-
-def _help() -> str:
-    lines = ["usage: ssl-kit VERB ...", "", "Self-supervised pretraining for your own images.", ""]
-    for verb in _verbs():
-        lines.append(f"  {verb:<11}{_summary(verb)}")
-    return "\n".join([*lines, "", "ssl-kit VERB --help tells more; ssl-kit --version the version."])
-
-
-def _summary(verb: str) -> str:
-    function = parsed(_VERBS / f"{verb}.py", ast.FunctionDef, verb)
-    return (ast.get_docstring(function) or "").split("\n", 1)[0]
-
-
-def _verb_help(verb: str) -> str:
-    found = options(_VERBS / f"{verb}.py")
-    positional = [option for option in found if option.positional]
-    rows = []
-    for option in found:
-        usual = option.default
-        shown = "" if usual is None or isinstance(usual, ast.Call) else f" [{ast.unparse(usual)}]"
-        if shown in (" [None]", " [()]", " [False]"):
-            shown = ""
-        if not option.positional:
-            rows.append((f"--{option.name.replace('_', '-')}", option.text + shown))
-    rows += [*(_RECIPE if verb in _WITH_RECIPE else ()), *_COMMON]
-    width = max(len(name) for name, _ in rows) + 2
-    names = [option.name.upper() if option.default is None else f"[{option.name.upper()}]" for option in positional]
-    usage = " ".join(["usage: ssl-kit", verb, *names, "[options]"])
-    lines = [usage, "", _summary(verb), ""]
-    lines += [f"  {option.name.upper():<{width}}{option.text}" for option in positional]
-    return "\n".join([*lines, "", *(f"  {name:<{width}}{text}" for name, text in rows)])
+    yield from (string[2:] for string in parser._option_string_actions if string.startswith("--"))
+    usual = parser.get_defaults()
+    if "method" in usual:
+        module, _, name = usual.method.class_path.rpartition(".")
+        for argument in signature(getattr(importlib.import_module(module), name)).parameters.values():
+            yield f"method.{argument.name}"
+            fields = getattr(type(argument.default), "__dataclass_fields__", {})
+            yield from (f"method.{argument.name}.{field}" for field in fields)

@@ -1,8 +1,11 @@
 """The command line: fast help, one line per mistake, what wins over what, nothing imported that was not allowed."""
 
+import contextlib
 import json
 import os
+import re
 import resource
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +13,9 @@ from pathlib import Path
 import pytest
 
 from ssl_kit import cli
+from ssl_kit.core.errors import UserError
+from ssl_kit.core.options import options, underscored
+from ssl_kit.verbs import early, manual
 from ssl_kit.verbs.pretrain import Settings
 
 
@@ -22,9 +28,9 @@ def mistake(capsys, *arguments):
 
 def test_help_of_everything_comes_without_torch():
     code = (
-        "import sys\nfrom ssl_kit.cli import main, _verbs\n"
+        "import sys\nfrom ssl_kit.cli import main\nfrom ssl_kit.verbs.manual import verbs\n"
         "assert main(['--help']) == 0\n"
-        "for verb in _verbs(): assert main([verb, '--help']) == 0\n"
+        "for verb in verbs(): assert main([verb, '--help']) == 0\n"
         "heavy = {'torch', 'numpy', 'rich', 'timm', 'jsonargparse', 'faiss'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
@@ -40,18 +46,49 @@ def test_help_of_everything_comes_without_torch():
         assert word in done.stdout
 
 
-def test_every_option_has_a_help_text():
-    for verb in cli._verbs():
-        for line in cli._verb_help(verb).splitlines()[3:]:
-            assert len(line.split(None, 1)) != 1, f"{verb}: {line} has no text"
+@pytest.mark.parametrize("verb", manual.verbs())
+def test_every_option_has_a_help_text_and_a_heading(verb):
+    found = options(manual.VERBS / f"{verb}.py")
+    assert all(option.text and (option.positional or option.group) for option in found)
+    assert len({option.group for option in found}) <= 6
+    assert len(manual.examples_of(verb)) >= 2
+
+
+@pytest.mark.parametrize("columns", [60, 100])
+@pytest.mark.parametrize("verb", manual.verbs())
+def test_help_fits_the_terminal_and_spells_options_one_way(verb, columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text = manual.verb_help(verb)
+    helped, _, examples = text.partition("\nExamples:\n")
+    assert max(map(len, helped.splitlines())) <= columns and len(examples.splitlines()) >= 2
+    assert not re.search(r"(?<![\w-])--?[a-z][\w.-]*_|typing|Literal|<class|Union|NoneType", text)
+
+
+def test_examples_name_options_that_there_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for verb in manual.verbs():
+        for line in manual.examples_of(verb):
+            assert line.startswith(f"ssl-kit {verb}")
+            with contextlib.suppress(UserError):  # of what is not there
+                early.look(verb, shlex.split(line)[2:])
+            known = {option.name: option for option in options(manual.VERBS / f"{verb}.py")}
+            rest = [word for word in shlex.split(line)[2:] if word not in ("--json", "--quiet")]
+            assert early.taken_apart(verb, rest, known) is not None
+
+
+def test_all_options_are_told_in_the_same_words(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["pretrain", "--help-all"])
+    text = capsys.readouterr().out
+    assert "--views.flip-x" in text and "--trainer.max-steps" in text
+    assert not re.search(r"(?<![\w-])--[a-z][\w.-]*_|typing|Literal|<class|Union|NoneType", text)
 
 
 def test_unknown_words_name_the_nearest(capsys):
     assert "did you mean 'pretrain'" in mistake(capsys, "pretrian", "x")
     assert "no recipe file or packaged recipe" in mistake(capsys, "pretrain", "x", "-c", "nothing")
-    assert "did you mean" in mistake(capsys, "pretrain", "x", "--epoch", "3")
-    assert "temprature" in mistake(capsys, "pretrain", "x", "--method.temprature", "0.3")
-    assert "epochs" in mistake(capsys, "pretrain", "x", "--epochs", "many")
+    assert "did you mean --epochs?" in mistake(capsys, "pretrain", "x", "--epoch", "3")
+    assert "--epochs: wanted a number, got 'many'" in mistake(capsys, "pretrain", "x", "--epochs", "many")
     assert "no DATA was given" in mistake(capsys, "pretrain")
 
 
@@ -119,11 +156,9 @@ def test_json_is_the_only_thing_on_stdout(labelled_folder, tmp_path, capsys):
 
 
 def test_dashes_underscores_and_bare_flags():
-    assert cli._underscored("--max-bad") == "--max_bad"
-    assert cli._underscored("--views.local-size=3-4") == "--views.local_size=3-4"
-    assert (
-        cli._underscored("-k") == "--k" and cli._underscored("my-data") == "my-data" and cli._underscored("-c") == "-c"
-    )
+    assert underscored("--max-bad") == "--max_bad"
+    assert underscored("--views.local-size=3-4") == "--views.local_size=3-4"
+    assert underscored("-k") == "--k" and underscored("my-data") == "my-data" and underscored("-c") == "-c"
 
 
 @pytest.mark.parametrize("options", [["-c", "mae"], ["--method", "ssl_kit.methods.mae.MAE"]])

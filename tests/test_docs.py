@@ -27,9 +27,10 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from stripes import pattern
 
 from ssl_kit import cli
-from ssl_kit.core.settings import options
+from ssl_kit.core.options import options
 from ssl_kit.methods.method import Method
 from ssl_kit.training.optim import Optim
+from ssl_kit.verbs import manual
 from ssl_kit.views.recipe import ViewRecipe
 
 ROOT = Path(__file__).parent.parent
@@ -211,7 +212,7 @@ def test_few_blocks_are_exempt_and_say_why():
 def known_options():
     """Every option of every verb; those of views, methods and the optimiser with their prefix."""
     found = {"--json", "--quiet", "--help", "--help-all", "--allow", "-c", "-k"}
-    for verb in cli._verbs():
+    for verb in manual.verbs():
         found |= {f"--{option.name}" for option in options(ROOT / "ssl_kit" / "verbs" / f"{verb}.py")}
     found |= {f"--views.{field.name}" for field in fields(ViewRecipe)}
     found |= {f"--method.{name}" for kind in methods() for name in signature(kind).parameters}
@@ -232,7 +233,7 @@ def test_options_named_in_a_sentence_exist(page):
             own = name in known or option in known | FOREIGN or name.startswith("--trainer.")
             assert own, f"{page.name}: `{span}` names {option}, which no command takes"
         if span.startswith("ssl-kit ") and not span.startswith(("ssl-kit --", "ssl-kit VERB")):
-            assert span.split()[1] in cli._verbs(), f"{page.name}: `{span}`"
+            assert span.split()[1] in manual.verbs(), f"{page.name}: `{span}`"
 
 
 def test_the_pages_of_figures_are_what_the_records_say(monkeypatch):

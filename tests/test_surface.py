@@ -10,8 +10,8 @@ import inspect
 from pathlib import Path
 
 from benchmarks.house import methods
-from ssl_kit import cli
-from ssl_kit.core.settings import options
+from ssl_kit.core.options import options
+from ssl_kit.verbs import manual
 
 FILE = Path(__file__).parent / "golden" / "surface.txt"
 
@@ -19,7 +19,7 @@ FILE = Path(__file__).parent / "golden" / "surface.txt"
 def surface() -> str:
     """Verbs with their options and defaults, methods with their arguments, and the names of the packages."""
     lines = ["# verbs"]
-    for verb in cli._verbs():
+    for verb in manual.verbs():
         for option in options(Path("ssl_kit/verbs") / f"{verb}.py"):
             name = option.name.upper() if option.positional else f"--{option.name}"
             lines.append(f"{verb} {name}" + ("" if option.default is None else f" = {ast.unparse(option.default)}"))

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from ssl_kit import cli
+from ssl_kit.verbs import manual
 from ssl_kit.verbs.monitor import kept
 
 SMALL = ["--method.encoder.args={channels: [8, 8, 8, 8]}", "--batch_size=16", "--trainer.max_steps=2"]
@@ -48,10 +49,10 @@ def command_lines(place, images, out):
 
 
 def test_every_verb_is_here(place, labelled_folder, tmp_path):
-    assert list(command_lines(place, labelled_folder, tmp_path)) == cli._verbs()
+    assert list(command_lines(place, labelled_folder, tmp_path)) == manual.verbs()
 
 
-@pytest.mark.parametrize("verb", cli._verbs())
+@pytest.mark.parametrize("verb", manual.verbs())
 def test_json_is_one_document_and_quiet_leaves_stderr_empty(verb, place, labelled_folder, tmp_path, capfd):
     words = command_lines(place, labelled_folder, tmp_path)[verb]
     assert cli.main([verb, *words, "--json", "--quiet"]) == 0
@@ -60,7 +61,7 @@ def test_json_is_one_document_and_quiet_leaves_stderr_empty(verb, place, labelle
     assert printed.err == ""
 
 
-@pytest.mark.parametrize("verb", cli._verbs())
+@pytest.mark.parametrize("verb", manual.verbs())
 def test_quiet_prints_the_result_and_no_next_command(verb, place, labelled_folder, tmp_path, capfd):
     words = command_lines(place, labelled_folder, tmp_path)[verb]
     assert cli.main([verb, *words, "--quiet"]) == 0

@@ -27,6 +27,7 @@ from harness import Rows, fork_warmed, tail
 from PIL import Image
 
 from ssl_kit import cli
+from ssl_kit.verbs import manual
 
 TINY = ["--epochs", "1", "--batch-size", "6", "--image-size", "16", "--seed", "3"]
 TINY += ["--method.encoder.name", "resnet18_small", "--method.encoder.args", '{"channels": [4, 4, 4, 4]}']
@@ -189,7 +190,7 @@ def main() -> None:
     parser.add_argument("--only", default="A8", help="for the sake of the others")
     parser.add_argument("--json", type=Path, help="file of the rows; one that is there is gone on with")
     arguments = parser.parse_args()
-    for verb in cli._verbs():  # a child begins with everything imported
+    for verb in manual.verbs():  # a child begins with everything imported
         importlib.import_module(f"ssl_kit.verbs.{verb}")
     rows = Rows(arguments.json.resolve() if arguments.json else None)
     with tempfile.TemporaryDirectory() as place:

@@ -23,8 +23,9 @@ from fuzz import write_quickly
 from safetensors.torch import load_file, save_file
 
 from ssl_kit.core.files import MANIFEST, sha256
+from ssl_kit.core.named import find_encoder
 from ssl_kit.core.sealed import SEAL, read_json
-from ssl_kit.encoders.encoder import CONFIG, RECORD, WEIGHTS, Encoder, find_encoder
+from ssl_kit.encoders.encoder import CONFIG, RECORD, WEIGHTS, Encoder
 from ssl_kit.encoders.pretrained import initialise, load_pretrained
 from ssl_kit.methods.simclr import SimCLR
 from ssl_kit.training.checkpoint import SafeCheckpointIO, newest

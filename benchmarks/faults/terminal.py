@@ -41,6 +41,7 @@ from trainings import SIDE, STEPS, Work, difference, look_often, outcome
 from ssl_kit import cli
 from ssl_kit.core.files import read_json, sha256
 from ssl_kit.verbs import finetune as finetuning
+from ssl_kit.verbs import manual
 
 TRAININGS = ("pretrain", "finetune")
 QUICK = ("pretrain", "embed")
@@ -333,7 +334,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = Rows(arguments.json)
     with tempfile.TemporaryDirectory() as folder:
-        trials = Trials(Path(folder).resolve(), QUICK if arguments.quick else tuple(cli._verbs()))
+        trials = Trials(Path(folder).resolve(), QUICK if arguments.quick else tuple(manual.verbs()))
         todo: dict[str, tuple[str, int, Callable[[int, random.Random], str | None]]] = {
             "K": ("verbs killed once, then ended", 3, trials.killed),
             "T1": ("terminal of a verb closed, then ended", 3, trials.closed),

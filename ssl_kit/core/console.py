@@ -1,6 +1,7 @@
 """One look for all verbs: tables, progress bars and notes, built on rich.
 
-    say      what was found, what was chosen and why           not under --quiet
+    say      what was found, what is going to be done          not under --quiet
+    detail   what was chosen and why                           under --verbose only
     result   what came out, as a line; `table` as a table      under --quiet too
     warn     what must not be missed, on stderr                under --quiet too
     progress a bar on stderr                                   not under --quiet, and on a terminal only
@@ -25,13 +26,13 @@ from rich.text import Text
 
 from ssl_kit.core.process import is_first, printable, terminal
 
-_settings = {"to_stderr": False, "quiet": False, "live": False, "hints": True}
+_settings = {"to_stderr": False, "quiet": False, "live": False, "hints": True, "verbose": False}
 _own: list[str] = []  # options that name the user's own code
 
 
-def configure(*, to_stderr: bool = False, quiet: bool = False) -> None:
-    """Chooses where text for people goes (the command line calls this once, for `--json` and `--quiet`)."""
-    _settings.update(to_stderr=to_stderr, quiet=quiet)
+def configure(*, to_stderr: bool = False, quiet: bool = False, verbose: bool = False) -> None:
+    """Chooses where text for people goes (the command line calls this once, for `--json`, `--quiet`, `--verbose`)."""
+    _settings.update(to_stderr=to_stderr, quiet=quiet, verbose=verbose)
     _own.clear()
 
 
@@ -47,9 +48,15 @@ def spoken(aloud: bool) -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """Prints one line: what was found, what was chosen and why. `[` in the text is literal."""
+    """Prints one line: what was found, what is going to be done. `[` in the text is literal."""
     if not _settings["quiet"]:
         _print(text)
+
+
+def detail(text: str) -> None:
+    """Prints one line that most can do without: what was chosen for them and why."""
+    if _settings["verbose"]:
+        say(text)
 
 
 def result(text: str) -> None:

@@ -6,17 +6,14 @@ and run records are made of it.
 
 from __future__ import annotations
 
-import ast
 import functools
 import inspect
-import re
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from importlib import import_module
-from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from ssl_kit.core.errors import check_numbers
 
@@ -71,49 +68,3 @@ class VerbPackage(ModuleType):
     def __call__(self, *given: Any, **named: Any) -> Any:
         """Calls the verb."""
         return getattr(import_module("ssl_kit.api"), self.__name__.rpartition(".")[2])(*given, **named)
-
-
-class Option(NamedTuple):
-    """A field of a verb's `Settings`; `default` is None where there is none."""
-
-    name: str
-    positional: bool
-    several: bool
-    default: ast.expr | None
-    text: str
-
-
-def parsed(path: Path, kind: type[ast.FunctionDef] | type[ast.ClassDef], name: str) -> Any:
-    """A function or class of a file, by its name, read without importing it."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    return next(node for node in tree.body if isinstance(node, kind) and node.name == name)
-
-
-def options(path: Path) -> list[Option]:
-    """The fields of the `Settings` in the file of a verb."""
-    settings = parsed(path, ast.ClassDef, "Settings")
-    texts = _argument_texts(ast.get_docstring(settings) or "")
-    found, positional = [], True
-    for node in settings.body:
-        kind = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else ""
-        if kind == "KW_ONLY":
-            positional = False
-        elif kind:
-            name = ast.unparse(node.target)
-            found.append(Option(name, positional, kind.startswith("list"), node.value, texts.get(name, "")))
-    return found
-
-
-def _argument_texts(docstring: str) -> dict[str, str]:
-    """The `Args:` section of a Google-style docstring: name -> text."""
-    section = re.search(r"Args:\n(.*?)(?:\n\n|\n\S|\Z)", docstring, re.DOTALL)
-    texts: dict[str, str] = {}
-    name = ""
-    for line in (section.group(1) if section else "").splitlines():
-        start = re.match(r"    (\w+): (.*)", line)
-        if start:
-            name = start.group(1)
-            texts[name] = start.group(2).rstrip()
-        elif name:
-            texts[name] += " " + line.strip()
-    return texts

@@ -8,7 +8,6 @@ Images that could not be decoded are counted and listed; too many of them end th
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import stat
@@ -207,9 +206,7 @@ def escape_path(path: Path | str) -> str:
 
 
 def folder_of_images(path: Path) -> Listing:
-    """`list_images`, or the error a user needs: no such folder, or no images in it (with what was there instead)."""
-    if not path.exists():
-        raise UserError(f"no such folder or file: {path}{_nearest(path)}")
+    """`list_images`, or the error a user needs: no images are there (with what was there instead)."""
     listing = list_images(path)
     if listing.links:
         say(f"{path}: {listing.links:,} links to files or folders that are listed already were left out")
@@ -229,20 +226,6 @@ def folders_without(path: Path, names: Collection[str]) -> list[str]:
     with os.scandir(os.fsencode(path)) as entries:
         inside = {escape(entry.name) for entry in entries if entry.is_dir() and not entry.name.startswith(b".")}
     return sorted(inside - set(names))
-
-
-def _nearest(path: Path) -> str:
-    """What exists of a path that does not: its nearest parent and the most similar name there."""
-    missing = path.absolute()
-    while not missing.parent.exists():
-        missing = missing.parent
-    try:
-        names = os.listdir(missing.parent)
-    except OSError:
-        names = []
-    close = difflib.get_close_matches(missing.name, names, 1)
-    similar = f"; did you mean {missing.parent / close[0]}?" if close else ""
-    return f" ({missing.parent} exists, but has no {missing.name!r}{similar})"
 
 
 class Skipped:

@@ -14,13 +14,13 @@ import numpy as np
 
 from ssl_kit.core.console import say
 from ssl_kit.core.errors import UserError
+from ssl_kit.core.named import TABLES
 from ssl_kit.data.labels import Part, part_of, text_of
 from ssl_kit.data.listing import escape
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-TABLES = (".csv", ".tsv", ".parquet")  # endings of manifests
 # what columns of paths, of labels and of parts are called, the first that is there wins
 _PATHS = (
     *("path", "file", "filename", "file_name", "image", "filepath", "file_path", "image_path", "img", "img_path"),
@@ -30,7 +30,6 @@ _LABELS = ("label", "labels", "class", "class_name", "category", "target", "labe
 _SPLITS = ("split", "subset", "partition")
 _GROUPS = ("group",)
 _SEPARATORS = (",", ";", "\t", "|")
-_BUILTIN = ("digits", "mnist5k")
 _LONGEST = 4_096  # characters of a cell: no path that can be opened has more
 _LONGEST_ROW = 2**20  # characters of a row of a CSV file: thousands of columns
 _NAMED = 20  # columns that a message lists
@@ -249,11 +248,6 @@ def _is_scalar(type_: pa.DataType) -> bool:
 
     kinds = ("null", "boolean", "integer", "floating", "decimal", "temporal")
     return any(getattr(pa.types, f"is_{kind}")(type_) for kind in kinds)
-
-
-def is_builtin(name: str) -> bool:
-    """Whether `name` is a set that needs no download."""
-    return name in _BUILTIN
 
 
 def builtin(name: str) -> tuple[np.ndarray, np.ndarray]:

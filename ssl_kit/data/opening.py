@@ -23,6 +23,7 @@ import numpy as np
 from ssl_kit.core.console import progress, say, warn
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.machine import available_cores, fits_in_memory, in_order
+from ssl_kit.core.named import TABLES, check_data, is_builtin
 from ssl_kit.core.random import permutation
 from ssl_kit.core.reading import ANY, RGB, Reading
 from ssl_kit.data import manifests, ranges
@@ -149,7 +150,7 @@ def _parts(data: Data, reading: Reading, max_bad: float) -> tuple[Listed, Listed
     if not isinstance(data, str | Path):
         return _listed(data, reading, False, max_bad, True)
     path = Path(data)
-    if path.suffix.lower() in manifests.TABLES and path.is_file():
+    if path.suffix.lower() in TABLES and path.is_file():
         table = manifests.read_table(path)
         whole = _of_table(path, table, reading, max_bad, True)
         if table.parts is None:
@@ -195,7 +196,7 @@ def _alone(data: Data) -> Data:
     if not isinstance(data, list | tuple) or len(data) != 1 or not isinstance(data[0], str | Path):
         return data
     path = Path(data[0])
-    return data if path.is_file() and path.suffix.lower() not in manifests.TABLES else data[0]
+    return data if path.is_file() and path.suffix.lower() not in TABLES else data[0]
 
 
 def places(data: Data) -> list[str]:
@@ -242,21 +243,14 @@ def _listed(data: Data, reading: Reading, measure: bool, max_bad: float, labelle
     if not isinstance(data, str | Path):
         return of_python(data, reading, measure, max_bad)
     text, path = str(data), Path(data)
-    if "://" in text:
-        raise UserError(f"{text}: addresses are not read yet; wanted a folder, a .csv or .parquet, or 'mnist5k'")
-    if path.suffix == ".tar" or ".tar." in path.name or ("{" in text and ".." in text and not path.exists()):
-        raise UserError(f"{text}: tar shards are not read yet; unpack them into a folder, or list the files in a .csv")
+    check_data(text)
     name, _, part = text.partition(":")
-    if manifests.is_builtin(name) and not path.exists():
+    if is_builtin(name) and not path.exists():
         whole = builtin_source(name, reading)
-        if part not in ("", "train", "test"):
-            raise UserError(f"{text}: a built-in set has the parts train and test")
         test = stratified(whole.labels(), _TEST_FRACTION)  # as `open_labelled` splits them
         return whole.subset(test if part == "test" else ~test, text) if part else whole
-    if path.suffix.lower() in manifests.TABLES and path.is_file():
-        return _of_table(path, manifests.read_table(path), reading, max_bad, labelled)
     if path.is_file():
-        raise UserError(f"{path} is a file; wanted a folder, a .csv or .parquet with a column 'path', or 'mnist5k'")
+        return _of_table(path, manifests.read_table(path), reading, max_bad, labelled)
     ids = folder_of_images(path).ids
     labels, classes = folder_labels(ids, text, asked=labelled)
     if labelled and (empty := folders_without(path, {name.split("/", 1)[0] for name in ids})):

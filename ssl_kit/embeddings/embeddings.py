@@ -32,17 +32,16 @@ from ssl_kit.core.console import progress
 from ssl_kit.core.errors import DamagedError, UserError
 from ssl_kit.core.files import MANIFEST, atomic_folder
 from ssl_kit.core.machine import choose_precision, full_float32
+from ssl_kit.core.named import FORMAT, manifest_of
 from ssl_kit.core.sealed import Entries
 from ssl_kit.data.listing import escape_path, write_skipped
 from ssl_kit.data.loader import Batch, Planned, ViewLoader
 from ssl_kit.data.sources import Source
 from ssl_kit.embeddings.folder import (
-    FORMAT,
     PART_ROWS,
     Storage,
     check_range,
     checked,
-    manifest_of,
     matrix,
     part_name,
     part_names,

@@ -7,7 +7,6 @@ what a manifest promises is compared with that before any memory is taken.
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,13 +17,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ssl_kit.core.errors import DamagedError, UserError
-from ssl_kit.core.files import MANIFEST, read_manifest, unreplaced, verify_file
-from ssl_kit.core.owned import RUN
+from ssl_kit.core.files import MANIFEST, unreplaced, verify_file
+from ssl_kit.core.named import FORMAT
 from ssl_kit.core.parquet import batches, contents, types
-from ssl_kit.core.sealed import LARGE_JSON, Entries
-from ssl_kit.encoders.weights import RECORD
+from ssl_kit.core.sealed import Entries
 
-FORMAT = "ssl_kit embeddings 1"
 PART_ROWS = 65_536
 
 Storage = Literal["float32", "float16"]
@@ -146,26 +143,6 @@ def _bytes_on_disk(folder: Path, info: Entries) -> int:
     """Of the parts that a manifest names: vectors are stored as they are, so a folder holds no more than this."""
     with unreplaced(folder):
         return sum((folder / name).stat().st_size for name in part_names(info) if (folder / name).is_file())
-
-
-def manifest_of(folder: Path, verify: bool = False) -> Entries:
-    """The manifest of an embeddings folder; `verify` as for `read_manifest`.
-
-    Raises:
-        UserError: a run, an encoder, images, or nothing is there.
-        DamagedError: see `read_manifest`.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder} is no folder: give an embeddings folder, as `ssl-kit embed ... --out EMB` writes it")
-    try:
-        return read_manifest(folder, verify=verify, limit=LARGE_JSON)
-    except DamagedError as error:
-        if (folder / MANIFEST).exists() or any(folder.glob("part-*")):
-            raise
-        encoder = (folder / RUN).is_file() or (folder / RECORD).is_file()
-        what = "a run or an encoder, no embeddings" if encoder else f"no embeddings folder, it has no {MANIFEST}"
-        command = ["ssl-kit", "embed", *((str(folder), "DATA") if encoder else ("RUN", str(folder))), "--out", "EMB"]
-        raise DamagedError(f"{folder} is {what}: embed first: {shlex.join(command)}") from error
 
 
 def checked(info: Entries, folder: Path) -> tuple[int, int, str, list[str]]:

@@ -29,20 +29,20 @@ from ssl_kit.core.console import warn
 from ssl_kit.core.errors import DamagedError, UserError
 from ssl_kit.core.files import MANIFEST, verify_file
 from ssl_kit.core.machine import available_cores, available_memory
+from ssl_kit.core.named import find_encoder, is_builtin, manifest_of
 from ssl_kit.core.reading import GREY, Reading, reading_in
 from ssl_kit.core.sealed import Entries, fingerprint
 from ssl_kit.data.decode import decode
 from ssl_kit.data.given import images_in, pixels_given
 from ssl_kit.data.limits import BadImageError
 from ssl_kit.data.listing import escape_path, read_regular, unescape
-from ssl_kit.data.manifests import is_builtin
 from ssl_kit.data.opening import builtin_source
 from ssl_kit.data.sources import Source, pixels
 from ssl_kit.embeddings.exact import normalised
-from ssl_kit.embeddings.folder import PART_ROWS, checked, find_ids, manifest_of, part_names, read_rows, read_vectors
+from ssl_kit.embeddings.folder import PART_ROWS, checked, find_ids, part_names, read_rows, read_vectors
 from ssl_kit.embeddings.index import SEARCHED_ROWS, Gallery, search_index
 from ssl_kit.embeddings.signing import FaissIndex, find_key, is_signed, read_index, signature
-from ssl_kit.encoders.encoder import Encoder, find_encoder
+from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.views.host import plain_views
 
 FILE = "index.faiss"

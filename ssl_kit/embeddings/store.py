@@ -31,7 +31,6 @@ from ssl_kit.core.console import progress
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import (
     MANIFEST,
-    DamagedError,
     NotOursError,
     atomic_file,
     is_inside,
@@ -40,6 +39,7 @@ from ssl_kit.core.files import (
     write_sealed,
 )
 from ssl_kit.core.locking import lock
+from ssl_kit.core.named import FORMAT, PLAN, is_embeddings
 from ssl_kit.core.owned import Former
 from ssl_kit.core.sealed import LARGE_JSON, Entries, fingerprint, read_object, read_sealed
 from ssl_kit.data.listing import write_skipped
@@ -56,7 +56,6 @@ from ssl_kit.embeddings.embeddings import (
     whole,
 )
 from ssl_kit.embeddings.folder import (
-    FORMAT,
     Storage,
     check_range,
     part_name,
@@ -64,7 +63,6 @@ from ssl_kit.embeddings.folder import (
 )
 from ssl_kit.encoders.encoder import Encoder
 
-PLAN = "plan.json"
 # What killed writers have left
 _LITTER = r"\.(part-\d{5,}\.\w+|\w+\.json|skipped\.csv)\.[a-z0-9_]{8}\.tmp"
 _LISTED = 65_536  # ids that are hashed at a time
@@ -333,11 +331,11 @@ def our_files(folder: Path) -> list[str]:
     A manifest that was altered is believed as far as names go: what it tells of may still be overwritten.
     """
     names: set[str] = set()
-    if is_ours(folder) and (folder / MANIFEST).is_file():
+    if is_embeddings(folder) and (folder / MANIFEST).is_file():
         manifest = read_object(folder / MANIFEST, LARGE_JSON)
         told = [*(manifest.get("files") or ()), *(manifest.get("pending") or ())]
         names = {MANIFEST, *filter(is_inside, told)}
-    elif is_ours(folder):
+    elif is_embeddings(folder):
         names = {PLAN, SKIPPED, *_parts_of(read_object(folder / PLAN), folder)}
     return sorted(name for name in names if (folder / name).is_file() and not (folder / name).is_symlink())
 
@@ -348,16 +346,3 @@ def _parts_of(plan: Entries, folder: Path) -> list[str]:
     count = -(-images // rows) if type(images) is int and type(rows) is int and rows > 0 else 0
     found = ((name, re.fullmatch(r"part-(\d{5,})\.(parquet|json)", name)) for name in sorted(os.listdir(folder)))
     return [name for name, part in found if part is not None and int(part[1]) < count]
-
-
-def is_ours(folder: Path) -> bool:
-    """Whether a folder holds embeddings, finished or begun."""
-    if not folder.is_dir():
-        return False
-    try:
-        if (folder / MANIFEST).is_file():
-            # a damaged one may still be overwritten
-            return read_object(folder / MANIFEST, LARGE_JSON).get("format") == FORMAT
-        return (folder / PLAN).is_file() and "images_sha256" in read_object(folder / PLAN)
-    except DamagedError:
-        return False

@@ -4,7 +4,8 @@ Importing this package registers the small-image ResNets (`resnet18_small`, ...)
 `timm.create_model("local-dir:RUN/encoder", pretrained=True)` finds them.
 """
 
+from ssl_kit.core.named import find_encoder
 from ssl_kit.encoders import small
-from ssl_kit.encoders.encoder import Encoder, find_encoder
+from ssl_kit.encoders.encoder import Encoder
 
 __all__ = ["Encoder", "find_encoder", "small"]

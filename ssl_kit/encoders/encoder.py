@@ -21,14 +21,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ssl_kit.core.errors import DamagedError, UserError
-from ssl_kit.core.files import atomic_folder, settle, sha256, write_json, write_sealed
+from ssl_kit.core.files import atomic_folder, sha256, write_json, write_sealed
 from ssl_kit.core.machine import choose_device, convolves
+from ssl_kit.core.named import RECORD
 from ssl_kit.core.reading import Reading
 from ssl_kit.core.sealed import Entries
 from ssl_kit.core.tensors import check_finite, read_tensors
 from ssl_kit.encoders.weights import (
     CONFIG,
-    RECORD,
     SENSELESS,
     WEIGHTS,
     check_arguments,
@@ -258,22 +258,6 @@ class Encoder(nn.Module):
             made = Encoder(self.name, self.args, self.image_size, self.channels, mean, std).eval()
         made.reading = self.reading
         return made
-
-
-def find_encoder(path: Path | str) -> Path:
-    """The encoder folder meant by a run folder or an encoder folder."""
-    path = Path(path)
-    for folder in (path, path / "encoder"):
-        settle(folder)
-        if (folder / RECORD).is_file():
-            return folder
-    if not path.exists():
-        raise UserError(f"{path} does not exist; give a run folder or an encoder folder")
-    if (path / "run.json").is_file():
-        raise UserError(
-            f"{path} is a run without an encoder yet; let `ssl-kit pretrain ... --run {path} --resume` finish"
-        )
-    raise UserError(f"{path} holds no {RECORD}; give a run folder or an encoder folder that ssl_kit wrote")
 
 
 def choose_architecture(image_size: Sequence[int]) -> tuple[str, Entries]:

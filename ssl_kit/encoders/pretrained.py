@@ -18,10 +18,11 @@ from torch import Tensor
 
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import sha256, verify_file
+from ssl_kit.core.named import RECORD, check_pretrained, find_encoder
 from ssl_kit.core.sealed import Entries, read_json, read_sealed
 from ssl_kit.core.tensors import check_finite, read_tensors
-from ssl_kit.encoders.encoder import Encoder, find_encoder
-from ssl_kit.encoders.weights import CONFIG, RECORD, WEIGHTS, check_arguments, check_fits
+from ssl_kit.encoders.encoder import Encoder
+from ssl_kit.encoders.weights import CONFIG, WEIGHTS, check_arguments, check_fits
 
 _LEAST_MATCHED = 0.95  # fraction of an encoder's weights that `--init` must find
 _GIVEN_APART = {"num_classes", "in_chans", "img_size"}  # by the encoder
@@ -50,11 +51,10 @@ def load_pretrained(given: str, channels: int = 3) -> Encoder:
         config = timm.get_pretrained_cfg(name)
         assert config is not None, "cached_weights has refused names without one"
         return _loaded(given, name, {}, config.to_dict(), file, channels)
+    check_pretrained(given)
     folder = Path(given)
     if (folder / CONFIG).is_file() and not (folder / RECORD).is_file():
         return _from_timm_folder(folder, channels)
-    if not folder.exists():
-        raise UserError(f"{given} is not on this disk; wanted timm:NAME, or a run, an encoder or a timm folder")
     encoder = Encoder.load(find_encoder(folder))
     if encoder.channels != channels:
         raise UserError(f"{given} takes images of {encoder.channels} channels, here they have {channels}")
@@ -151,6 +151,7 @@ def _alike(own: Tensor, found: Tensor) -> bool:
 
 def _find_weights(encoder: Encoder, init: str) -> dict[str, Tensor]:
     if not init.startswith("timm:"):
+        check_pretrained(init)
         bare = Path(init) / WEIGHTS
         if bare.is_file() and not (Path(init) / RECORD).is_file():  # a timm folder from elsewhere
             return read_tensors(bare)

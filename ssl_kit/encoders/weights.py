@@ -21,11 +21,12 @@ from torch.nn.modules import module as hooks
 
 from ssl_kit.core.errors import DamagedError, UserError
 from ssl_kit.core.files import verify_file
+from ssl_kit.core.named import RECORD
 from ssl_kit.core.reading import MAX_CHANNELS, Reading, read_reading
 from ssl_kit.core.sealed import Entries, read_json, read_sealed
 from ssl_kit.core.tensors import count_values, tensor_shapes
 
-CONFIG, WEIGHTS, RECORD = "config.json", "model.safetensors", "encoder.json"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
 # Arguments of timm's factory, not of a model: paths, downloads, switches; those of `_OURS` are given by the encoder
 _FACTORY = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "pretrained_filter_fn"}
 _FACTORY |= {"pretrained_model_args", "pretrained_custom_load", "checkpoint_path", "cache_dir", "scriptable"}

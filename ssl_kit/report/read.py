@@ -21,13 +21,13 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from PIL import Image
 
-from ssl_kit.core.errors import DamagedError, UserError
+from ssl_kit.core.errors import DamagedError
+from ssl_kit.core.named import check_shown
 from ssl_kit.core.sealed import Entries, read_object
 from ssl_kit.evaluation.catalog import EVALUATIONS, JUDGED_BY
 from ssl_kit.evaluation.result import ClassScore
 from ssl_kit.report.pictures import DUPLICATES, KINDS, LOOKS, MAP, NEIGHBOURS, WRONG
 
-KNOWN_FILES = ("run.json", "recipe.yaml", "metrics.csv", "results.jsonl", "skipped.csv", "pictures", "details")
 VIEWS = "views"  # pictures/views.png: drawn before the first step
 MAX_TEXT = 64 * 2**20  # bytes read of a CSV file or of results.jsonl
 _MAX_RECIPE = 256 * 2**10
@@ -140,10 +140,7 @@ def read_run(folder: Path | str) -> Run:
         UserError: there is no such folder, or nothing in it that a run writes.
     """
     run = Run(Path(folder))
-    if not run.folder.is_dir():
-        raise UserError(f"{folder} is not a folder: expected the run folder of `ssl-kit pretrain` (runs/NAME)")
-    if not any((run.folder / name).exists() for name in KNOWN_FILES):
-        raise UserError(f"{folder} holds no run: expected one of {', '.join(KNOWN_FILES)}; is it runs/NAME?")
+    check_shown(folder)
     run.info = _attempt(run, "run.json", read_object, {})
     run.recipe = _attempt(run, "recipe.yaml", lambda path: _text(path, _MAX_RECIPE), "")
     run.metrics = _attempt(run, "metrics.csv", _metrics, {})

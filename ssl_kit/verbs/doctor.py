@@ -86,9 +86,14 @@ class Settings:
 
     Args:
         seconds: of the measurements, all together, about, beside the first calls; 0 for none.
+
+    Examples:
+        ssl-kit doctor
+        ssl-kit doctor --seconds 0 --json
     """
 
     _: KW_ONLY
+    # What to measure
     seconds: float = 12.0
 
 

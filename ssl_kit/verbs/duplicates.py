@@ -81,16 +81,23 @@ class Settings:
         csv: file to write one line per image of a group to, or per leak.
         html: file to write groups and outliers to as pictures.
         encoder: run folder or encoder folder, when it is no longer where the embeddings were made.
+
+    Examples:
+        ssl-kit duplicates EMB --html duplicates.html --csv duplicates.csv
+        ssl-kit duplicates TRAIN TEST
     """
 
     emb: str
     other: str | None = None
     _: KW_ONLY
+    # What to read
+    encoder: str | None = None
+    # What to find
     threshold: float | None = None
     outliers: int = 20
+    # Where it goes
     csv: str | None = None
     html: str | None = None
-    encoder: str | None = None
 
 
 @verb(Settings)

@@ -14,6 +14,7 @@ import torch
 from ssl_kit.core.console import if_interrupted, next_command, result
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import MANIFEST, read_manifest
+from ssl_kit.core.named import check_free, find_encoder, is_embeddings, is_free
 from ssl_kit.core.owned import Former, check_place
 from ssl_kit.core.reading import Function
 from ssl_kit.core.sealed import LARGE_JSON, Entries
@@ -22,8 +23,8 @@ from ssl_kit.data.listing import escape_path
 from ssl_kit.data.opening import open_source, places
 from ssl_kit.data.sources import Source
 from ssl_kit.embeddings.embeddings import Precision, Storage
-from ssl_kit.embeddings.store import Embedded, embed_to, former, is_ours, parse_shard
-from ssl_kit.encoders.encoder import Encoder, find_encoder
+from ssl_kit.embeddings.store import Embedded, embed_to, former, parse_shard
+from ssl_kit.encoders.encoder import Encoder
 
 
 @dataclass(frozen=True)
@@ -44,22 +45,30 @@ class Settings:
         precision: auto is bfloat16 where the machine is fast at it, float32 elsewhere; float32 is the same everywhere.
         max_bad: fraction of the images that may be undecodable, in [0, 1]; 0 is strict: the first one is an error.
         overwrite: replace the embeddings and the index that are there, which go when the new ones are complete.
+
+    Examples:
+        ssl-kit embed runs/photos photos --out EMB
+        ssl-kit embed runs/photos photos --out EMB --dtype float16 --shard 0/4
     """
 
     encoder: str
     data: list[str] | str
     _: KW_ONLY
-    out: str
+    # What to read
+    limit: int | None = None
+    reader: Function | None = None
+    max_bad: float = 0.05
+    shard: str | None = None
+    # What to store
     dtype: Storage = "float32"
     normalise: bool = False
     layers: int = 1
-    shard: str | None = None
-    limit: int | None = None
-    reader: Function | None = None
+    # Where it goes
+    out: str
+    overwrite: bool = False
+    # The machine
     batch_size: int = 256
     precision: Precision = "auto"
-    max_bad: float = 0.05
-    overwrite: bool = False
 
 
 @verb(Settings)
@@ -167,14 +176,14 @@ def _waiting(folder: Path, done: Embedded, record: Entries, source: Source) -> E
 
 def _may_write(folder: Path, overwrite: bool, shard: str | None) -> None:
     """Refuses to touch anything but an embeddings folder, and to remove one unless told to."""
-    if not folder.exists() or (folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())):
-        return  # hidden: a lock, or what was killed while it wrote the plan
+    if is_free(folder):
+        return
     if overwrite:
         if shard is not None:
             raise UserError("--overwrite with --shard would remove what other shards made: remove the folder yourself")
-        if not is_ours(folder) and not former(folder):
+        if not is_embeddings(folder) and not former(folder):
             raise UserError(
                 f"{folder} is not an embeddings folder ({MANIFEST} says so otherwise); it is not overwritten"
             )
-    elif not is_ours(folder):
-        raise UserError(f"{folder} exists: choose another --out, or replace it with --overwrite")
+    elif not is_embeddings(folder):
+        check_free(folder)

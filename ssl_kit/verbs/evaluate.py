@@ -17,6 +17,7 @@ from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import append_line, write_csv
 from ssl_kit.core.locking import lock
 from ssl_kit.core.machine import full_float32
+from ssl_kit.core.named import find_encoder
 from ssl_kit.core.owned import check_place, record_in
 from ssl_kit.core.reading import Function, Reading
 from ssl_kit.core.sealed import Entries, read_object
@@ -24,7 +25,7 @@ from ssl_kit.core.settings import verb
 from ssl_kit.data.opening import open_labelled, places
 from ssl_kit.data.sources import Source
 from ssl_kit.embeddings.exact import solver
-from ssl_kit.encoders.encoder import Encoder, find_encoder
+from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.encoders.pretrained import load_pretrained
 from ssl_kit.encoders.wrapped import Wrapped, in_eval_mode
 from ssl_kit.evaluation.catalog import AS_IT_CAME, EVALUATIONS, ONLY, resolve
@@ -80,24 +81,33 @@ class Settings:
         max_bad: fraction of the images that may be undecodable, in [0, 1]; 0 is strict: the first one is an error.
         seed: of the held-out split, the untrained network and the bootstrap.
         batch_size: images per forward pass; changes the speed, not the scores.
+
+    Examples:
+        ssl-kit evaluate runs/photos labelled
+        ssl-kit evaluate runs/photos labelled --only knn,linear --baseline timm:resnet18.a1_in1k
     """
 
     encoder: list[str] | str | nn.Module
     labelled: str
     _: KW_ONLY
-    out: str | None = None
+    # What to read
+    limit: int | None = None
+    reader: Function | None = None
+    max_bad: float = 0.05
+    leaks: bool = True
+    drop_leaks: bool = False
+    # What to measure
     only: tuple[str, ...] | str | None = None
     dims: tuple[int, ...] | str = ()
     layers: int = 1
     balanced: bool = False
+    seed: int = 0
+    # What to compare with
     baselines: tuple[str, ...] | str = BASELINES
     baseline: tuple[str, ...] | str = ()
-    leaks: bool = True
-    drop_leaks: bool = False
-    limit: int | None = None
-    reader: Function | None = None
-    max_bad: float = 0.05
-    seed: int = 0
+    # Where it goes
+    out: str | None = None
+    # The machine
     batch_size: int = 256
 
 

@@ -19,6 +19,7 @@ import torch
 from ssl_kit.core.console import next_command, say, table
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import MANIFEST, DamagedError, atomic_folder, read_manifest
+from ssl_kit.core.named import check_free, find_encoder, is_free
 from ssl_kit.core.owned import check_place
 from ssl_kit.core.reading import Reading, eight_bits
 from ssl_kit.core.sealed import Entries, read_object
@@ -27,7 +28,7 @@ from ssl_kit.data.limits import BadImageError
 from ssl_kit.data.listing import escape_path
 from ssl_kit.data.opening import open_source
 from ssl_kit.data.sources import Source, pixels
-from ssl_kit.encoders.encoder import Encoder, find_encoder
+from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.encoders.exporting import IMAGES, PIXELS, run_onnx, stored_values, write_onnx
 from ssl_kit.report.head import verdict
 from ssl_kit.report.read import read_run
@@ -53,14 +54,20 @@ class Settings:
         preprocess: the ONNX file takes pixels, uint8 (images, height, width, channels) of any size, and resizes them.
         images: to check with, given like DATA; default: those it was trained on, built-in digits where they are gone.
         overwrite: replace an earlier export.
+
+    Examples:
+        ssl-kit export runs/photos --out model
+        ssl-kit export runs/photos --out model --format onnx --preprocess
     """
 
     run: str
     _: KW_ONLY
-    out: str
+    # What to write
     format: Literal["timm", "onnx"] = "timm"
     preprocess: bool = False
     images: str | None = None
+    # Where it goes
+    out: str
     overwrite: bool = False
 
 
@@ -185,10 +192,10 @@ def _compared(got: np.ndarray, wanted: np.ndarray, checked_on: str, format: str)
 
 def _may_write(folder: Path, overwrite: bool) -> None:
     """Refuses to replace anything but an earlier export, and that only when told to."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
     if not overwrite:
-        raise UserError(f"{folder} exists: choose another --out, or replace it with --overwrite")
+        check_free(folder)
+    if is_free(folder):
+        return
     try:
         ours = read_manifest(folder, verify=False).get("format") == FORMAT
     except (DamagedError, NotADirectoryError):

@@ -28,6 +28,7 @@ from ssl_kit.core.machine import (
     keep_memory,
     lightning_precision,
 )
+from ssl_kit.core.named import find_encoder
 from ssl_kit.core.owned import check_place, record_in, remove_training
 from ssl_kit.core.process import Signals
 from ssl_kit.core.random import permutation
@@ -36,7 +37,7 @@ from ssl_kit.core.settings import verb
 from ssl_kit.data.module import ImageData
 from ssl_kit.data.opening import open_labelled, places
 from ssl_kit.data.sources import Source
-from ssl_kit.encoders.encoder import Encoder, find_encoder
+from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.evaluation.finetune import BestEpoch, FineTune, check_lora, merge_lora, probabilities
 from ssl_kit.evaluation.metrics import probability_metrics
 from ssl_kit.evaluation.result import Result, classification_metrics, holdout, paired_difference, versions
@@ -88,32 +89,41 @@ class Settings:
         threads: for decoding and views.
         checkpoint_minutes: minutes between checkpoints.
         resume: go on with a training that was stopped, with the same settings; without it, training starts anew.
+
+    Examples:
+        ssl-kit finetune runs/photos labelled
+        ssl-kit finetune runs/photos labelled --fraction 0.1 --out runs/tenth
     """
 
     encoder: str
     labelled: str
     _: KW_ONLY
-    out: str | None = None
+    # What to read
     fraction: float = 1.0
-    epochs: int = 30
-    batch_size: int = 256
+    limit: int | None = None
+    # How to train
     lr: float = 1e-3
     weight_decay: float = 0.05
     layer_decay: float | None = 0.75
-    warmup_epochs: float = 2.0
     mixup: float = 0.0
     cutmix: float = 0.0
     smoothing: float = 0.1
     lora: int = 0
-    patience: int | None = None
     views: ViewRecipe = ViewRecipe(preset="mae", scale=(0.35, 1.0))  # noqa: RUF009 (frozen)
     scratch: bool = True
-    limit: int | None = None
+    batch_size: int = 256
     seed: int = 0
+    # How long
+    epochs: int = 30
+    warmup_epochs: float = 2.0
+    patience: int | None = None
+    # Where it goes
+    out: str | None = None
+    resume: bool = False
+    checkpoint_minutes: float = 10.0
+    # The machine
     precision: Precision = "auto"
     threads: int | None = None
-    checkpoint_minutes: float = 10.0
-    resume: bool = False
 
 
 @verb(Settings)

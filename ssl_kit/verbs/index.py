@@ -13,9 +13,10 @@ from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import MANIFEST, atomic_file, read_manifest, verify_file, write_sealed
 from ssl_kit.core.locking import lock
 from ssl_kit.core.machine import available_memory
+from ssl_kit.core.named import manifest_of
 from ssl_kit.core.sealed import LARGE_JSON, Entries
 from ssl_kit.core.settings import verb
-from ssl_kit.embeddings.folder import checked, manifest_of, read_rows, read_vectors
+from ssl_kit.embeddings.folder import checked, read_rows, read_vectors
 from ssl_kit.embeddings.index import Gallery, build_index
 from ssl_kit.embeddings.search import FILE, index_signature, vectors_fingerprint
 from ssl_kit.embeddings.signing import make_key, read_index, write_index
@@ -30,10 +31,15 @@ class Settings:
         key: of FAISS's index factory, such as Flat or IVF1024,SQ8; auto is exact while one query takes under 50 ms.
         recall: wanted recall@10 in (0, 1]; lists are added to each search until held-out queries reach it.
         mapped: search it from disk, mapped into memory; auto is then lists of 8-bit codes, which can be mapped.
+
+    Examples:
+        ssl-kit index EMB
+        ssl-kit index EMB --key IVF1024,SQ8 --recall 0.99
     """
 
     emb: str
     _: KW_ONLY
+    # How to index
     key: str = "auto"
     recall: float = 0.95
     mapped: bool = False

@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 from ssl_kit.core.console import if_interrupted, result, say
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.machine import Precision, Switch, keep_memory, lightning_precision
+from ssl_kit.core.named import default_run
 from ssl_kit.core.owned import check_place
 from ssl_kit.core.process import Signals
 from ssl_kit.core.reading import Function, reading_of
@@ -44,6 +45,7 @@ from ssl_kit.verbs.defaults import (
     schedule_views,
     view_size,
 )
+from ssl_kit.verbs.early import check_trainer
 from ssl_kit.verbs.monitor import Measure, Monitor, Show, hold_out, judge_of, kept
 from ssl_kit.verbs.record import RunRecord, loggers, opened, versions
 from ssl_kit.verbs.rehearsal import rehearse
@@ -96,42 +98,52 @@ class Settings:
         wandb: log to Weights & Biases too, offline when no key is set.
         tensorboard: write TensorBoard events to the run folder too (extra `tensorboard`).
         trainer: any arguments of Lightning's Trainer; `--trainer.devices 2` trains in two processes.
+
+    Examples:
+        ssl-kit pretrain photos
+        ssl-kit pretrain photos -c mae --minutes 30
+        ssl-kit pretrain photos --run runs/photos --resume
     """
 
     data: list[str] | str
     _: KW_ONLY
-    method: Entries | None = None
-    views: ViewRecipe = ViewRecipe()  # noqa: RUF009 (frozen)
-    run: str | None = None
-    resume: bool = False
-    overwrite: bool = False
-    init: str | None = None
-    freeze: int | None = None
+    # What to read
     limit: int | None = None
-    image_size: int | tuple[int, int] | None = None
-    grow: dict[int, int] | None = None
     channels: int | str = 3
     range: str = "auto"
     reader: Function | None = None
-    epochs: float | None = None
-    minutes: float | None = None
+    max_bad: float = 0.05
+    # How to train
+    method: Entries | None = None
+    views: ViewRecipe = ViewRecipe()  # noqa: RUF009 (frozen)
+    init: str | None = None
+    freeze: int | None = None
+    image_size: int | tuple[int, int] | None = None
+    grow: dict[int, int] | None = None
     batch_size: int | None = None
     contrastive_batch: int | None = None
-    seed: int = 0
-    precision: Precision = "auto"
-    evaluate_every: float | None = None
-    checkpoint_minutes: float = 10.0
-    when_full: Literal["continue", "stop"] = "continue"
-    max_bad: float = 0.05
-    threads: int | None = None
-    views_on: Literal["auto", "host", "device"] = "auto"
     ema: float | None = None
     ema_cosine: bool = False
-    compile: Switch = "auto"
-    tf32: Switch = "auto"
+    seed: int = 0
+    # How long
+    epochs: float | None = None
+    minutes: float | None = None
+    evaluate_every: float | None = None
+    # Where it goes
+    run: str | None = None
+    resume: bool = False
+    overwrite: bool = False
+    checkpoint_minutes: float = 10.0
+    when_full: Literal["continue", "stop"] = "continue"
     diagnose: bool = False
     wandb: bool = False
     tensorboard: bool = False
+    # The machine
+    precision: Precision = "auto"
+    threads: int | None = None
+    views_on: Literal["auto", "host", "device"] = "auto"
+    compile: Switch = "auto"
+    tf32: Switch = "auto"
     trainer: Entries | None = None
 
     @property
@@ -143,7 +155,7 @@ class Settings:
     @property
     def folder(self) -> Path:
         """The run folder."""
-        return Path(self.run or f"runs/{Path(name_of(self.data).split()[0]).name or 'run'}")
+        return Path(self.run or default_run(name_of(self.data)))
 
 
 @verb(Settings)
@@ -312,17 +324,6 @@ def _trainer(learner: Method, duration: Duration, fitted: Fitted, loop: Loop, se
     )
 
 
-_INSTEAD = {  # options of the trainer that would be ignored or break a promise
-    "max_epochs": "--epochs",
-    "plugins": "no other",
-    "enable_checkpointing": "--checkpoint_minutes",
-    "accumulate_grad_batches": "--method.optim.accumulate",
-    "gradient_clip_val": "--method.optim.clip",
-    "precision": "--precision",
-    "accelerator": "CUDA_VISIBLE_DEVICES= in the environment to train on the CPU",
-}
-
-
 def _checked(settings: Settings) -> Settings:
     """The settings, with the trainer's options in order.
 
@@ -332,8 +333,7 @@ def _checked(settings: Settings) -> Settings:
     if any(epoch < 0 or side < 1 for epoch, side in (settings.grow or {}).items()):
         raise UserError(f"--grow {settings.grow}: wanted epochs from 0 and sides of at least 1 pixel")
     options = dict(settings.trainer or {})
-    for name in [name for name in options if name in _INSTEAD]:
-        raise UserError(f"--trainer.{name} has no meaning here: use {_INSTEAD[name]}")
+    check_trainer(options)
     check_processes(options)
     return replace(settings, trainer=options or None)
 

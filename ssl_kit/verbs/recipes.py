@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import yaml
-from jsonargparse import set_parsing_settings
 
 import ssl_kit
 from ssl_kit.core.errors import UserError
+from ssl_kit.core.named import FUNCTION, check_function
+from ssl_kit.core.options import dashed, wrong_value
 from ssl_kit.core.sealed import Entries
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 _MAX_BYTES = 2**17  # of a recipe; the longest packaged one has 2 kB
 _DEEPEST = 30  # lists and mappings inside each other
 _MOST_OPEN = 100  # brackets; the scanner looks at all open ones for every word of a line: 1,000 take it a second
-_FUNCTION = re.compile(r"\w+(\.\w+)*:\w+")
 _OWN_PATH = re.compile(r"ssl_kit(?:\.\w+)+")
 # What says where a run goes and with whom it talks, not how it learns: for the command line only
 _PLACES = ("run", "out", "html", "csv", "json", "resume", "overwrite", "allow", "reader", "wandb", "tensorboard")
@@ -182,11 +182,8 @@ def allowed_function(name: str, allow: Sequence[str], option: str) -> Callable[.
     Raises:
         UserError: it is no such name, of a module that is not allowed, or not there. Nothing was imported before that.
     """
+    check_function(name, allow, option)
     module, _, function = name.partition(":")
-    if not _FUNCTION.fullmatch(name):
-        raise UserError(f"--{option} {name!r}: wanted module:function")
-    if not any(f"{module}.".startswith(f"{allowed}.") for allowed in allow):
-        raise UserError(f"--{option} {name} is code that would be run; if you trust {module}, add --allow {module}")
     try:
         found: Callable[..., object] = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
@@ -217,7 +214,7 @@ def with_network(rest: list[str], given: list[str], allow: Sequence[str], verb: 
     other value of `--encoder` stays an option of the verb.
     """
     for value in given:
-        if Path(value).exists() or not _FUNCTION.fullmatch(value):
+        if Path(value).exists() or not FUNCTION.fullmatch(value):
             rest = [*rest, f"--encoder={value}"]
             continue
         from ssl_kit.encoders.network import register
@@ -229,6 +226,8 @@ def with_network(rest: list[str], given: list[str], allow: Sequence[str], verb: 
 
 def restrict_imports(allow: Sequence[str] = ()) -> None:
     """From now on recipes and options name classes of ssl_kit and of the modules in `allow` only."""
+    from jsonargparse import set_parsing_settings
+
     set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=["ssl_kit", *allow])
 
 
@@ -244,13 +243,22 @@ def brief(error: Exception) -> str:
         said = said.__cause__ or said.__context__
     text = str(error)
     keys = ".".join(dict.fromkeys(re.findall(r'Parser key "([^"]+)"', text)))
+    if denied := re.search(r"Importing '([^']+)' is not allowed", text):
+        module = denied[1].rpartition(".")[0]
+        return f"{dashed(keys)}: {denied[1]} is outside ssl_kit; if you trust that module, add --allow {module}"
+    unions = [found for found in re.findall(r"Subtypes: \[(.+)\]", text) if "ssl_kit." not in found]
+    expected = [
+        found
+        for found in re.findall(r"Expected an? ([^\n]+?)(?:\. Got value: .*)?(?=\n|$)", text)
+        if "NoneType" not in found
+    ]
+    given = [found for found in re.findall(r"(?:Given|Got) value: ([^\n]+)", text) if "NestedArg(" not in found]
+    if "Unable to load config" in text:
+        expected, given = ["dict"], re.findall(r"Unable to load config '([^']*)'", text)
+    if keys and given and (unions or expected):
+        return wrong_value(keys, f"Union[{unions[-1]}]" if unions else expected[0], given[0].strip("'"))
     lines = [line.strip(" -") for line in text.splitlines() if line.strip(" -")]
-    denied = re.search(r"Importing '([^']+)' is not allowed", text)
-    if denied:
-        module = denied.group(1).rpartition(".")[0]
-        return f"--{keys}: {denied.group(1)} is outside ssl_kit; if you trust that module, add --allow {module}"
-    telling = [line for line in lines if "is not accepted" in line or "not a valid" in line.lower()]
-    telling = telling or [line for line in lines if "Expected a" in line] or lines or [type(error).__name__]
-    given = re.search(r"Given value: ([^\n]+)", text)
-    got = f"; got {given.group(1)}" if given and "NestedArg" not in given.group(1) else ""
-    return (f"--{keys}: " if keys else "") + telling[0] + (got if "Got value" not in telling[0] else "")
+    telling = [
+        line for line in lines if "is not accepted" in line or "not a valid" in line.lower() or "unrecognized" in line
+    ]
+    return (f"{dashed(keys)}: " if keys else "") + (telling or lines or [type(error).__name__])[0]

@@ -24,10 +24,10 @@ from pytorch_lightning.loggers import Logger
 
 import ssl_kit
 from ssl_kit.core.console import say
-from ssl_kit.core.errors import UserError
-from ssl_kit.core.files import NotOursError, entries, if_room
+from ssl_kit.core.files import entries, if_room
 from ssl_kit.core.machine import peak_memory, size_text
-from ssl_kit.core.owned import RUN, Former, Record, check_ours, our_files
+from ssl_kit.core.named import check_run
+from ssl_kit.core.owned import RUN, Former, Record
 from ssl_kit.core.sealed import Entries
 from ssl_kit.evaluation.catalog import AS_IT_CAME, ENCODER
 from ssl_kit.evaluation.metrics import wilson
@@ -40,8 +40,6 @@ from ssl_kit.training.curves import Curves
 from ssl_kit.training.distributed import all_gather_object, rank
 from ssl_kit.training.verdict import BELOW, Row, Verdict, too_short
 
-# The loose files that a run begins with
-_WRITTEN = ("recipe.yaml", "metrics.csv", "skipped.csv", "diagnose.csv", "report.html", "pictures/views.png")
 _PACKAGES = ("torch", "torchvision", "pytorch-lightning", "timm", "faiss-cpu", "numba", "numpy")
 
 
@@ -159,29 +157,13 @@ def opened(folder: Path, resume: bool, overwrite: bool) -> Iterator[RunRecord]:
         return
     former = Former(folder)
     former.settle(resumable(folder / "checkpoints"))
-    _check_folder(folder, resume, overwrite)
+    check_run(folder, resume, overwrite)
     try:
         with RunRecord(folder, resume) as record:
             yield record
     except BaseException:
         former.settle(resumable(folder / "checkpoints"))
         raise
-
-
-def _check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
-    """Raises `UserError` for what may not be in the folder, or must be; nothing is touched."""
-    check_ours(folder)
-    exists = (folder / RUN).is_file() and (folder / "recipe.yaml").is_file()  # else it was killed as it began
-    if resume and overwrite:
-        raise UserError("got --resume and --overwrite; give one of them")
-    if exists and not (resume or overwrite):
-        raise UserError(f"{folder} holds a run already; go on with --resume, or start anew with --overwrite")
-    if resume and not exists:
-        raise UserError(f"--resume: {folder} holds no run; check --run, or leave --resume out to start one")
-    ours = our_files(folder)
-    for name in () if resume else entries(folder):
-        if name in _WRITTEN and name not in ours:
-            raise NotOursError(f"{folder / name} is not ssl_kit's: move it away, or choose another --run")
 
 
 def command() -> str:

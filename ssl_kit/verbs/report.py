@@ -18,10 +18,15 @@ class Settings:
     Args:
         runs: one or more run folders.
         out: the HTML file to write; without it RUN/report.html of one run, compare.html of several.
+
+    Examples:
+        ssl-kit report runs/photos
+        ssl-kit report runs/one runs/two --out compare.html
     """
 
     runs: list[str]
     _: KW_ONLY
+    # Where it goes
     out: str | None = None
 
 

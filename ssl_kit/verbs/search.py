@@ -55,16 +55,23 @@ class Settings:
         reader: module:function of your own that reads the files, behind --allow MODULE: (bytes, id) -> array.
         trust_index: open the index whoever made it; by default one that you did not sign is not used, and the vectors
             answer exactly.
+
+    Examples:
+        ssl-kit search EMB cat.jpg -k 12
+        ssl-kit search EMB cat.jpg dog.jpg --html neighbours.html
     """
 
     emb: str
     images: list[str]
     _: KW_ONLY
-    k: int = 12
-    html: str | None = None
+    # What to read
     encoder: str | None = None
     reader: Function | None = None
     trust_index: bool = False
+    # What to find
+    k: int = 12
+    # Where it goes
+    html: str | None = None
 
 
 @verb(Settings)

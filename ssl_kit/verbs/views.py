@@ -47,19 +47,26 @@ class Settings:
         views_per_image: views beside each original, 1 to 10.
         seed: of the run that would see these views.
         epoch: of that run.
+
+    Examples:
+        ssl-kit views photos --out views.png
+        ssl-kit views photos -c mae --views.strength 0.5
     """
 
     data: str
     _: KW_ONLY
-    out: str = "views.png"
-    views: ViewRecipe = ViewRecipe()  # noqa: RUF009 (frozen)
-    image_size: int | tuple[int, int] | None = None
+    # What to read
     channels: int | str = 3
     range: str = "auto"
+    image_size: int | tuple[int, int] | None = None
+    # What to draw
+    views: ViewRecipe = ViewRecipe()  # noqa: RUF009 (frozen)
     count: int = 8
     views_per_image: int = 8
     seed: int = 0
     epoch: int = 0
+    # Where it goes
+    out: str = "views.png"
 
 
 @verb(Settings)

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 
 from ssl_kit import pretrain
 from ssl_kit.core.errors import UserError
+from ssl_kit.core.named import find_encoder
 from ssl_kit.core.random import Key
 from ssl_kit.encoders import Encoder
-from ssl_kit.encoders.encoder import find_encoder
 from ssl_kit.methods.distillation import Distillation, unexplained
 
 SIZE = (16, 16)

@@ -20,6 +20,7 @@ from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.evaluation.duplicates import edits
 from ssl_kit.report.page import write_report
 from ssl_kit.report.read import read_run
+from ssl_kit.verbs import manual
 from ssl_kit.verbs.duplicates import duplicates
 from ssl_kit.verbs.embed import embed
 
@@ -179,7 +180,7 @@ def test_the_command_line_takes_one_folder_or_two(world, capsys):
     assert cli.main(["duplicates", str(world / "test.emb"), str(world / "images.emb"), "--json"]) == 0
     one, two = map(json.loads, capsys.readouterr().out.splitlines())
     assert one["superfluous"] >= 6 and one["limits"]["cosine"] == 0.999 and two["leaked"] == 3
-    assert cli._verb_help("duplicates").startswith("usage: ssl-kit duplicates EMB [OTHER] [options]")
+    assert manual.verb_help("duplicates").startswith("usage: ssl-kit duplicates EMB [OTHER] [options]")
 
 
 def test_the_report_of_the_encoders_run_shows_groups_and_outliers(world, tmp_path):

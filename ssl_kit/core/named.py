@@ -1,0 +1,173 @@
+"""What a command names on the disk, judged by looking: is it there, is it what it should be, may it be written.
+
+Everything here is told before a library is loaded (`verbs/early.py`), and again by the verbs, in the same words. Light:
+neither torch nor NumPy, so that a mistyped name is told in a fifth of a second and not after all imports.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from ssl_kit.core.errors import DamagedError, UserError
+from ssl_kit.core.files import MANIFEST, NotOursError, entries, read_manifest, settle
+from ssl_kit.core.owned import RUN, check_ours, our_files
+from ssl_kit.core.sealed import LARGE_JSON, Entries, read_object
+
+TABLES = (".csv", ".tsv", ".parquet")  # endings of manifests
+BUILTIN = ("digits", "mnist5k")  # sets that need no download
+RECORD = "encoder.json"  # the record in a folder of an encoder
+FORMAT = "ssl_kit embeddings 1"  # of embeddings, as their manifest names it
+PLAN = "plan.json"  # of embeddings that are being made
+# what a report reads in the folder of a run, any of which makes it one
+SHOWN = ("run.json", "recipe.yaml", "metrics.csv", "results.jsonl", "skipped.csv", "pictures", "details")
+# the loose files that a run begins with
+_WRITTEN = ("recipe.yaml", "metrics.csv", "skipped.csv", "diagnose.csv", "report.html", "pictures/views.png")
+FUNCTION = re.compile(r"\w+(\.\w+)*:\w+")
+
+
+def check_data(name: str) -> None:
+    """Raises `UserError` where images cannot be what `name` means: nothing is there, or nothing that is read."""
+    path = Path(name)
+    if "://" in name:
+        raise UserError(f"{name}: addresses are not read yet; wanted a folder, a .csv or .parquet, or 'mnist5k'")
+    if path.suffix == ".tar" or ".tar." in path.name or ("{" in name and ".." in name and not path.exists()):
+        raise UserError(f"{name}: tar shards are not read yet; unpack them into a folder, or list the files in a .csv")
+    if is_builtin(name.partition(":")[0]) and not path.exists():
+        if name.partition(":")[2] not in ("", "train", "test"):
+            raise UserError(f"{name}: a built-in set has the parts train and test")
+    elif path.is_file() and path.suffix.lower() not in TABLES:
+        raise UserError(f"{path} is a file; wanted a folder, a .csv or .parquet with a column 'path', or 'mnist5k'")
+    elif not path.exists():
+        raise UserError(f"no such folder or file: {path}{_nearest(path)}")
+
+
+def check_shown(folder: Path | str) -> None:
+    """Raises `UserError` where there is nothing that a report could show."""
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder} is not a folder: expected the run folder of `ssl-kit pretrain` (runs/NAME)")
+    if not any((Path(folder) / name).exists() for name in SHOWN):
+        raise UserError(f"{folder} holds no run: expected one of {', '.join(SHOWN)}; is it runs/NAME?")
+
+
+def check_pretrained(given: str) -> None:
+    """Raises `UserError` where the weights that `given` names are not on this disk; timm looks for its own."""
+    if given.startswith("timm:"):
+        return
+    if not Path(given).exists():
+        raise UserError(f"{given} is not on this disk; wanted timm:NAME, or a run, an encoder or a timm folder")
+    if not (Path(given) / "config.json").is_file() and not (Path(given) / "model.safetensors").is_file():
+        find_encoder(given)
+
+
+def find_encoder(path: Path | str) -> Path:
+    """The encoder folder meant by a run folder or an encoder folder."""
+    path = Path(path)
+    for folder in (path, path / "encoder"):
+        settle(folder)
+        if (folder / RECORD).is_file():
+            return folder
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give a run folder or an encoder folder")
+    if (path / RUN).is_file():
+        raise UserError(
+            f"{path} is a run without an encoder yet; let `ssl-kit pretrain ... --run {path} --resume` finish"
+        )
+    raise UserError(f"{path} holds no {RECORD}; give a run folder or an encoder folder that ssl_kit wrote")
+
+
+def manifest_of(folder: Path, verify: bool = False) -> Entries:
+    """The manifest of an embeddings folder; `verify` as for `read_manifest`.
+
+    Raises:
+        UserError: a run, an encoder, images, or nothing is there.
+        DamagedError: see `read_manifest`.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder: give an embeddings folder, as `ssl-kit embed ... --out EMB` writes it")
+    try:
+        return read_manifest(folder, verify=verify, limit=LARGE_JSON)
+    except DamagedError as error:
+        if (folder / MANIFEST).exists() or any(folder.glob("part-*")):
+            raise
+        encoder = (folder / RUN).is_file() or (folder / RECORD).is_file()
+        what = "a run or an encoder, no embeddings" if encoder else f"no embeddings folder, it has no {MANIFEST}"
+        command = ["ssl-kit", "embed", *((str(folder), "DATA") if encoder else ("RUN", str(folder))), "--out", "EMB"]
+        raise DamagedError(f"{folder} is {what}: embed first: {shlex.join(command)}") from error
+
+
+def is_embeddings(folder: Path) -> bool:
+    """Whether a folder holds embeddings, finished or begun."""
+    if not folder.is_dir():
+        return False
+    try:
+        if (folder / MANIFEST).is_file():
+            # a damaged one may still be overwritten
+            return read_object(folder / MANIFEST, LARGE_JSON).get("format") == FORMAT
+        return (folder / PLAN).is_file() and "images_sha256" in read_object(folder / PLAN)
+    except DamagedError:
+        return False
+
+
+def is_free(folder: Path) -> bool:
+    """Whether nothing is there, or only what is hidden: a lock, or what was killed before it wrote anything."""
+    return not folder.exists() or (folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir()))
+
+
+def check_free(folder: Path) -> None:
+    """Raises `UserError` where something is in a folder that is to be written anew."""
+    if not is_free(folder):
+        raise UserError(f"{folder} exists: choose another --out, or replace it with --overwrite")
+
+
+def check_function(name: str, allow: Sequence[str], option: str) -> None:
+    """Raises `UserError` for what is no "module:function", or one of a module that is not allowed."""
+    module = name.partition(":")[0]
+    if not FUNCTION.fullmatch(name):
+        raise UserError(f"--{option} {name!r}: wanted module:function")
+    if not any(f"{module}.".startswith(f"{allowed}.") for allowed in allow):
+        raise UserError(f"--{option} {name} is code that would be run; if you trust {module}, add --allow {module}")
+
+
+def is_builtin(name: str) -> bool:
+    """Whether `name` is a set that needs no download."""
+    return name in BUILTIN
+
+
+def _nearest(path: Path) -> str:
+    """What exists of a path that does not: its nearest parent and the most similar name there."""
+    missing = path.absolute()
+    while not missing.parent.exists():
+        missing = missing.parent
+    try:
+        names = os.listdir(missing.parent)
+    except OSError:
+        names = []
+    close = difflib.get_close_matches(missing.name, names, 1)
+    similar = f"; did you mean {missing.parent / close[0]}?" if close else ""
+    return f" ({missing.parent} exists, but has no {missing.name!r}{similar})"
+
+
+def default_run(data: str) -> Path:
+    """Where a run goes that was given no place."""
+    return Path("runs", Path(data.split(maxsplit=1)[0] if data.split() else "").name or "run")
+
+
+def check_run(folder: Path, resume: bool, overwrite: bool) -> None:
+    """Raises `UserError` for what may not be in the folder of a run, or must be; nothing is touched."""
+    check_ours(folder)
+    exists = (folder / RUN).is_file() and (folder / "recipe.yaml").is_file()  # else it was killed as it began
+    if resume and overwrite:
+        raise UserError("got --resume and --overwrite; give one of them")
+    if exists and not (resume or overwrite):
+        raise UserError(f"{folder} holds a run already; go on with --resume, or start anew with --overwrite")
+    if resume and not exists:
+        raise UserError(f"--resume: {folder} holds no run; check --run, or leave --resume out to start one")
+    ours = our_files(folder)
+    for name in () if resume else entries(folder):
+        if name in _WRITTEN and name not in ours:
+            raise NotOursError(f"{folder / name} is not ssl_kit's: move it away, or choose another --run")
