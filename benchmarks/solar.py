@@ -114,7 +114,7 @@ def pretrained(recipe: str, seed: int, cells: Path, keep: Path, quick: bool) -> 
             command += ["--resume"]
         else:
             command += ["-c", recipe, "--seed", str(seed), "--overwrite"]
-            command += ["--limit", str(QUICK), "--batch_size", "32", "--epochs", "1"] if quick else []
+            command += ["--limit", str(QUICK), "--batch-size", "32", "--epochs", "1"] if quick else []
         subprocess.run(command, check=True)
     return run
 

@@ -236,7 +236,9 @@ def _add_arguments(parser: ArgumentParser, verb: str, settings: type, method: st
     if verb not in WITH_RECIPE:
         positional = [option for option in options(VERBS / f"{verb}.py") if option.positional]
         for option in positional:
-            count = "+" if option.several else None if option.default is None else "?"
+            count = (
+                ("+" if option.default is None else "*") if option.several else None if option.default is None else "?"
+            )
             parser.add_argument(option.name, type=str, nargs=count)
         add(skip={option.name for option in positional} | {"reader"})
         return

@@ -352,9 +352,9 @@ def trained(options):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ((10**6, None, 2), "wanted 1 to 4,096, see --image_size"),
-        (((16, 5_000), None, 2), "wanted 1 to 4,096, see --image_size"),
-        ((16, {2: 10**5}, 2), "wanted 1 to 4,096, see --image_size"),
+        ((10**6, None, 2), "wanted 1 to 4,096, see --image-size"),
+        (((16, 5_000), None, 2), "wanted 1 to 4,096, see --image-size"),
+        ((16, {2: 10**5}, 2), "wanted 1 to 4,096, see --image-size"),
         ((4_096, None, 256), "a step of 256 images takes more than"),
         ((16, {2: 4_096}, 256), "a step of 256 images takes more than"),
         ((64, None, 10**8), "300 images are fewer than one step"),

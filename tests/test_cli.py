@@ -76,6 +76,17 @@ def test_examples_name_options_that_there_are(tmp_path, monkeypatch):
             assert early.taken_apart(verb, rest, known) is not None
 
 
+def test_options_are_spelt_one_way():
+    """With dashes, wherever they are read: in the code, on the pages, in the recipes."""
+    root = Path(cli.__file__).parent.parent
+    pages = [root / "README.md", root / "CHANGELOG.md", *root.glob("docs/*.md"), *root.glob("recipes/*.yaml")]
+    found = []
+    for path in [*pages, *root.glob("ssl_kit/**/*.py")]:
+        for option in re.findall(r"(?<![\w-])--[a-z][a-z0-9.]*_[\w.]*", path.read_text(encoding="utf-8")):
+            found.append((path.name, option))
+    assert found == [("cli.py", "--method.class_path"), ("options.py", "--max_bad")]
+
+
 def test_all_options_are_told_in_the_same_words(capsys):
     with pytest.raises(SystemExit):
         cli.main(["pretrain", "--help-all"])

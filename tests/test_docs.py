@@ -156,7 +156,7 @@ def run(words):
                 patch.syspath_prepend(environment["PYTHONPATH"])
             quick = [*QUICK.get(words[1], []), *(["--trainer.max_steps=4"] if "--resume" in words else [])]
             quick += ["--limit=200"] if any(word.startswith("mnist5k") for word in words) else []
-            quick += ["--contrastive_batch=32"] if "--contrastive_batch" in words else []
+            quick += ["--contrastive_batch=32"] if "--contrastive-batch" in words else []
             quick += ["--baselines=none"] if any("robustness" in word for word in words) else []
             assert cli.main([*words[1:], *quick]) == 0, words
         elif words[:3] == ["python", "-m", "pytest"]:
@@ -211,7 +211,7 @@ def test_few_blocks_are_exempt_and_say_why():
 
 def known_options():
     """Every option of every verb; those of views, methods and the optimiser with their prefix."""
-    found = {"--json", "--quiet", "--help", "--help-all", "--allow", "-c", "-k"}
+    found = {"--json", "--quiet", "--verbose", "--help", "--help-all", "--allow", "-c", "-k"}
     for verb in manual.verbs():
         found |= {f"--{option.name}" for option in options(ROOT / "ssl_kit" / "verbs" / f"{verb}.py")}
     found |= {f"--views.{field.name}" for field in fields(ViewRecipe)}

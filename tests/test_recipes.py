@@ -1,6 +1,7 @@
 """Every packaged recipe is parsed and trained for two steps through the command line."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,24 @@ def test_recipes_are_found():
 def test_a_recipe_says_where_its_numbers_come_from(name):
     comment = [line for line in packaged()[name].read_text().splitlines() if line.startswith("#")]
     assert "arXiv" in " ".join(comment) and len(comment) >= 2
+
+
+def test_recipes_are_listed_with_what_they_are_for_and_what_was_measured(capsys):
+    assert cli.main(["recipes", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["recipes"]
+    assert list(told) == RECIPES
+    for name, one in told.items():
+        assert (
+            one["for"] and one["takes"] and one["verified"] == ("+-" in one["measured"] or "seed)" in one["measured"])
+        )
+        unmeasured = re.search(
+            r"not measured|[Uu]nverified|never run", packaged()[name].read_text().partition("\nseed")[0]
+        )
+        assert bool(one["verified"]) != bool(unmeasured), name
+    assert cli.main(["recipes", "simclr", "mae_cifar10_tiny"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("simclr: your own images") and "; unverified: " in said[1] and "; verified: " in said[3]
+    assert cli.main(["recipes", "simclrr"]) == 2 and "nearest: simclr" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if "image_size" in read_recipe(name)])

@@ -10,7 +10,7 @@ import inspect
 from pathlib import Path
 
 from benchmarks.house import methods
-from ssl_kit.core.options import options
+from ssl_kit.core.options import dashed, options
 from ssl_kit.verbs import manual
 
 FILE = Path(__file__).parent / "golden" / "surface.txt"
@@ -21,7 +21,7 @@ def surface() -> str:
     lines = ["# verbs"]
     for verb in manual.verbs():
         for option in options(Path("ssl_kit/verbs") / f"{verb}.py"):
-            name = option.name.upper() if option.positional else f"--{option.name}"
+            name = option.name.upper() if option.positional else dashed(option.name)
             lines.append(f"{verb} {name}" + ("" if option.default is None else f" = {ast.unparse(option.default)}"))
     lines.append("# methods")
     for kind in methods():

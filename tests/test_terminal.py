@@ -34,22 +34,47 @@ def command_lines(place, images, out):
     """verb -> its words; every verb is here, or `test_every_verb_is_here` fails."""
     run, emb = str(place / "run"), str(place / "emb")
     return {
+        "views": [str(images), "--out", str(out / "v.png"), "--count", "2"],
         "pretrain": [str(images), "--run", str(out / "run"), *SMALL],
         "evaluate": [run, str(images), "--out", str(out / "scores"), "--only", "knn,health"],
+        "report": [run, "--out", str(out / "report.html")],
         "finetune": [run, str(images), "--out", str(out / "tuned"), "--epochs", "1", "--batch_size", "16"],
         "embed": [run, str(images), "--out", str(out / "emb")],
         "index": [emb],
         "search": [emb, str(images / "a" / "003.png"), "-k", "3", "--html", str(out / "found.html")],
         "duplicates": [emb, "--csv", str(out / "d.csv")],
-        "report": [run, "--out", str(out / "report.html")],
         "export": [run, "--out", str(out / "model"), "--images", str(images)],
-        "views": [str(images), "--out", str(out / "v.png"), "--count", "2"],
+        "recipes": [],
         "doctor": ["--seconds", "0"],
     }
 
 
 def test_every_verb_is_here(place, labelled_folder, tmp_path):
     assert list(command_lines(place, labelled_folder, tmp_path)) == manual.verbs()
+
+
+def test_three_lines_come_before_the_bar_and_the_rest_is_asked_for(labelled_folder, tmp_path, capfd):
+    words = ["pretrain", str(labelled_folder), *SMALL, "--run", str(tmp_path / "run")]
+    assert cli.main(words) == 0
+    few = capfd.readouterr().out.splitlines()
+    assert few[0] == f"pretrain {labelled_folder} -> {tmp_path / 'run'}; report: {tmp_path / 'run' / 'report.html'}"
+    assert few[1].startswith(f"{labelled_folder}: ") and "classes" in few[1]
+    assert few[2].startswith("SimCLR trains resnet18_small") and "16 images a step" in few[2]
+    assert few[3].startswith("epoch 0") and few[-1].startswith("next: ")
+    assert cli.main([*words, "--overwrite", "--verbose"]) == 0
+    many = capfd.readouterr().out
+    assert all(f"\n{name}: " in many for name in ("device", "precision", "memory format", "tf32", "optimiser"))
+    assert set(few[:3]) <= set(many.splitlines())
+
+
+def test_evaluate_ends_in_a_sentence(place, labelled_folder, tmp_path, capfd):
+    out = tmp_path / "scores"
+    assert (
+        cli.main(["evaluate", str(place / "run"), str(labelled_folder), "--out", str(out), "--only", "knn,linear"]) == 0
+    )
+    said = capfd.readouterr().out.splitlines()
+    assert said[-1].startswith("next: ") and said[-2].endswith(f"; report: {out / 'report.html'}")
+    assert said[-2].startswith("by kNN ") and "; by linear probe " in said[-2]
 
 
 @pytest.mark.parametrize("verb", manual.verbs())
@@ -80,7 +105,7 @@ def test_a_library_that_prints_does_not_spoil_the_document(capsys, monkeypatch):
     monkeypatch.setattr("ssl_kit.verbs.doctor.doctor", lambda **_: print("noise") or {"a": "ä\udcff"})
     assert cli.main(["doctor", "--json"]) == 0
     printed = capsys.readouterr()
-    assert json.loads(printed.out) == {"a": "ä\udcff"} and printed.err == "noise\n"
+    assert json.loads(printed.out) == {"a": "ä\udcff"} and printed.err == "doctor\nnoise\n"
 
 
 # verb -> where Ctrl-C comes, what is then said
@@ -95,6 +120,7 @@ INTERRUPTED = {
     "report": ("ssl_kit.report.page.write_report", "nothing was written"),
     "export": ("ssl_kit.verbs.export._compared", "nothing was written"),
     "views": ("ssl_kit.verbs.views._grid", "nothing was written"),
+    "recipes": ("ssl_kit.verbs.recipes.about", "nothing was written"),
     "doctor": ("ssl_kit.verbs.doctor._chosen", "nothing was written"),
 }
 

@@ -112,8 +112,8 @@ def command(images: Path, run: Path, count: int, *options: str) -> list[str]:
     return [
         *("pretrain", str(images), "--run", str(run), "--method", "ssl_kit.methods.mae.MAE"),
         *("--method.encoder.name", "vit_tiny_patch16_224", "--method.encoder.args", args, "--epochs", "4"),
-        *("--method.decoder_width", "16", "--method.decoder_heads", "1", "--method.optim.name", "sgd"),
-        *("--method.optim.lr", "2", "--method.optim.warmup_epochs", "0", "--precision", "float32"),
+        *("--method.decoder-width", "16", "--method.decoder-heads", "1", "--method.optim.name", "sgd"),
+        *("--method.optim.lr", "2", "--method.optim.warmup-epochs", "0", "--precision", "float32"),
         *("--threads", "1", "--evaluate-every", "2", *options, "--batch-size", str(24 // count)),
     ]
 

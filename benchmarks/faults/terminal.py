@@ -46,10 +46,10 @@ from ssl_kit.verbs import manual
 TRAININGS = ("pretrain", "finetune")
 QUICK = ("pretrain", "embed")
 DISK_MIB = 64
-OFTEN = ["--checkpoint_minutes", "0.001"]
+OFTEN = ["--checkpoint-minutes", "0.001"]
 PRETRAIN = [
     *("--method.encoder.args", "{channels: [16, 16, 16, 16]}", "--method.projection", "[16, 8]", "--threads", "1"),
-    *("--image_size", str(SIDE), "--batch_size", "16", "--epochs", "4", *OFTEN),
+    *("--image-size", str(SIDE), "--batch-size", "16", "--epochs", "4", *OFTEN),
 ]
 
 
@@ -59,7 +59,7 @@ def words(verb: str, place: Path, out: Path) -> list[str]:
     return {
         "pretrain": [images, "--run", str(out), *PRETRAIN],
         "evaluate": [encoder, images, "--out", str(out), "--only", "knn,linear"],
-        "finetune": [encoder, images, "--out", str(out), "--batch_size", "16", "--scratch", "false", *OFTEN],
+        "finetune": [encoder, images, "--out", str(out), "--batch-size", "16", "--scratch", "false", *OFTEN],
         "embed": [encoder, images, "--out", str(out)],
         "index": [str(out)],
         "search": [str(place / "indexed"), f"{images}/class0/00.png", "--html", str(out / "found.html")],

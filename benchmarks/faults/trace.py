@@ -44,7 +44,7 @@ PATH = re.compile(r'(?:(?:AT_FDCWD|\d+)<([^>]*)>, )?"((?:[^"\\]|\\.)*)"(\.\.\.)?
 ADDRESS = re.compile(r'inet_addr\("([^"]+)"\)|inet_pton\(AF_INET6, "([^"]+)"')
 LOCAL = re.compile(r"127\.|::1$|::ffff:127\.")
 APART = re.compile(r"^/dev/|^/proc/|/__pycache__(/|$)")
-TINY = ["--batch_size", "16", "--trainer.max_steps", "2", "--image_size", str(SIDE)]
+TINY = ["--batch-size", "16", "--trainer.max-steps", "2", "--image-size", str(SIDE)]
 SMALL_CNN = ["--method.encoder.args", json.dumps(SMALL["args"])]
 SMALL_VIT = ["--method.encoder.name", "vit_tiny_patch16_224"]
 SMALL_VIT += ["--method.encoder.args", "{patch_size: 4, embed_dim: 24, depth: 2, num_heads: 2}"]
@@ -66,7 +66,7 @@ def commands(place: Path, encoder: str) -> dict[str, list[str]]:
     """Name -> words of `ssl-kit`, each on what the ones before it made; `encoder` is a run or encoder folder."""
     images, small = str(place / "images"), [*SMALL_CNN, *TINY]
     mae, vae = (["--method", f"ssl_kit.methods.{name.lower()}.{name}"] for name in ("MAE", "VAE"))
-    tuning = ["--epochs", "1", "--batch_size", "16", "--scratch", "false"]
+    tuning = ["--epochs", "1", "--batch-size", "16", "--scratch", "false"]
     return {
         "pretrain": ["pretrain", images, "--run", "run", *small],
         "pretrain MAE": ["pretrain", images, "--run", "mae", *mae, *SMALL_VIT, *TINY],

@@ -26,11 +26,11 @@ from rich.text import Text
 
 from ssl_kit.core.process import is_first, printable, terminal
 
-_settings = {"to_stderr": False, "quiet": False, "live": False, "hints": True, "verbose": False}
+_settings = {"to_stderr": False, "quiet": False, "live": False, "hints": True, "verbose": True}
 _own: list[str] = []  # options that name the user's own code
 
 
-def configure(*, to_stderr: bool = False, quiet: bool = False, verbose: bool = False) -> None:
+def configure(*, to_stderr: bool = False, quiet: bool = False, verbose: bool = True) -> None:
     """Chooses where text for people goes (the command line calls this once, for `--json`, `--quiet`, `--verbose`)."""
     _settings.update(to_stderr=to_stderr, quiet=quiet, verbose=verbose)
     _own.clear()

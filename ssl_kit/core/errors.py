@@ -3,6 +3,8 @@
 import math
 from collections.abc import Mapping
 
+from ssl_kit.core.options import dashed
+
 # Options that mean the same in every verb -> least and largest value; (: and ): the bound itself is too much
 _RANGES = {
     **dict.fromkeys(("batch_size", "contrastive_batch", "threads", "channels", "image_size", "patience"), "[1, inf)"),
@@ -47,4 +49,4 @@ def check_numbers(options: Mapping[str, object]) -> None:
             above = number >= low if wanted[0] == "[" else number > low
             below = number <= high if wanted[-1] == "]" else number < high
             if not (math.isfinite(number) and above and below):
-                raise UserError(f"--{name} {number}: wanted a number in {wanted}")
+                raise UserError(f"{dashed(name)} {number}: wanted a number in {wanted}")

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from PIL import Image
 
-from ssl_kit.core.console import say
+from ssl_kit.core.console import detail, say
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.machine import fits_in_memory
 from ssl_kit.core.reading import ANY, Reading
@@ -315,7 +315,7 @@ def _of_items(items: Items, labels: Labels | None, reading: Reading, measure: bo
         raise UserError(f"{name}: {error}") from error
     first = lazy[0]
     fits, why = fits_in_memory(first.nbytes * len(items))
-    say(f"{name}: {why}: images are {'read once, into RAM' if fits else 'read when needed'}")
+    detail(f"{name}: {why}: images are {'read once, into RAM' if fits else 'read when needed'}")
     images: list[np.ndarray] | np.ndarray | _Items = lazy
     found = list[object]()
     if fits or labels is None:

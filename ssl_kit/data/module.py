@@ -13,7 +13,7 @@ from lightning_fabric.utilities.apply_func import move_data_to_device
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from ssl_kit.core.console import say, warn
+from ssl_kit.core.console import detail, warn
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.machine import size_text
 from ssl_kit.data.loader import ViewLoader, views_at
@@ -67,8 +67,8 @@ class ImageData(pl.LightningDataModule):
         super().__init__()
         if contrastive_batch is not None and contrastive_batch <= batch_size:
             raise UserError(
-                f"--contrastive_batch {contrastive_batch} is made of chunks of --batch_size {batch_size}; wanted a "
-                "smaller batch size, or leave --contrastive_batch out"
+                f"--contrastive-batch {contrastive_batch} is made of chunks of --batch-size {batch_size}; wanted a "
+                "smaller batch size, or leave --contrastive-batch out"
             )
         self.source, self.views = source, views
         self.batch_size, self.seed, self.threads = batch_size, seed, threads
@@ -179,7 +179,7 @@ def _on(device: torch.device, source: Source) -> Tensor | None:
     images, free = source.stack[0], torch.cuda.mem_get_info(device)[0]
     if images.nbytes > _STORED * free:
         return None
-    say(f"pixels: {size_text(images.nbytes)}, on the device ({size_text(free)} free there)")
+    detail(f"pixels: {size_text(images.nbytes)}, on the device ({size_text(free)} free there)")
     return torch.from_numpy(images).to(device)
 
 

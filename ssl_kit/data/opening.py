@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from ssl_kit.core.console import progress, say, warn
+from ssl_kit.core.console import detail, progress, say, warn
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.machine import available_cores, fits_in_memory, in_order
 from ssl_kit.core.named import TABLES, check_data, is_builtin
@@ -296,7 +296,7 @@ def _decoded(source: Listed, in_memory: Literal["auto"] | bool | Callable[[bool]
     mean_bytes = float(np.mean(areas * source.channels * one.itemsize)) if len(areas) else 0.0
     fits, why = fits_in_memory(len(source) * mean_bytes)
     keep = in_memory(fits) if callable(in_memory) else fits if in_memory == "auto" else in_memory
-    say(f"{source.name}: {why}: images are {'decoded once, into RAM' if keep else 'decoded when needed'}")
+    detail(f"{source.name}: {why}: images are {'decoded once, into RAM' if keep else 'decoded when needed'}")
     if not keep:
         return source
     images, bad = _load(source, threads, mean_bytes)

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from ssl_kit.core.errors import UserError
+from ssl_kit.core.options import dashed
 from ssl_kit.core.random import permutation, uniform_array
 
 _PARTNER = 199  # stream of the second view, which its own draws do not reach; see ssl_kit/core/random.py
@@ -64,12 +65,12 @@ class TrainingPlan:
         together: int | None = None,
     ):
         if batch_size < 1:
-            raise UserError(f"--{option} {batch_size}: wanted at least 1")
+            raise UserError(f"{dashed(option)} {batch_size}: wanted at least 1")
         together = together or batch_size * world_size
         if count < together:
             raise UserError(
                 f"{count} images are fewer than one step of {together} ({option} {batch_size} x {world_size} "
-                f"processes); lower --{option} to at most {count // world_size}, or add images"
+                f"processes); lower {dashed(option)} to at most {count // world_size}, or add images"
             )
         self.count, self.seed, self.rank, self.world_size = count, seed, rank, world_size
         steps = -(-count // together)
@@ -77,7 +78,7 @@ class TrainingPlan:
         if count // self.steps_per_epoch < world_size:  # the smallest step
             raise UserError(
                 f"{count} images in {self.steps_per_epoch} steps leave some of {world_size} processes without any; "
-                f"raise --{option} from {batch_size} to 2"
+                f"raise {dashed(option)} from {batch_size} to 2"
             )
 
         self._bounds = np.linspace(0, count, self.steps_per_epoch + 1).round().astype(np.int64)  # of an epoch's steps

@@ -47,7 +47,7 @@ def vision_transformer(encoder: Encoder) -> VisionTransformer | Eva:
     if height % p or width % q:
         raise UserError(
             f"images of {height} x {width} pixels are not whole patches of {p} x {q}; choose a multiple with "
-            "--image_size, or another patch_size in --method.encoder.args"
+            "--image-size, or another patch_size in --method.encoder.args"
         )
     return model
 

@@ -144,7 +144,7 @@ def check_sizes(image_size: tuple[int, int], channels: int) -> None:
     """Raises `UserError` for (height, width) in pixels, or channels, that no encoder is made for."""
     if not 0 < min(image_size) <= max(image_size) <= MAX_SIDE:
         height, width = image_size
-        raise UserError(f"images of {height:,} x {width:,} pixels; wanted 1 to {MAX_SIDE:,}, see --image_size")
+        raise UserError(f"images of {height:,} x {width:,} pixels; wanted 1 to {MAX_SIDE:,}, see --image-size")
     if not 0 < channels <= MAX_CHANNELS:
         raise UserError(f"images of {channels:,} channels; wanted 1 to {MAX_CHANNELS:,}, see --channels")
 

@@ -52,7 +52,7 @@ class DINO(Method):
     Args:
         encoder: of the student; where there are small crops it must take several sizes (a ViT with
             `dynamic_img_size: true`).
-        small_crops: beside the two large ones, 0 to 8; their side is `--views.local_size`.
+        small_crops: beside the two large ones, 0 to 8; their side is `--views.local-size`.
         prototypes: K; the paper's is 65,536.
         hidden: widths of the head before the prototypes; the last one is the bottleneck.
         norm: of the head; none in the paper for ViTs.
@@ -96,7 +96,7 @@ class DINO(Method):
             raise UserError("temperatures: wanted more than 0; warmup and tau: a fraction in [0, 1]")
         if small_crops and encoder.fixed_size:
             raise UserError(
-                f"{encoder.name} takes one size only: give --method.small_crops 0, or a ViT "
+                f"{encoder.name} takes one size only: give --method.small-crops 0, or a ViT "
                 "--method.encoder.args '{dynamic_img_size: true}'"
             )
         if min(ibot, koleo) < 0 or not 0 < hidden_patches < 1:

@@ -48,7 +48,7 @@ class LeJEPA(Method):
 
     Args:
         encoder: where there are small crops it must take several sizes (a ViT with `dynamic_img_size: true`).
-        small_crops: beside the two large ones, 0 to 8; their side is `--views.local_size`.
+        small_crops: beside the two large ones, 0 to 8; their side is `--views.local-size`.
         projection: widths of the projector; the last one is K.
         norm: of the projector; with batch norm each process normalises its own images.
         trade_off: lambda, in [0, 1]; the paper's advice is 0.05, and 0.01 to 0.1 to try.
@@ -79,7 +79,7 @@ class LeJEPA(Method):
             raise UserError(f"trade_off {trade_off}, directions {directions}: wanted a share in [0, 1], and 1 or more")
         if small_crops and encoder.fixed_size:
             raise UserError(
-                f"{encoder.name} takes one size only: give --method.small_crops 0, or a ViT "
+                f"{encoder.name} takes one size only: give --method.small-crops 0, or a ViT "
                 "--method.encoder.args '{dynamic_img_size: true}'"
             )
         self.num_views = _LARGE + small_crops

@@ -93,7 +93,7 @@ def check_values(target: Tensor, likelihood: Likelihood) -> None:
         levels = target * 255
         odd = ((levels - levels.round()).abs() > 1e-3) | (target < 0) | (target > 1)
         wanted = (
-            "multiples of 1/255, pixels as stored; use --views.preset plain (flips may stay) with --image_size of the "
+            "multiples of 1/255, pixels as stored; use --views.preset plain (flips may stay) with --image-size of the "
             "images, or --method.likelihood gaussian"
         )
     else:

@@ -321,7 +321,7 @@ def _check(
     if not 1 <= num_kept < num_patches:
         raise UserError(
             f"mask_ratio {mask_ratio:g} of {num_patches} patches keeps {num_kept}; wanted "
-            "at least one kept and one removed: change --method.mask_ratio, or make patches smaller (patch_size)"
+            "at least one kept and one removed: change --method.mask-ratio, or make patches smaller (patch_size)"
         )
     if decoder_width % decoder_heads:
         raise UserError(f"decoder_width {decoder_width} is not a multiple of decoder_heads {decoder_heads}")

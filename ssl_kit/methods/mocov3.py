@@ -120,7 +120,7 @@ def contrastive_loss(queries: Tensor, wanted: Tensor, temperature: float, group:
     """
     images = len(queries) // 2
     if images == 1 and world_size() == 1:
-        raise UserError("the loss compares images: got a step of one image, wanted two or more; raise --batch_size")
+        raise UserError("the loss compares images: got a step of one image, wanted two or more; raise --batch-size")
     with float32(queries):
         q1, q2 = F.normalize(queries.float(), dim=1).chunk(2)  # (B, d) each
         both = F.normalize(wanted.float(), dim=1).chunk(2)

@@ -132,7 +132,7 @@ def nt_xent(
         UserError: there is one image only, hence no negative: the loss would be 0, or infinite decoupled.
     """
     if len(z) == 2 and world_size() == 1:
-        raise UserError("the loss compares images: got a step of one image, wanted two or more; raise --batch_size")
+        raise UserError("the loss compares images: got a step of one image, wanted two or more; raise --batch-size")
     with torch.autocast(z.device.type, enabled=False):
         z = _unit(z.float() if z.dtype in (torch.bfloat16, torch.float16) else z)  # (2B, d)
         group = None if group is None else group.repeat(2)  # (2B,)

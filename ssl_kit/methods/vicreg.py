@@ -103,7 +103,7 @@ def vicreg_terms(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]
         UserError: there is one image only, which has no variance.
     """
     if len(first) == 1 and world_size() == 1:
-        raise UserError("the loss compares images: got a step of one image, wanted two or more; raise --batch_size")
+        raise UserError("the loss compares images: got a step of one image, wanted two or more; raise --batch-size")
     with float32(first):
         first, second = first.float(), second.float()
         invariance = F.mse_loss(first, second)

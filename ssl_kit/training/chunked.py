@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ssl_kit.core.console import say
+from ssl_kit.core.console import detail
 from ssl_kit.core.random import Key
 from ssl_kit.training.checkpoint import generators, set_generators
 from ssl_kit.training.distributed import by_itself
@@ -99,7 +99,7 @@ class Chunkable(Protocol):
 def no_chunks(method: str) -> str:
     """What a user is told whose method has no contrastive batch."""
     return (
-        f"--contrastive_batch: the loss of {method} is not one of projections that chunks could be made of; leave "
+        f"--contrastive-batch: the loss of {method} is not one of projections that chunks could be made of; leave "
         "it out, or give --method.optim.accumulate"
     )
 
@@ -166,4 +166,4 @@ def compile_ahead(trainer: pl.Trainer, method: Any) -> None:
             sizes.add(len(batch["label"]))
     set_generators(state)
     told = " and ".join(map(str, sorted(sizes)))
-    say(f"compiled for {told} images at once in {time.perf_counter() - began:.0f} s")
+    detail(f"compiled for {told} images at once in {time.perf_counter() - began:.0f} s")

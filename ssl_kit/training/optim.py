@@ -24,7 +24,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.optimizer import ParamsT
 
-from ssl_kit.core.console import say
+from ssl_kit.core.console import detail
 from ssl_kit.core.errors import UserError, check_numbers
 from ssl_kit.training.checkpoint import State
 from ssl_kit.training.chunked import data_of
@@ -99,7 +99,7 @@ class Optim:
         kernel = self.fused and all(has_fused(parameter) for group in groups for parameter in group["params"])
         optimiser = self._optimiser(groups, peak, kernel)
         schedule = Schedule(optimiser, round(self.warmup_epochs * steps_per_epoch), total_steps, self.final_lr)
-        say(
+        detail(
             f"optimiser: {self.name}, peak lr {peak:.4g} (lr {self.lr:g} per {self.lr_per or images_per_step} images, "
             f"{images_per_step} images a step), weight decay {self.weight_decay:g}, "
             f"warm-up {min(schedule.warmup_steps, total_steps // 2):,} of {total_steps:,} steps"
@@ -109,7 +109,7 @@ class Optim:
         )
         if self.name != "lars":
             why = "one kernel for all weights" if kernel else "as asked" if not self.fused else "this device has none"
-            say(f"fused optimiser: {'on' if kernel else 'off'} ({why})")
+            detail(f"fused optimiser: {'on' if kernel else 'off'} ({why})")
         return optimiser, schedule
 
     def configured(self, module: pl.LightningModule) -> OptimizerLRScheduler:

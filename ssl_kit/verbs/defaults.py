@@ -14,7 +14,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from pytorch_lightning import Trainer
 
-from ssl_kit.core.console import say
+from ssl_kit.core.console import detail, say
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import atomic_file, read_json
 from ssl_kit.core.machine import (
@@ -31,6 +31,7 @@ from ssl_kit.core.machine import (
     use_gpu,
     use_tf32,
 )
+from ssl_kit.core.options import dashed
 from ssl_kit.core.process import on_this_machine
 from ssl_kit.core.sealed import Entries
 from ssl_kit.data.fingerprint import difference
@@ -80,7 +81,7 @@ def view_size(image_size: int | tuple[int, int] | None, source: Source) -> tuple
     fitting = max(8, round(side / multiple) * multiple)
     why = f"from the images, which have {side}" if fitting <= most else f"of the images' {side}, for this machine"
     side = min(most, fitting)
-    say(f"image size: {side} px ({why}; --image_size changes it)")
+    detail(f"image size: {side} px ({why}; --image-size changes it)")
     return side, side
 
 
@@ -126,11 +127,11 @@ def fit_to_data(settings: Settings, count: int, processes: int = 1) -> Settings:
         # a small set seen in a handful of large batches would hardly move the weights
         fitting = 2 ** int(math.log2(max(2.0, count / _FEWEST_STEPS)))
         batch_size = min(_BATCH, fitting, count)
-        say(f"batch size: {batch_size} ({count:,} images; --batch_size changes it)")
+        detail(f"batch size: {batch_size} ({count:,} images; --batch-size changes it)")
     if epochs is None and settings.minutes is None:
         steps_per_epoch = -(-count // (settings.contrastive_batch or batch_size))
         epochs = max(_EPOCHS, math.ceil(_STEPS / steps_per_epoch))
-        say(f"epochs: {epochs:,} ({epochs * steps_per_epoch:,} steps; --epochs or --minutes changes it)")
+        detail(f"epochs: {epochs:,} ({epochs * steps_per_epoch:,} steps; --epochs or --minutes changes it)")
     return replace(settings, batch_size=batch_size, epochs=epochs)
 
 
@@ -155,7 +156,7 @@ def _check_memory(learner: Method, view_schedule: ViewSchedule, images: int, dev
     if needed * on_this_machine() > free:
         raise UserError(
             f"a step of {images:,} images takes more than {size_text(needed)}, and {size_text(free)} are free; choose "
-            "a smaller --batch_size or --image_size"
+            "a smaller --batch-size or --image-size"
         )
 
 
@@ -186,12 +187,12 @@ def fit_to_machine(
     channels_last = choose_channels_last(learner.encoder.model, device.value)
     if channels_last.value:
         learner.to(memory_format=torch.channels_last)
-    say(f"device: {device.value} ({device.reason})")
-    say(f"precision: {precision.value} ({precision.reason})")
-    say(f"memory format: {'channels_last' if channels_last.value else 'contiguous'} ({channels_last.reason})")
+    detail(f"device: {device.value} ({device.reason})")
+    detail(f"precision: {precision.value} ({precision.reason})")
+    detail(f"memory format: {'channels_last' if channels_last.value else 'contiguous'} ({channels_last.reason})")
     if device.value == "cpu" and precision.value == "bfloat16" and unfuse_attention(learner):
-        say("attention: plain products (torch's fused kernel is slow backwards in bfloat16 on a CPU)")
-    say(f"views on: {views_on.value} ({views_on.reason})")
+        detail("attention: plain products (torch's fused kernel is slow backwards in bfloat16 on a CPU)")
+    detail(f"views on: {views_on.value} ({views_on.reason})")
     loader = ImageData(
         training,
         view_schedule,
@@ -211,7 +212,7 @@ def fit_to_machine(
     duration = Duration(settings.epochs, settings.minutes, loader.steps_per_epoch / learner.optim.accumulate)
     tf32 = choose_tf32(settings.tf32, device.value)
     use_tf32(tf32.value)
-    say(f"tf32: {'on' if tf32.value else 'off'} ({tf32.reason})")
+    detail(f"tf32: {'on' if tf32.value else 'off'} ({tf32.reason})")
     code = Choice(False, "diagnose watches every ReLU")
     if not settings.diagnose:
         steps = None if settings.minutes else duration.total
@@ -219,7 +220,7 @@ def fit_to_machine(
     if code.value:
         compile_blocks(learner.encoder.model)
         loader.expect_compiled()
-    say(f"torch.compile: {'on' if code.value else 'off'} ({code.reason})")
+    detail(f"torch.compile: {'on' if code.value else 'off'} ({code.reason})")
     loader.total_steps = duration.total
     decided: Entries = {}
     if device.value != "cpu":  # there the clock had no say
@@ -238,7 +239,7 @@ def _place_of_views(settings: Settings, training: Source, views: tuple[View, ...
     threads = settings.threads or choose_threads(device).value
     speeds = broadcast(lambda: [views_speed(training, views, threads, device, place) for place in _PLACES])
     told = ", ".join(f"{place} {speed:,.0f}" for place, speed in zip(_PLACES, speeds, strict=True))
-    return Choice(_PLACES[int(np.argmax(speeds))], f"tried: {told} images/s; --views_on decides otherwise")
+    return Choice(_PLACES[int(np.argmax(speeds))], f"tried: {told} images/s; --views-on decides otherwise")
 
 
 SIMCLR = "ssl_kit.methods.simclr.SimCLR"
@@ -371,7 +372,7 @@ def check_resumable(folder: Path, recipe: Entries, source: Source, processes: in
         if begun.get(key) != now.get(key) and not same_step:
             raise UserError(
                 f"--resume: {key} was {begun.get(key)} and is {now.get(key)} now; "
-                f"leave the recipe and {key} out to go on with the run's own, or start anew with --overwrite"
+                f"leave the recipe and {dashed(key)} out to go on with the run's own, or start anew with --overwrite"
             )
 
 

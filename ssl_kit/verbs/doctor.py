@@ -44,7 +44,6 @@ from ssl_kit.data.loader import ViewLoader
 from ssl_kit.data.sources import Listed, Source, pixels
 from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.methods.simclr import SimCLR
-from ssl_kit.verbs.recipes import packaged
 from ssl_kit.verbs.record import versions
 from ssl_kit.views.batch import made_on_device
 from ssl_kit.views.device import DeviceViews
@@ -106,9 +105,9 @@ def doctor(settings: Settings) -> Entries:
     counted: the median of three calls or more, of one where three would take too long.
 
     Returns:
-        `{"versions", "machine", "chosen": {name: {"value", "reason"}}, "speed": [...], "recipes": {name: first line}}`;
-        an entry of `speed` holds images/s of decode (None from memory), views (two of an image), loader (both) and
-        step, and which of loader and step is the limit.
+        `{"versions", "machine", "chosen": {name: {"value", "reason"}}, "speed": [...]}`; an entry of `speed` holds
+        images/s of decode (None from memory), views (two of an image), loader (both) and step, and which of loader and
+        step is the limit.
     """
     if not 0 <= settings.seconds < float("inf"):
         raise UserError(f"--seconds {settings.seconds}: wanted 0 (no measurement) or more, such as 12")
@@ -121,17 +120,12 @@ def doctor(settings: Settings) -> Entries:
     for name, choice in chosen.items():
         result(f"{name}: {choice.value} ({choice.reason})")
     speed = _speed(chosen, settings.seconds) if settings.seconds else []
-    recipes = {name: _first_line(path) for name, path in packaged().items()}
-    result("packaged recipes, for -c:")
-    for name, text in recipes.items():
-        result(f"  {name:<{max(map(len, recipes))}}  {text}")
     next_command("ssl-kit pretrain DATA", own=False)
     return {
         "versions": installed,
         "machine": machine,
         "chosen": {name: choice._asdict() for name, choice in chosen.items()},
         "speed": speed,
-        "recipes": recipes,
     }
 
 
@@ -278,8 +272,3 @@ def _memory() -> int:
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return available_memory()
-
-
-def _first_line(path: Path) -> str:
-    with open(path, encoding="utf-8") as file:
-        return file.readline().lstrip("# ").rstrip()

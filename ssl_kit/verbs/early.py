@@ -28,7 +28,7 @@ from ssl_kit.core.named import (
     manifest_of,
 )
 from ssl_kit.core.options import Option, dashed, fits, options, underscored, wrong_value
-from ssl_kit.core.owned import check_output, check_place
+from ssl_kit.core.owned import RUN, check_output, check_place
 from ssl_kit.core.process import started
 from ssl_kit.core.sealed import Entries
 from ssl_kit.verbs.manual import VERBS, WITH_RECIPE
@@ -60,7 +60,7 @@ class Typed(NamedTuple):
 
 
 def look(verb: str, rest: Sequence[str], own: str | None = None) -> str:
-    """What a command is going to do, in a line.
+    """What a command is going to do, in a line; empty where it is done before that could be read.
 
     Args:
         verb: its name.
@@ -85,6 +85,8 @@ def look(verb: str, rest: Sequence[str], own: str | None = None) -> str:
         if name not in typed.named:
             raise UserError(no_value(verb, name, known))
     _check_code(typed, known, allow)
+    if verb == "recipes":
+        return ""  # it answers at once
     return _looked(verb, typed, places)
 
 
@@ -204,8 +206,9 @@ def _looked(verb: str, typed: Typed, places: dict[str, list[str]]) -> str:
     elsewhere = typed.last("encoder") if "encoder" not in places else None
     if elsewhere is not None and not FUNCTION.fullmatch(elsewhere):
         find_encoder(elsewhere)
-    for folder in [*places.get("emb", []), *places.get("other", [])]:
-        manifest_of(Path(folder))
+    for folder in map(Path, [*places.get("emb", []), *places.get("other", [])]):
+        if verb != "search" or not (folder / RUN).is_file():  # of a run it makes the embeddings
+            manifest_of(folder)
     for run in places.get("runs", []):
         check_shown(run)
     for names in typed.named.get("baseline", []):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import nn
 
-from ssl_kit.core.console import if_interrupted, next_command, say
+from ssl_kit.core.console import detail, if_interrupted, next_command, result, say
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import append_line, write_csv
 from ssl_kit.core.locking import lock
@@ -40,6 +40,7 @@ from ssl_kit.verbs.scoring import (
     Task,
     compared,
     default_names,
+    in_words,
     print_curve,
     print_gaps,
     print_scores,
@@ -268,10 +269,10 @@ def _one(asked: _Asked, folder: Path, opened: _Opened, options: _Options) -> tup
             say(f"{features.name}: scored after {time.perf_counter() - started:.0f} s")
         seen = np.unique(labels[labels >= 0])
         of = f"{len(seen)} of {len(test.classes)}" if len(seen) < len(test.classes) else ""
-        results = [_noted(result, options, leaks, of) for result in compared(results, labels, seed)]
+        results = [_noted(one, options, leaks, of) for one in compared(results, labels, seed)]
         pictures.draw()
-        for result in results:
-            append_line(folder / "results.jsonl", result.to_json())
+        for one in results:
+            append_line(folder / "results.jsonl", one.to_json())
         if leaks is not None:
             pairs = zip(leaks.test_ids, leaks.train_ids, map(float, leaks.correlations), strict=True)
             write_csv(folder / "leaks.csv", ["test", "train", "correlation"], pairs)
@@ -281,11 +282,12 @@ def _one(asked: _Asked, folder: Path, opened: _Opened, options: _Options) -> tup
         settle(entries)
         report = folder / "report.html"
         write_report([folder], report)
-    say(f"results: {folder / 'results.jsonl'}; report: {report}")
+    detail(f"results: {folder / 'results.jsonl'}")
+    result("; ".join(filter(None, (in_words(results), f"report: {report}"))))
     record = {
         "encoder": str(asked.path) if asked.module is None else asked.name,
         "out": str(folder),
-        "results": [result.to_json() for result in results],
+        "results": [one.to_json() for one in results],
         "leaks": None if leaks is None else {"count": len(leaks.test_ids), "of": leaks.num_test},
         "report": str(report),
         "seconds": round(time.perf_counter() - started, 3),

@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from ssl_kit.core.console import say
+from ssl_kit.core.console import detail
 from ssl_kit.core.files import if_room
 from ssl_kit.core.machine import cycles_freed, eager
 from ssl_kit.data.labels import stratified
@@ -65,9 +65,9 @@ def hold_out(source: Source) -> tuple[Source, Source | None, Source | None]:
     """
     training, gallery, queries = asked_apart(source)
     if queries is not None and gallery is None:
-        say(f"no labels: {len(queries):,} images are held out of training, to see on them what was learnt")
+        detail(f"no labels: {len(queries):,} images are held out of training, to see on them what was learnt")
     elif queries is not None:
-        say(
+        detail(
             f"labels found: kNN is followed on {len(queries):,} images held out of training; labels are used for "
             "nothing else"
         )

@@ -8,7 +8,7 @@ from typing import Literal
 
 import pytorch_lightning as pl
 
-from ssl_kit.core.console import if_interrupted, result, say
+from ssl_kit.core.console import detail, if_interrupted, result, say
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.machine import Precision, Switch, keep_memory, lightning_precision
 from ssl_kit.core.named import default_run
@@ -67,11 +67,11 @@ class Settings:
         resume: continue the run in that folder at its very step.
         overwrite: replace an existing run in that folder, once the new one could be resumed; only its own files go.
         init: start from an encoder: timm:NAME (weights on disk) or a run or encoder folder.
-        freeze: with `init`: the stem and so many of the encoder's lowest blocks stay as they came.
+        freeze: with --init: the stem and so many of the encoder's lowest blocks stay as they came.
         limit: use only so many images, for a first try.
         image_size: side of a view in pixels, or height and width; chosen from the images by default.
         grow: sides of the training views from an epoch on, as {0: 16, 10: 24}; the encoder and its evaluation keep
-            image_size. Small views cost a fraction of the time and teach nearly as much; convolutional encoders only.
+            --image-size. Small views cost a fraction of the time and teach nearly as much; convolutional encoders only.
         channels: 3 for colour, 1 for grey, as many as a TIFF or array has bands, or names of bands: red,nir.
         range: values of images of more than 8 bits that become 0 and 1: LOW,HIGH, a pair for each channel with spaces
             between, full for the ends of their depth; auto measures them where they fill under a quarter of it.
@@ -79,8 +79,8 @@ class Settings:
         epochs: passes over the images; by default 100, more where that is under 2,000 steps.
         minutes: train for so long instead; the schedule is fitted to the measured speed.
         batch_size: images per process and step; by default 256, fewer where that leaves under 8 steps an epoch.
-        contrastive_batch: images per process that one step compares, in chunks of batch_size: the gradient of the large
-            batch in the memory of the small one, for a third more time.
+        contrastive_batch: images per process that one step compares, in chunks of --batch-size: the gradient of the
+            large batch in the memory of the small one, for a third more time.
         seed: of everything random.
         precision: auto, float32, bfloat16 or float16.
         evaluate_every: epochs between looks at the features (rank; kNN when there are labels), at least; by default
@@ -175,7 +175,7 @@ def pretrain(settings: Settings) -> Entries:
         opened(folder, settings.resume, settings.overwrite) as record,
     ):
         reused = keep_memory()
-        say(f"freed memory: {'kept (page faults cost 10 % of a step)' if reused else 'given back (not glibc)'}")
+        detail(f"freed memory: {'kept (page faults cost 10 % of a step)' if reused else 'given back (not glibc)'}")
         pl.seed_everything(settings.seed, verbose=False)
         reading, measured = reading_of(settings.channels, settings.range)
         source = open_source(
@@ -203,7 +203,7 @@ def pretrain(settings: Settings) -> Entries:
                 smallest = len(training) // loader.steps_per_epoch  # step
                 rehearse(learner, view_schedule, settings.seed, min(2, smallest))  # the last that may be refused
                 record.former.set_aside()  # there is one where `overwrite` says so, or it was killed as it began
-            _begin(record, settings, source, learner)
+            _begin(record, settings, source, learner, duration.total)
             draw_first(folder / "pictures" / "views.png", source, view_schedule[0], settings.seed)
             write_report([folder], folder / "report.html")
         measure = Measure(training, gallery, queries, plain(settings.size), view_schedule[0])
@@ -338,7 +338,7 @@ def _checked(settings: Settings) -> Settings:
     return replace(settings, trainer=options or None)
 
 
-def _begin(record: RunRecord, settings: Settings, source: Source, learner: Method) -> None:
+def _begin(record: RunRecord, settings: Settings, source: Source, learner: Method, steps: int) -> None:
     facts = {
         "root": name_of(settings.data),
         "images": len(source),
@@ -362,4 +362,9 @@ def _begin(record: RunRecord, settings: Settings, source: Source, learner: Metho
         verdict={"state": "unknown", "reason": "nothing was measured yet"},
     )
     save_recipe(settings.folder / "recipe.yaml", resolved_recipe(settings, learner))
-    say(f"report: {settings.folder / 'report.html'}")
+    length = f"{settings.minutes:g} minutes" if settings.minutes else f"{settings.epochs:g} epochs, {steps:,} steps"
+    side, network = " x ".join(map(str, dict.fromkeys(settings.size))), learner.encoder
+    say(
+        f"{type(learner).__name__} trains {network.name} ({network.dim:,} features): views of {side} px, "
+        f"{settings.batch_size:,} images a step, {length}"
+    )

@@ -12,16 +12,19 @@ import difflib
 import importlib
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import yaml
 
 import ssl_kit
+from ssl_kit.core.console import next_command, result
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.named import FUNCTION, check_function
 from ssl_kit.core.options import dashed, wrong_value
 from ssl_kit.core.sealed import Entries
+from ssl_kit.core.settings import verb
 
 if TYPE_CHECKING:
     from ssl_kit.encoders.network import Network
@@ -29,6 +32,10 @@ if TYPE_CHECKING:
 _MAX_BYTES = 2**17  # of a recipe; the longest packaged one has 2 kB
 _DEEPEST = 30  # lists and mappings inside each other
 _MOST_OPEN = 100  # brackets; the scanner looks at all open ones for every word of a line: 1,000 take it a second
+_HEAD, _ABOUT = (
+    4,
+    ("For", "Takes", "Verified", "Unverified"),
+)  # lines that say what a recipe is, and what they begin with
 _OWN_PATH = re.compile(r"ssl_kit(?:\.\w+)+")
 # What says where a run goes and with whom it talks, not how it learns: for the command line only
 _PLACES = ("run", "out", "html", "csv", "json", "resume", "overwrite", "allow", "reader", "wandb", "tensorboard")
@@ -54,6 +61,53 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What to list.
+
+    Args:
+        names: recipes to tell of; all packaged ones by default.
+
+    Examples:
+        ssl-kit recipes
+        ssl-kit recipes simclr mae
+        ssl-kit recipes --json
+    """
+
+    names: list[str] | None = None
+
+
+@verb(Settings)
+def recipes(settings: Settings) -> Entries:
+    """List the packaged recipes: what each is for, how long it takes, and whether its result was measured.
+
+    Returns:
+        `{"recipes": {name: {"for", "takes", "verified", "measured", "file"}}}`; `measured` is the figure, or why none.
+    """
+    chosen = settings.names if settings.names else sorted(packaged())
+    told = {name: about(recipe_file(name)) for name in chosen}
+    for name, one in told.items():
+        state = "verified" if one["verified"] else "unverified"
+        result(f"{name}: {one['for']}")
+        result(f"    {one['takes']}; {state}: {one['measured']}")
+    next_command("ssl-kit pretrain DATA -c RECIPE", own=False)
+    return {"recipes": told}
+
+
+def about(path: Path) -> Entries:
+    """What the first lines of a recipe say of it; a user's own need not say anything."""
+    head = "\n".join(path.read_text(encoding="utf-8").splitlines()[:_HEAD])
+    said = {key: found[1] if (found := re.search(rf"^# {key}: (.+)", head, re.MULTILINE)) else "" for key in _ABOUT}
+    measured = said["Verified"] or said["Unverified"] or "it does not say"
+    return {
+        "for": said["For"],
+        "takes": said["Takes"],
+        "verified": bool(said["Verified"]),
+        "measured": measured,
+        "file": str(path),
+    }
+
+
 def folders() -> list[Path]:
     """Where packaged recipes are: inside the installed package, or at the top of a checkout."""
     package = Path(ssl_kit.__file__).parent
@@ -65,16 +119,26 @@ def packaged() -> dict[str, Path]:
     return {path.stem: path for folder in folders() for path in sorted(folder.glob("*.yaml"))}
 
 
+def recipe_file(name: str) -> Path:
+    """The file of a recipe, by path or by the bare name of a packaged one.
+
+    Raises:
+        UserError: there is no such recipe (nearest names).
+    """
+    path = Path(name) if Path(name).is_file() else packaged().get(name)
+    if path is None:
+        near = difflib.get_close_matches(name, packaged(), n=3, cutoff=0.4) or sorted(packaged())
+        raise UserError(f"no recipe file or packaged recipe is called {name!r}; nearest: {', '.join(near)}")
+    return path
+
+
 def read_recipe(name: str) -> Entries:
     """The contents of a recipe, by path or by the bare name of a packaged one.
 
     Raises:
         UserError: there is no such recipe (nearest names), or the file is not a mapping in YAML of at most 128 KiB.
     """
-    path = Path(name) if Path(name).is_file() else packaged().get(name)
-    if path is None:
-        near = difflib.get_close_matches(name, packaged(), n=3, cutoff=0.4) or sorted(packaged())
-        raise UserError(f"no recipe file or packaged recipe is called {name!r}; nearest: {', '.join(near)}")
+    path = recipe_file(name)
     if path.stat().st_size > _MAX_BYTES:
         raise UserError(f"{path} has {path.stat().st_size:,} bytes; a recipe has at most {_MAX_BYTES:,}")
     try:
@@ -114,7 +178,9 @@ def read_how(name: str) -> Entries:
     """
     recipe = read_recipe(name)
     if places := places_in(recipe):
-        raise UserError(f"{name}: a recipe says how to train, not where: leave {places[0]} out, give --{places[0]}")
+        raise UserError(
+            f"{name}: a recipe says how to train, not where: leave {places[0]} out, give {dashed(places[0])}"
+        )
     return without_places(recipe)
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from pytorch_lightning.loggers import Logger
 
 import ssl_kit
-from ssl_kit.core.console import say
+from ssl_kit.core.console import detail, say
 from ssl_kit.core.files import entries, if_room
 from ssl_kit.core.machine import peak_memory, size_text
 from ssl_kit.core.named import check_run
@@ -138,7 +138,7 @@ class RunRecord(Record):
         peaks = all_gather_object(peak_memory())
         held = {place: sum(peak[place] for peak in peaks) for place in peaks[0]}
         self.update(peak_memory=held)
-        say("peak memory: " + ", ".join(f"{size_text(count)} ({place})" for place, count in held.items()))
+        detail("peak memory: " + ", ".join(f"{size_text(count)} ({place})" for place, count in held.items()))
 
     def provenance(self) -> Entries:
         """What made the encoder, for its folder."""

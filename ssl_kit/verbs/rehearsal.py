@@ -65,7 +65,7 @@ def _step(trial: Method, views: tuple[View, ...], seed: int, count: int) -> None
     except SENSELESS as error:
         raise UserError(
             f"{type(trial).__name__} with {trial.encoder.name} cannot train on views of {height} x {width} pixels: "
-            f"{_first_line(error)}; choose another --image_size, or another --method.encoder.name"
+            f"{_first_line(error)}; choose another --image-size, or another --method.encoder.name"
         ) from error
     trial.zero_grad(set_to_none=True)
 

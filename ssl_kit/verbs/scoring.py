@@ -242,6 +242,27 @@ def print_scores(results: Sequence[Result]) -> None:
         )
 
 
+def in_words(results: Sequence[Result]) -> str:
+    """What is best by kNN and by the linear probe, by how much, and how surely: by paired 95 % intervals."""
+    told = []
+    for result in results:
+        settings, metrics = result.settings, result.metrics
+        quoted = "reduced_by" not in settings and _BYTES not in settings and settings.get("chosen", True)
+        if result.evaluation not in ("knn", "linear") or GAIN not in metrics or not quoted:
+            continue
+        gap, low, high = (metrics[f"{GAIN}{end}"] for end in ("", "_low", "_high"))
+        other, by = _title(settings["best_baseline"]), f"by {EVALUATIONS[result.evaluation].row}"
+        sure = "surely" if low > 0 or high < 0 else "but not surely"
+        if gap > 0:
+            told.append(f"{by} the encoder is best, {metrics['top1']:.3f}, {sure} {gap:.3f} above {other}")
+        elif gap < 0:
+            best = metrics["top1"] - gap
+            told.append(f"{by} {other} is best, {best:.3f}, {sure} {-gap:.3f} above the encoder")
+        else:
+            told.append(f"{by} the encoder and {other} are level, {metrics['top1']:.3f}")
+    return "; ".join(told)
+
+
 def print_gaps(results: Sequence[Result]) -> None:
     """With pretrained models beside the encoder: its distance to every baseline, a line for each headline score.
 

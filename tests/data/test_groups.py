@@ -153,16 +153,16 @@ def test_hold_outs_are_of_whole_groups(tmp_path, capsys):
     ],
 )
 def test_a_run_says_what_becomes_of_groups(table, method, told, capsys):
-    quick = ["--trainer.max_steps=2", "--batch_size=6", "--method.encoder.args", "{channels: [8, 8, 8, 8]}"]
+    quick = ["--trainer.max-steps=2", "--batch-size=6", "--method.encoder.args", "{channels: [8, 8, 8, 8]}"]
     assert cli.main(["pretrain", str(table), "--run", str(table.parent / "run"), *method, *quick]) == 0
     assert told in capsys.readouterr().out
 
 
 def test_chunks_know_their_groups(table, monkeypatch):
-    """--contrastive_batch: the loss over all chunks is told the groups of all their images."""
+    """--contrastive-batch: the loss over all chunks is told the groups of all their images."""
     told, contrast = [], SimCLR.contrast
     monkeypatch.setattr(SimCLR, "contrast", lambda self, z, group=None: told.append(group) or contrast(self, z, group))
-    quick = ["--trainer.max_steps=2", "--batch_size=4", "--contrastive_batch=12"]
+    quick = ["--trainer.max-steps=2", "--batch-size=4", "--contrastive-batch=12"]
     quick += ["--method.encoder.args", "{channels: [8, 8, 8, 8]}", "--run", str(table.parent / "run")]
     assert cli.main(["pretrain", str(table), *quick]) == 0
     wanted = sorted(open_source(table).groups())

@@ -47,7 +47,7 @@ def test_a_plan_continues_at_any_step(start):
 
 
 def test_too_few_images_for_a_step_say_what_to_do():
-    with pytest.raises(UserError, match=r"9 images are fewer than one step of 10 .* lower --batch_size to at most 9"):
+    with pytest.raises(UserError, match=r"9 images are fewer than one step of 10 .* lower --batch-size to at most 9"):
         TrainingPlan(9, 10, 0)
 
 
@@ -140,7 +140,7 @@ def test_what_stands_in_for_bad_images_does_not_depend_on_processes_or_chunks(la
 
 def test_no_process_is_left_without_an_image():
     with pytest.raises(
-        UserError, match=r"5 images in 2 steps leave some of 4 processes without any; raise --batch_size"
+        UserError, match=r"5 images in 2 steps leave some of 4 processes without any; raise --batch-size"
     ):
         TrainingPlan(5, 1, 0, world_size=4)
 

@@ -94,7 +94,7 @@ def test_the_module_finishes_chunks_as_it_finishes_batches(labelled_folder, view
     assert views[1].is_contiguous(memory_format=torch.channels_last)
     assert torch.allclose(views[1], whole["views"][1][:27], atol=1e-6) and torch.equal(views[1], again[1])
     batches.close()
-    with pytest.raises(UserError, match="chunks of --batch_size 32"):
+    with pytest.raises(UserError, match="chunks of --batch-size 32"):
         ImageData(source, {0: VIEWS}, **settings, contrastive_batch=32)
 
 

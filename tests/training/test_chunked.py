@@ -182,7 +182,7 @@ def test_what_cannot_come_in_chunks_is_refused(labelled_folder, tmp_path, capsys
     for options, message in [
         (mae, "the loss of MAE is not one of projections"),
         (["--batch-size", "32", "--contrastive-batch", "32"], "wanted a smaller batch size"),
-        (["--batch-size", "32", "--contrastive-batch", "4096"], "lower --contrastive_batch to at most 152"),
+        (["--batch-size", "32", "--contrastive-batch", "4096"], "lower --contrastive-batch to at most 152"),
     ]:
         assert cli.main([*command, *options]) == 2
         assert message in capsys.readouterr().err

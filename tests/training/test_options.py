@@ -30,7 +30,7 @@ def weights(run):
 
 
 def test_the_average_is_exported_and_survives_a_restart(labelled_folder, tmp_path, capsys):
-    options = ["--ema", "0.9", "--ema-cosine", "true", "--diagnose", "true", "--compile", "off", "--tf32", "auto"]
+    options = ["--ema", "0.9", "--ema-cosine", "true", "--diagnose", "true", "--compile", "off", "--tf32", "auto", "--verbose"]
     averaged = pretrain(labelled_folder, tmp_path / "averaged", *options)
     said = capsys.readouterr().out
     for choice in ("tf32: off (", "torch.compile: off (diagnose", "fused optimiser: on (", "freed memory: "):
@@ -65,7 +65,7 @@ def test_all_shapes_are_compiled_before_the_first_step(labelled_folder, tmp_path
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
-    monkeypatch.setattr(chunked, "say", lambda line: at_start.append((line, len(graphs))))
+    monkeypatch.setattr(chunked, "detail", lambda line: at_start.append((line, len(graphs))))
     options = ["--compile", "on", "--views-on", views_on, "--limit", "150", "--batch-size", "19", "--grow", "{1: 8}"]
     options += ["--precision", "float32", "--method.optim.lr", "0.01"]
     run = pretrain(labelled_folder, tmp_path / views_on, *options)

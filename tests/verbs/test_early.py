@@ -115,6 +115,7 @@ def test_a_mistake_is_seen_early(line, place, monkeypatch):
         "evaluate run run images --only=knn",
         "embed run digits --out e --shard 0/4",
         "finetune run digits --views.scale [0.3,1]",
+        "search run 003.png -k 3",
         "doctor --seconds 0",
         "pretrain digits -- --anything",
     ],

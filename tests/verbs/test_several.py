@@ -463,7 +463,7 @@ def test_the_command_line_starts_its_processes_and_torchrun_goes_on(labelled_fol
     process = real("--run", run, "--resume", program=elastic)
     told, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    assert told.count("device: ") == told.count("verdict: ") == 1 and told.count("resumed at step") == begun
+    assert told.count(" trains ") == told.count("verdict: ") == 1 and told.count("resumed at step") == begun
     assert_alike(run, alone / "run")
     assert "ssl-kit pretrain --run" in json.loads((run / "run.json").read_text())["command"]
 
