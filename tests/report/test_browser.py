@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from fabricated import Page
 
+from ssl_kit.report import page
 from ssl_kit.report.page import strip_html, write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -229,5 +230,69 @@ def test_the_page_works_and_is_silent(make_run, tmp_path):
         assert light[0] != dark[0] and light[1] != dark[1]
         assert browser.complaints() == []
         assert browser.requests() == [target.resolve().as_uri()]
+
+    browse(tmp_path, visit)
+
+
+def test_pictures_open_large_by_mouse_and_by_keyboard(make_run, tmp_path):
+    target = (run := make_run()) / "report.html"
+    write_report([run], target)
+
+    async def press(browser: Browser, key: str) -> None:
+        codes = {"Enter": 13, "Escape": 27, "ArrowRight": 39}
+        text = {"text": "\r"} if key == "Enter" else {}
+        for kind in ("keyDown", "keyUp"):
+            told = text if kind == "keyDown" else {}
+            await browser.call("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=codes[key], **told)
+
+    async def visit(browser: Browser) -> None:
+        shown = "document.querySelector('dialog[open] img')"
+        for width in (1400, 390):
+            await browser.open(target, width)
+            await browser.until(READY)
+            await browser.run("document.querySelector('.strip .query img').scrollIntoView({behavior: 'instant'})")
+            at = await browser.run(
+                "(({x, y}) => [x + 9, y + 9])(document.querySelector('.strip .query img').getBoundingClientRect())"
+            )
+            await browser.mouse("mousePressed", at)
+            await browser.mouse("mouseReleased", at)
+            await browser.until(f"{shown}?.src === document.querySelector('.strip .query img').src")
+            sizes = await browser.run(f"[{shown}.getBoundingClientRect().width, {shown}.naturalWidth]")
+            assert 250 < sizes[0] < width and sizes[1] == 8  # pixels of the window
+            await press(browser, "ArrowRight")
+            assert await browser.run(f"{shown}.alt === document.querySelector('.strip ol img').alt")
+            await press(browser, "Escape")
+            await browser.until("!document.querySelector('dialog[open]')")
+            assert await browser.run("document.activeElement === document.querySelector('.strip ol img')")
+            await press(browser, "Enter")
+            await browser.until(f"{shown} !== null")
+            await press(browser, "Escape")
+            await browser.until(f"{shown} === null")
+            assert await browser.run(FAULTS) == []
+        assert browser.complaints() == []
+
+    browse(tmp_path, visit)
+
+
+def test_a_page_looks_again_where_it_was_scrolled_to_until_its_run_ends(make_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "_RELOAD", 1)
+    run = make_run(info={"status": "running"})
+    target = run / "report.html"
+    write_report([run], target)
+
+    async def visit(browser: Browser) -> None:
+        await browser.open(target, 1400)
+        await browser.until(READY)
+        await browser.run("scrollTo({top: 900, behavior: 'instant'}); window.before = true")
+        info = json.loads((run / "run.json").read_text())
+        (run / "run.json").write_text(json.dumps(info | {"status": "finished"}))
+        write_report([run], target)
+        await browser.until("document.readyState === 'complete' && !document.body.dataset.reload")
+        await browser.until(READY)
+        assert await browser.run("[scrollY, window.before ?? null]") == [900, None]
+        await browser.run("window.before = true")
+        await asyncio.sleep(1.5)
+        assert await browser.run("window.before")  # it is the same page still
+        assert browser.complaints() == []
 
     browse(tmp_path, visit)
