@@ -289,3 +289,25 @@ def test_training_that_harmed_is_warned_of_where_that_is_sure(right, capsys):
     scoring.print_gaps(scoring.compared(results, labels, 0))
     told = capsys.readouterr().err
     assert ("training has made worse what it began with: kNN" in told) == (right == 0.2)
+
+
+@pytest.mark.parametrize(
+    ("right", "told"),
+    [
+        (0.9, "by kNN the encoder is best, 0.900, surely 0.100 above pca"),
+        (0.81, "by kNN the encoder is best, 0.810, but not surely 0.010 above pca"),
+        (0.8, "by kNN the encoder and pca are level, 0.800"),
+        (0.5, "by kNN pca is best, 0.800, surely 0.300 above the encoder"),
+    ],
+)
+def test_an_evaluation_is_told_in_a_sentence(right, told):
+    labels, rng = np.arange(400) % 4, np.random.default_rng(0)
+    results = []
+    for name, share in (("encoder", right), ("pca", 0.8), ("pixels", 0.3)):
+        predictions = np.where(rng.permutation(400) < share * 400, labels, (labels + 1) % 4)
+        for chosen in (True, False):  # the customary k is no figure to quote
+            top1 = {"top1": float((predictions == labels).mean())}
+            results.append(
+                Result("knn", name, top1, {"chosen": chosen, "k": 20, "temperature": 1.0}, {}, 0.0, predictions)
+            )
+    assert scoring.in_words(scoring.compared(results, labels, 0)) == told

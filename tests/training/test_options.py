@@ -30,7 +30,8 @@ def weights(run):
 
 
 def test_the_average_is_exported_and_survives_a_restart(labelled_folder, tmp_path, capsys):
-    options = ["--ema", "0.9", "--ema-cosine", "true", "--diagnose", "true", "--compile", "off", "--tf32", "auto", "--verbose"]
+    options = ["--ema", "0.9", "--ema-cosine", "true", "--diagnose", "true", "--compile", "off"]
+    options += ["--tf32", "auto", "--verbose"]
     averaged = pretrain(labelled_folder, tmp_path / "averaged", *options)
     said = capsys.readouterr().out
     for choice in ("tf32: off (", "torch.compile: off (diagnose", "fused optimiser: on (", "freed memory: "):
