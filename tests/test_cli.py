@@ -32,7 +32,8 @@ def test_help_of_everything_comes_without_torch():
         "assert main(['--help']) == 0\n"
         "for verb in verbs(): assert main([verb, '--help']) == 0\n"
         "heavy = {'torch', 'numpy', 'rich', 'timm', 'jsonargparse', 'faiss'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
+        "assert not heavy, heavy\n"
+        "assert main(['recipes']) == 0 and not {'torch', 'numpy', 'timm'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     for word in (

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import Any, cast
 
 import yaml
 
@@ -25,9 +25,6 @@ from ssl_kit.core.named import FUNCTION, check_function
 from ssl_kit.core.options import dashed, wrong_value
 from ssl_kit.core.sealed import Entries
 from ssl_kit.core.settings import verb
-
-if TYPE_CHECKING:
-    from ssl_kit.encoders.network import Network
 
 _MAX_BYTES = 2**17  # of a recipe; the longest packaged one has 2 kB
 _DEEPEST = 30  # lists and mappings inside each other
@@ -285,7 +282,7 @@ def with_network(rest: list[str], given: list[str], allow: Sequence[str], verb: 
             continue
         from ssl_kit.encoders.network import register
 
-        name = register(cast("Network", allowed_function(value, allow, "encoder")))
+        name = register(cast(Any, allowed_function(value, allow, "encoder")))
         rest = [*rest, f"--method.encoder.name={name}"] if verb == "pretrain" else rest
     return rest
 
