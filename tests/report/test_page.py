@@ -228,7 +228,8 @@ def test_a_probe_without_mistakes_says_none_found(make_run):
 @pytest.mark.parametrize(
     ("name", "shown"),
     [("cat", "cat"), ("a very long name", "a very long name"), ("Pembroke Welsh corgi", "Pembroke Welsh…"),
-     ("n02113023_Pembroke_corgi", "n02113023…"), ("incomprehensibilities", "incomprehensibilities")],
+     ("n02113023_Pembroke_corgi", "n02113023…"), ("incomprehensibilities", "incomprehensibilities"),
+     ("incomprehensibilities of life", "incomprehensibilities…")],
 )  # fmt: skip
 def test_names_are_shortened_at_the_ends_of_words(make_run, name, shown):
     page = page_of(make_run(classes=(name, "dog")))

@@ -308,6 +308,7 @@ def test_a_user_without_labels_is_shown_what_was_learnt_and_can_search_at_once(t
         pretrain("my photos", "my run", *options)
         said = capsys.readouterr().out.splitlines()
         run = tmp_path / "my run"
+        assert not (run / "embeddings" / "manifest.json").exists()  # of the run that was replaced
         record = json.loads((run / "run.json").read_text())
         assert {name: record["seen"][name] for name in ("images", "of", "near_duplicates")} == {
             "images": 66, "of": 66, "near_duplicates": 2,
@@ -323,7 +324,8 @@ def test_a_user_without_labels_is_shown_what_was_learnt_and_can_search_at_once(t
         neighbours = found.neighbours
         for rows in neighbours["found"].values():
             for query, row in zip(neighbours["queries"], rows, strict=True):
-                assert len(set(row)) == 8 and query not in row  # an image is not its own neighbour
+                images = {neighbours["images"][place] for place in row}
+                assert len(images) == 8 and neighbours["images"][query] not in images  # it is not its own neighbour
         page = (run / "report.html").read_text()
         assert "LABELLED" not in page and "images trained on" in page and "yet." not in page
         assert said[-2] == f"look: {(run / 'report.html').as_uri()}"
