@@ -116,7 +116,7 @@ def way(kind: type) -> list[Path]:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         _images(Path(folder) / "images")
         spec = {"class_path": f"{kind.__module__}.{kind.__name__}", "init_args": {"encoder": _encoder(own)}}
-        options: dict[str, Any] = {"image_size": 16, "batch_size": 8, "trainer": {"max_steps": 1}, "threads": 1}
+        options: dict[str, Any] = {"image_size": 16, "batch_size": 8, "epochs": 1, "threads": 1}
         sys.setprofile(note)
         try:
             pretrain(str(Path(folder) / "images"), run=str(Path(folder) / "run"), method=spec, **options)

@@ -260,15 +260,17 @@ class Encoder(nn.Module):
         return made
 
 
-def choose_architecture(image_size: Sequence[int]) -> tuple[str, Entries]:
+def choose_architecture(image_size: Sequence[int], narrow: int = 0) -> tuple[str, Entries]:
     """The default timm name and arguments for images of this size, (height, width) in pixels, on this machine.
 
-    Without an accelerator networks are a quarter of the arithmetic: what learns nothing in an evening helps nobody.
+    A `narrow` one has half the width, where there is one. Without an accelerator networks are a quarter of the
+    arithmetic: what learns nothing in an evening helps nobody.
     """
     alone = choose_device().value == "cpu"
     if min(image_size) < _SMALL_IMAGE:
-        return "resnet18_small", {"channels": [32, 64, 128, 256]} if alone else {}
-    return "resnet18" if alone else "resnet50", {}
+        width = (32 if alone else 64) >> narrow
+        return "resnet18_small", {"channels": [width, 2 * width, 4 * width, 8 * width]} if width < 64 else {}
+    return "resnet18" if alone or narrow else "resnet50", {}
 
 
 def _create_timm(name: str, args: Entries, image_size: tuple[int, int], channels: int) -> Any:

@@ -72,9 +72,12 @@ class Method(pl.LightningModule):
         self.optim = optim
 
     @classmethod
-    def default_encoder(cls, image_size: tuple[int, int]) -> tuple[str, dict[str, object]]:
-        """The timm name and arguments where a recipe leaves the encoder open, for images of (height, width) pixels."""
-        return choose_architecture(image_size)
+    def default_encoder(cls, image_size: tuple[int, int], narrow: int = 0) -> tuple[str, dict[str, object]]:
+        """The timm name and arguments where a recipe leaves the encoder open, for images of (height, width) pixels.
+
+        `narrow` is 1 where a short time asks for a smaller one.
+        """
+        return choose_architecture(image_size, narrow)
 
     @property
     def takes_groups(self) -> bool:

@@ -44,8 +44,9 @@ from ssl_kit.training.distributed import (
     settle,
     world_size,
 )
+from ssl_kit.training.duration import Duration
 from ssl_kit.training.guard import Diagnose, Guard, by_type, joined, restore
-from ssl_kit.training.optim import EMA, Duration
+from ssl_kit.training.optim import EMA
 
 
 class Stateful(Protocol):

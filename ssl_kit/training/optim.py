@@ -1,4 +1,4 @@
-"""The optimiser and its schedule as one record, every unit spelt out; how long a run is; averaged weights (EMA).
+"""The optimiser and its schedule as one record, every unit spelt out; averaged weights (EMA).
 
 EMA: an exponential moving average of the encoder's weights, kept beside the training:
 theta <- tau * theta + (1 - tau) * w after every optimiser step: an average over about the last 1 / (1 - tau) steps.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypeVar, cast
@@ -25,10 +24,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.optimizer import ParamsT
 
 from ssl_kit.core.console import detail
-from ssl_kit.core.errors import UserError, check_numbers
-from ssl_kit.training.checkpoint import State
+from ssl_kit.core.errors import UserError
 from ssl_kit.training.chunked import data_of
-from ssl_kit.training.distributed import world_size
 from ssl_kit.training.guard import zero_where
 
 E = TypeVar("E", bound=nn.Module)
@@ -322,79 +319,3 @@ class EMA:
     def load_state_dict(self, state_dict: dict[str, dict[str, Tensor]]) -> None:
         """Continues with them."""
         self._encoder, self._stored = None, state_dict["encoder"]
-
-
-_DEFAULT_EPOCHS = 100
-_UNMEASURED = 5  # first steps: compilation and caches
-
-
-class Duration:
-    """How long a run is. Ends it, and fits the learning-rate schedule to `minutes` while it goes.
-
-    Args:
-        epochs: passes over the images; 100 when neither is given.
-        minutes: of training, measurements included.
-        steps_per_epoch: optimiser steps of one epoch.
-
-    Attributes:
-        total: steps of the whole run, as far as known.
-        heard: seconds of several processes, the longest that one has said: they must have one schedule and one end.
-    """
-
-    def __init__(self, epochs: float | None, minutes: float | None, steps_per_epoch: float):
-        if epochs is not None and minutes is not None:
-            raise UserError(f"got --epochs {epochs:g} and --minutes {minutes:g}; give one of them")
-        check_numbers({"epochs": epochs, "minutes": minutes})
-        self.minutes = minutes
-        self.total = max(1, round((_DEFAULT_EPOCHS if epochs is None else epochs) * steps_per_epoch))
-        self._first: tuple[int, float] | None = None  # step and seconds where the measured part begins
-        self.heard = self._before = 0.0  # `_before`: seconds of earlier sittings
-        self._began: float | None = None
-
-    @property
-    def max_steps(self) -> int:
-        """For Lightning's Trainer; -1 when minutes decide."""
-        return self.total if self.minutes is None else -1
-
-    def start(self, trainer: pl.Trainer) -> None:
-        """Starts the clock; a run that had used up its minutes makes no further step."""
-        self._began = time.perf_counter()
-        self._first = None
-        if self.minutes is None:  # a resumed run may have been given another length
-            self._plan(trainer, trainer.max_steps)
-        elif self._before >= 60 * self.minutes:
-            trainer.should_stop = True
-
-    def after_step(self, trainer: pl.Trainer) -> None:
-        """With `minutes`: sets the schedule's horizon from the speed so far."""
-        if self.minutes is None:
-            return
-        step, seconds = trainer.global_step, self.seconds() if world_size() == 1 else self.heard
-        if self._first is None:
-            self._first = (step + _UNMEASURED, 0.0)
-        if step == self._first[0]:
-            self._first = (step, seconds)
-        elif step > self._first[0]:
-            speed = (step - self._first[0]) / (seconds - self._first[1])
-            self.total = max(step + 1, step + round(speed * (60 * self.minutes - seconds)))
-            self._plan(trainer, self.total)
-        if seconds >= 60 * self.minutes or step >= self.total:
-            trainer.should_stop = True
-
-    def _plan(self, trainer: pl.Trainer, total: int) -> None:
-        schedule = trainer.lr_scheduler_configs[0].scheduler
-        assert isinstance(schedule, Schedule)
-        schedule.total_steps = total
-
-    def seconds(self) -> float:
-        """Spent in training, over all sittings."""
-        return self._before + (0.0 if self._began is None else time.perf_counter() - self._began)
-
-    def state_dict(self) -> State:
-        """The horizon and the time spent."""
-        return {"total": self.total, "seconds": self.seconds()}
-
-    def load_state_dict(self, state_dict: State) -> None:
-        """Continues a run limited by minutes; one limited by epochs takes its length from the options."""
-        if self.minutes is not None:
-            self.total, self._before = state_dict["total"], state_dict["seconds"]

@@ -42,7 +42,7 @@ from ssl_kit.encoders.vit import unfuse_attention
 from ssl_kit.encoders.weights import SENSELESS, check_sizes
 from ssl_kit.methods.method import Method
 from ssl_kit.training.distributed import broadcast, world_size
-from ssl_kit.training.optim import Duration
+from ssl_kit.training.duration import Duration, Pace
 from ssl_kit.verbs.recipes import brief, read_recipe, without_places
 from ssl_kit.views.recipe import View, ViewRecipe, plain
 
@@ -176,6 +176,7 @@ def fit_to_machine(
     view_schedule: ViewSchedule,
     settings: Settings,
     images_per_step: int,
+    pace: Pace | None = None,
 ) -> tuple[ImageData, Duration, Fitted]:
     """Chooses what the options leave open, says each choice with its reason, and plans the run."""
     assert settings.batch_size is not None, "fit_to_data has chosen it"
@@ -209,7 +210,7 @@ def fit_to_machine(
     _say_groups(learner, training)
     if views_on.value == "host":
         _check_memory(learner, view_schedule, settings.batch_size, device.value)
-    duration = Duration(settings.epochs, settings.minutes, loader.steps_per_epoch / learner.optim.accumulate)
+    duration = Duration(settings.epochs, settings.minutes, loader.steps_per_epoch / learner.optim.accumulate, pace)
     tf32 = choose_tf32(settings.tf32, device.value)
     use_tf32(tf32.value)
     detail(f"tf32: {'on' if tf32.value else 'off'} ({tf32.reason})")
@@ -301,7 +302,7 @@ def build_method(
         if "init_args" not in encoder:
             encoder.init_args = Namespace()
         if encoder.init_args.get("name", "auto") == "auto":
-            name, args = _class(parsed.method.class_path).default_encoder(image_size)
+            name, args = method_class(parsed.method.class_path).default_encoder(image_size)
             encoder.init_args.name = name
             encoder.init_args.args = {**args, **(encoder.init_args.get("args") or {})}
         measured = dict(zip(_FROM_IMAGES, (image_size, channels, mean, std), strict=True))
@@ -314,7 +315,7 @@ def build_method(
         raise UserError(f"method: {brief(error)}") from error
 
 
-def _class(path: str) -> type[Method]:
+def method_class(path: str) -> type[Method]:
     """The class of a path that the parser has accepted: in ssl_kit, or in a module of `--allow`."""
     module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(module), name)

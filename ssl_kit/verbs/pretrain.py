@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -30,15 +31,16 @@ from ssl_kit.training.checkpoint import Checkpoints, newest
 from ssl_kit.training.chunked import Chunkable, no_chunks
 from ssl_kit.training.curves import Bar, Curves
 from ssl_kit.training.distributed import Processes, broadcast, joined, rank, wait, world_size
+from ssl_kit.training.duration import Duration
 from ssl_kit.training.guard import Diagnose, Guard
 from ssl_kit.training.loop import Loop, trainer_of
-from ssl_kit.training.optim import EMA, Duration
+from ssl_kit.training.optim import EMA
+from ssl_kit.verbs.budget import fit_to_time
 from ssl_kit.verbs.defaults import (
     Fitted,
     build_method,
     channel_statistics,
     check_resumable,
-    fit_to_data,
     fit_to_machine,
     resolved_recipe,
     save_recipe,
@@ -77,7 +79,7 @@ class Settings:
             between, full for the ends of their depth; auto measures them where they fill under a quarter of it.
         reader: module:function of your own that reads the files, behind --allow MODULE: (bytes, id) -> array.
         epochs: passes over the images; by default 100, more where that is under 2,000 steps.
-        minutes: train for so long instead; the schedule is fitted to the measured speed.
+        minutes: instead, from the command on; image size, views and network are chosen to fit, where they are left open.
         batch_size: images per process and step; by default 256, fewer where that leaves under 8 steps an epoch.
         contrastive_batch: images per process that one step compares, in chunks of --batch-size: the gradient of the
             large batch in the memory of the small one, for a third more time.
@@ -165,7 +167,7 @@ def pretrain(settings: Settings) -> Entries:
     Returns:
         What `run.json` holds: run, encoder, verdict, timings, versions.
     """
-    settings, folder = _checked(settings), settings.folder
+    began, settings, folder = time.perf_counter(), _checked(settings), settings.folder
     check_place(folder, places(settings.data), removing=settings.overwrite)
     with (
         joined(),
@@ -188,14 +190,14 @@ def pretrain(settings: Settings) -> Entries:
             threads=settings.threads,
         )
         check_images(source)
+        training, gallery, queries = hold_out(source)
+        settings, pace = fit_to_time(settings, training, began)
         settings, learner = _method(settings, source)
         view_schedule = schedule_views(settings.views, settings.size, settings.grow, learner)
-        training, gallery, queries = hold_out(source)
-        settings = fit_to_data(settings, len(training), world_size())
         if settings.resume and rank() == 0:
             check_resumable(folder, resolved_recipe(settings, learner), source, world_size())
         settings, together = images_per_step(settings, folder)
-        loader, duration, fitted = fit_to_machine(learner, training, view_schedule, settings, together)
+        loader, duration, fitted = fit_to_machine(learner, training, view_schedule, settings, together, pace)
         settings = replace(settings, **fitted.decided)
 
         if rank() == 0:
@@ -283,6 +285,7 @@ def _train(
         embedded=clean_features(loader.source, fitted.device),
         seed=settings.seed,
     )
+    duration.tell = lambda changes: record.update(steps_fitted=changes)
     trainer = _trainer(learner, duration, fitted, loop, settings)
     record.update(
         status="running",
@@ -304,6 +307,8 @@ def _train(
     curves.recall()
     record.progress(curves)
     record.peak()
+    if settings.minutes is not None:
+        say(duration.again())
     return measure.encoder(learner)
 
 

@@ -9,9 +9,10 @@ from torch import nn
 from ssl_kit.data.opening import open_source
 from ssl_kit.training.checkpoint import Checkpoints, SafeCheckpointIO, newest
 from ssl_kit.training.curves import Bar, Curves
+from ssl_kit.training.duration import Duration
 from ssl_kit.training.guard import Diagnose, Guard
 from ssl_kit.training.loop import Loop
-from ssl_kit.training.optim import EMA, LARS, Duration, Optim, Schedule
+from ssl_kit.training.optim import EMA, LARS, Optim, Schedule
 from ssl_kit.verbs.monitor import Monitor
 
 SGD = Optim(name="sgd", lr=0.1, lr_per=None, warmup_epochs=0)

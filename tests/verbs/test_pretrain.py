@@ -26,7 +26,7 @@ from ssl_kit.data.opening import open_source
 from ssl_kit.encoders import Encoder, encoder
 from ssl_kit.encoders.encoder import choose_architecture
 from ssl_kit.report.read import read_run
-from ssl_kit.training import curves, optim
+from ssl_kit.training import curves, duration
 from ssl_kit.verbs import defaults, monitor
 from ssl_kit.verbs.defaults import fit_to_data, view_size
 from ssl_kit.verbs.pretrain import Settings
@@ -169,12 +169,12 @@ def test_an_existing_run_is_refused_with_the_two_ways_on(finished, labelled_fold
 
 def test_minutes_end_the_run_with_the_schedule_at_its_end(labelled_folder, tmp_path, monkeypatch):
     clock = (0.05 * look for look in itertools.count())  # it goes on when it is looked at, on any machine
-    monkeypatch.setattr(optim, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(duration, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     run = tmp_path / "timed"
     tiny = [option for option in TINY if option not in ("--epochs", "6")]
     assert cli.main(["pretrain", str(labelled_folder), "--run", str(run), *tiny, "--minutes", "0.1"]) == 0
     last = losses(run)[-1]
-    assert 115 <= int(last[0]) <= 121  # 6 s, 0.05 s a step
+    assert 56 <= int(last[0]) <= 115  # 6 s, of which up to half went before, 0.05 s a step
     rates = [float(row[4]) for row in losses(run)]
     assert float(last[4]) < 0.1 * 0.1 * 16 / 256 and rates.index(max(rates)) <= len(rates) // 2
     steps = losses(run)
