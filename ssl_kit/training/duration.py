@@ -122,12 +122,12 @@ class Duration:
         step, seconds = trainer.global_step, self.seconds() if world_size() == 1 else self.heard
         if self._first is None:
             self._first = (step + _UNMEASURED, 0.0)
-        if step == self._first[0]:
+        if step >= self.total:
+            trainer.should_stop = True
+        elif step == self._first[0]:
             self._first = (step, seconds)
         elif step > self._first[0] and seconds - self._first[1] >= _HEARD * 60 * self.minutes:
             self._follow(trainer, step, seconds)
-        if step >= self.total:
-            trainer.should_stop = True
 
     def _follow(self, trainer: pl.Trainer, step: int, seconds: float) -> None:
         assert self._first is not None
@@ -149,13 +149,14 @@ class Duration:
         assert isinstance(schedule, Schedule)
         schedule.total_steps = total
 
-    def again(self) -> str:
-        """How the run is repeated without a clock, in words; `--epochs` in the fewest digits that do."""
+    def say_again(self) -> None:
+        """How a run by minutes is repeated without a clock; `--epochs` in the fewest digits that do."""
+        if self.minutes is None:
+            return
         texts = (f"{self.total / self.steps_per_epoch:.{digits}g}" for digits in range(1, 17))
         epochs = next(text for text in texts if round(float(text) * self.steps_per_epoch) == self.total)
-        if self.fitted:
-            return f"--epochs {epochs} makes as many steps; not to the bit, since the length was fitted on the way"
-        return f"--epochs {epochs} repeats this run to the bit"
+        fitted = f"--epochs {epochs} makes as many steps; not to the bit, since the length was fitted on the way"
+        say(fitted if self.fitted else f"--epochs {epochs} repeats this run to the bit")
 
     def seconds(self) -> float:
         """Spent since the command, over all sittings."""

@@ -79,7 +79,7 @@ class Settings:
             between, full for the ends of their depth; auto measures them where they fill under a quarter of it.
         reader: module:function of your own that reads the files, behind --allow MODULE: (bytes, id) -> array.
         epochs: passes over the images; by default 100, more where that is under 2,000 steps.
-        minutes: instead, from the command on; image size, views and network are chosen to fit, where they are left open.
+        minutes: instead, from the command on; image size, views and network that are left open are chosen to fit.
         batch_size: images per process and step; by default 256, fewer where that leaves under 8 steps an epoch.
         contrastive_batch: images per process that one step compares, in chunks of --batch-size: the gradient of the
             large batch in the memory of the small one, for a third more time.
@@ -307,8 +307,7 @@ def _train(
     curves.recall()
     record.progress(curves)
     record.peak()
-    if settings.minutes is not None:
-        say(duration.again())
+    duration.say_again()
     return measure.encoder(learner)
 
 

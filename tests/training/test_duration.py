@@ -43,31 +43,39 @@ def test_work_and_steps_are_each_others_inverse():
 
 
 @pytest.mark.parametrize("off", [0.92, 1.0, 1.08])
-def test_steps_are_those_planned_where_the_clock_agrees(off, monkeypatch):
+def test_steps_are_those_planned_where_the_clock_agrees(off, monkeypatch, capsys):
     planned = Duration(None, 10, 50, Pace({0: 0.1, 2000: 0.3}, spent=20))
     total = planned.total
     assert total == Pace({0: 0.1, 2000: 0.3}).steps(0.95 * 580)
     trainer, seconds = run(planned, lambda step: off * (0.1 if step < 2000 else 0.3), monkeypatch)
     assert trainer.global_step == total == trainer.lr_scheduler_configs[0].scheduler.total_steps
     assert not planned.fitted and seconds == pytest.approx(off * 0.95 * 580, rel=0.01)
-    again = planned.again()
-    assert again.endswith("to the bit") and Duration(float(again.split()[1]), None, 50).total == total
+    planned.say_again()
+    told = capsys.readouterr().out
+    assert told.endswith("to the bit\n") and Duration(float(told.split()[1]), None, 50).total == total
 
 
 @pytest.mark.parametrize("slower", [0.2, 0.5, 2.0, 7.0])
-def test_a_plan_that_misses_the_clock_is_fitted_anew_and_told(slower, monkeypatch):
+def test_a_plan_that_misses_the_clock_is_fitted_anew_and_told(slower, monkeypatch, capsys):
     planned, told = Duration(None, 10, 50, Pace({0: 0.1, 2000: 0.3}, spent=20)), []
     planned.tell = told.append
     trainer, seconds = run(planned, lambda step: slower * (0.1 if step < 2000 else 0.3), monkeypatch)
     assert 0.9 * 600 <= 20 + seconds <= 1.06 * 600
     assert told[-1] == planned.fitted and planned.fitted[-1]["steps"] == planned.total == trainer.global_step
-    assert len(planned.fitted) <= 3 and "not to the bit" in planned.again()
+    planned.say_again()
+    assert len(planned.fitted) <= 3 and "not to the bit" in capsys.readouterr().out
 
 
 def test_a_machine_that_slows_down_on_the_way_is_followed(monkeypatch):
     planned = Duration(None, 10, 50, Pace({0: 0.1}))
     trainer, seconds = run(planned, lambda step: 0.1 if step < 2000 else 0.4, monkeypatch)
     assert 0.9 * 600 <= seconds <= 1.1 * 600 and trainer.global_step == planned.total
+
+
+def test_a_machine_that_stops_for_long_ends_the_run_at_the_next_step(monkeypatch):
+    planned = Duration(None, 10, 50, Pace({0: 0.1}))
+    trainer, seconds = run(planned, lambda step: 0.1 if step != 2000 else 900, monkeypatch)
+    assert trainer.global_step == planned.total == 2002 and len(planned.fitted) == 1 and seconds < 1101
 
 
 def test_half_of_the_minutes_are_for_training_whatever_went_before():

@@ -11,6 +11,7 @@ import yaml
 from PIL import Image
 
 import ssl_kit
+from ssl_kit import cli
 from ssl_kit.core.files import read_json
 from ssl_kit.data.opening import open_source
 from ssl_kit.verbs import budget
@@ -115,8 +116,8 @@ def test_a_run_by_minutes_writes_its_choice_down_and_its_epochs_repeat_it(folder
     if "steps_fitted" in record:  # the clock of a busy machine; then no run by epochs is the same
         assert "not to the bit" in told
         return
-    del recipe["minutes"]
-    ssl_kit.pretrain(str(folder), run=again, epochs=float(epochs), **{**recipe, **options})
+    command = ["pretrain", str(folder), "--run", again, "-c", str(tmp_path / "timed" / "recipe.yaml")]
+    assert cli.main([*command, "--epochs", epochs, "--threads", "1"]) == 0
     assert read_json(tmp_path / "again" / "run.json")["encoder_sha256"] == record["encoder_sha256"]
 
 
