@@ -38,6 +38,7 @@ from ssl_kit.encoders.weights import (
     within_memory,
 )
 
+_HALVED = 48  # pixels: from there on a stem of stride 2 leaves enough to look at
 _SMALL_IMAGE = 96  # pixels: below it a stride-4 stem leaves a ResNet too few positions (SimCLR appendix B.9 uses 32)
 
 
@@ -263,13 +264,14 @@ class Encoder(nn.Module):
 def choose_architecture(image_size: Sequence[int], narrow: int = 0) -> tuple[str, Entries]:
     """The default timm name and arguments for images of this size, (height, width) in pixels, on this machine.
 
-    A `narrow` one has half the width, where there is one. Without an accelerator networks are a quarter of the
-    arithmetic: what learns nothing in an evening helps nobody.
+    A `narrow` one, 1, has half the width, where there is one; 2 halves the resolution too, from 48 pixels on. Without
+    an accelerator networks are a quarter of the arithmetic: what learns nothing in an evening helps nobody.
     """
     alone = choose_device().value == "cpu"
     if min(image_size) < _SMALL_IMAGE:
-        width = (32 if alone else 64) >> narrow
-        return "resnet18_small", {"channels": [width, 2 * width, 4 * width, 8 * width]} if width < 64 else {}
+        width = (32 if alone else 64) >> min(narrow, 1)
+        args: Entries = {"channels": [width, 2 * width, 4 * width, 8 * width]} if width < 64 else {}
+        return "resnet18_small", args | ({"stem_stride": 2} if narrow > 1 and min(image_size) >= _HALVED else {})
     return "resnet18" if alone or narrow else "resnet50", {}
 
 

@@ -75,7 +75,7 @@ class Method(pl.LightningModule):
     def default_encoder(cls, image_size: tuple[int, int], narrow: int = 0) -> tuple[str, dict[str, object]]:
         """The timm name and arguments where a recipe leaves the encoder open, for images of (height, width) pixels.
 
-        `narrow` is 1 where a short time asks for a smaller one.
+        `narrow` is 1 or 2 where a short time asks for a smaller one.
         """
         return choose_architecture(image_size, narrow)
 

@@ -1,11 +1,12 @@
 """With `--minutes`: the largest network, and the largest views, that the time pays for.
 
-The ladder is fixed. Images have the side s that they suggest, s / 2 or s / 4, never under 24 px; on each stand the
-method's own network and a narrower one; views grow from half of the side to three quarters of it, which at equal time
-is worth more than anything else, and the topmost rung has them at full size throughout. The lowest is tried first, then
-those above, each on throw-away weights for a few steps, until one promises too little, or a twentieth of the minutes or
-20 s are used. Enough are 2 million images trained on, or 200 epochs where that is less; docs/decisions.md says how that
-was found. What is typed, or stands in a recipe, is kept: the ladder has rungs for what is left open only.
+The ladder is fixed. Images have the side s that they suggest, or s / 2 and s / 4 where that is not under 48 px: smaller
+ones would hide what is fine in them. On each stand the method's own network, a narrower one, and that at half of the
+resolution. Views grow from half of the side to three quarters of it, which at equal time is worth more than anything
+else; the topmost rung has them at full size throughout. The lowest is tried first, then those above, each on throw-away
+weights for a few steps, until one promises too little, or a twentieth of the minutes or 20 s are used. Enough are
+600,000 images trained on, or 60 epochs where that is less; docs/decisions.md says how that was found. What is typed, or
+stands in a recipe, is kept: the ladder has rungs for what is left open only.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _SHARE, _MOST = 0.05, 20.0  # of the time, and seconds: what trying may cost
-_IMAGES, _EPOCHS = 2_000_000, 200  # trained on: the lesser of them is enough
+_IMAGES, _EPOCHS = 600_000, 60  # trained on: the lesser of them is enough
 _FEW_STEPS = 200  # before, nothing can be told
 _DEARER = 6.0  # times the last one, a guess of what the next rung costs
 _SMALLER = 0.62  # of the run is made with the smaller views
-_LEAST = 24  # pixels of the encoder's images on a lower rung
+_LEAST = 48  # pixels of the encoder's images on a lower rung
 _LEAST_VIEW = 16  # pixels
 _ON_CPU = 32  # images of a step that is tried there: an image takes as long as in a large one
 _PASSES = 3  # of a trial, of which the first is not counted
@@ -73,6 +74,7 @@ class Rung(NamedTuple):
         width = args.get("embed_dim") or (args.get("channels") or [0])[0]
         network = f"{name}{f' of width {width}' * bool(width)}, " * bool(name)
         views = f", views of {' then '.join(map(str, self.sides))} px" if self.sides else ""
+        network = network.replace(",", " at half resolution,", 1) if args.get("stem_stride") == 2 else network
         return f"{network}images of {self.size[0]} x {self.size[1]} px{views}"
 
 
@@ -158,7 +160,7 @@ def _ladder(settings: Settings, size: tuple[int, int]) -> list[Rung]:
     sizes = [*(smaller if settings.image_size is None and settings.init is None else ()), size]
     rungs: list[Rung] = []
     for one in sizes:
-        for narrow in (1, 0) if free else (0,):
+        for narrow in (2, 1, 0) if free else (0,):
             network = kind.default_encoder(one, narrow) if free else None
             rung = Rung(one, tuple(settings.grow.values()) if settings.grow else _growing(one), network)
             rungs += [rung] if rung not in rungs else []

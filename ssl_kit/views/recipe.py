@@ -18,6 +18,8 @@ Preset = Literal["simclr", "byol", "dino", "mae", "vae", "aavae", "gray", "overh
 _PROBABILITIES = ("crop", "flip_x", "flip_y", "turn", "jitter", "gray", "blur", "solarize", "erase", "drop")
 _COLOUR = ("saturation", "hue", "gray")  # operations that mean something for red, green and blue only
 _SMALL = 96  # pixels: below it SimCLR halves the colour jitter and does not blur (arXiv:2002.05709, appendix B.9)
+_SMALL_SCALE = (0.2, 1.0)  # below it a crop of 8 % of the area holds a handful of pixels
+_CROPPED = ("simclr", "byol", "gray", "aavae")  # presets with crops of 8 % of the area and more
 _LOCAL = 96 / 224  # side of DINO's local crops as a share of the global ones
 _COLOURFUL = ("simclr", "byol", "dino", "aavae")  # presets that change saturation and hue
 MAX_VIEWS = 10  # a view owns 100 of the 1,000 random streams that belong to views; see ssl_kit/core/random.py
@@ -124,7 +126,7 @@ class ViewRecipe:
             None stands for the method's own in training, and for simclr elsewhere.
         strength: factor on the colour jitter (SimCLR's s); None is 1, in training 0.5 below 96 px.
         blur: probability of the blur; 0 for small images.
-        scale: (smallest, largest) area of the crop as a fraction of the image.
+        scale: (smallest, largest) area of the crop as a fraction of the image; in training (0.2, 1) below 96 px.
         hue: largest shift, in turns, before `strength`.
         gray: probability of dropping colour.
         flip_x: probability of a left-right mirror; 0 for digits and text.
@@ -157,8 +159,9 @@ class ViewRecipe:
             say(f"views: saturation, hue and loss of colour are left out of {chosen} (no red, green and blue)")
         if min(size) >= _SMALL:
             return replace(self, preset=chosen)
-        strength = 0.5 if self.strength is None else self.strength
-        return replace(self, preset=chosen, strength=strength, blur=0.0 if self.blur is None else self.blur)
+        given = {"strength": 0.5, "blur": 0.0} | ({"scale": _SMALL_SCALE} if chosen in _CROPPED else {})
+        left_open = {name: value for name, value in given.items() if getattr(self, name) is None}
+        return replace(self, preset=chosen, **left_open)  # type: ignore[arg-type]
 
     def build(self, size: tuple[int, int], channels: int, count: int) -> tuple[View, ...]:
         """The `count` views (1 to 10) of one image; `size` (height, width) is that of the global ones.

@@ -43,22 +43,16 @@ def test_the_ladder_of_small_images_in_full():
         ("resnet18_small", {"channels": [32, 64, 128, 256]}),
         ("resnet18_small", {"channels": [16, 32, 64, 128]}),
     )
+    halved = ("resnet18_small", {**narrow[1], "stem_stride": 2})
     assert rungs(64) == [
-        Rung((32, 32), (16, 24), narrow),
-        Rung((32, 32), (16, 24), wide),
+        Rung((64, 64), (32, 48), halved),
         Rung((64, 64), (32, 48), narrow),
         Rung((64, 64), (32, 48), wide),
         Rung((64, 64), None, wide),
     ]
     assert {rung.size for rung in rungs(28)} == {(28, 28)} and rungs(28)[0].sides == (16,)
-    assert [rung.size[0] for rung in rungs(128)] == [
-        32,
-        32,
-        64,
-        64,
-        128,
-        128,
-    ]  # the network of large images has one width
+    assert [rung.encoder for rung in rungs(32)] == [narrow, wide, wide]
+    assert [rung.size[0] for rung in rungs(128)] == [64, 64, 64, 128, 128]  # large images have networks of one width
     assert [rung.size[0] for rung in rungs(96)] == sorted(rung.size[0] for rung in rungs(96))
 
 
@@ -67,7 +61,7 @@ def test_what_is_typed_is_in_every_rung():
     assert {rung.sides for rung in rungs(64, grow={0: 40, 3: 56})} == {(40, 56)}
     mine = spec(name="resnet18_small", args={"channels": [8, 16, 32, 64]})
     assert {rung.encoder for rung in rungs(64, method=mine)} == {None}
-    assert len(rungs(64, method=spec(name="auto"))) == 5
+    assert len(rungs(64, method=spec(name="auto"))) == 4
     assert {rung.size for rung in rungs(64, init="timm:resnet18")} == {(64, 64)}
     settings = Settings("x", minutes=1, image_size=(64, 64), method=mine, grow={0: 40})
     assert Rung((64, 64), (40,), None).applied(settings) == settings
@@ -91,10 +85,10 @@ def test_the_largest_rung_that_promises_enough_is_taken_and_else_the_cheapest(fo
 def test_views_grow_where_the_method_takes_smaller_ones(folder, path, grows):
     settings = Settings(str(folder), minutes=0.2, batch_size=8, method=spec(path, name="auto"))
     chosen, pace = fit_to_time(settings, open_source(str(folder)), 0.0)
-    assert chosen.image_size == (32, 32) and bool(chosen.grow) == grows
+    assert chosen.image_size == (64, 64) and bool(chosen.grow) == grows
     if grows:
         first, second = sorted(chosen.grow)
-        assert [chosen.grow[first], chosen.grow[second]] == [16, 24]
+        assert [chosen.grow[first], chosen.grow[second]] == [32, 48]
         assert sorted(pace.seconds) == [0, second * 6]  # 48 images in steps of 8
     arguments = {"class_path": path, "init_args": {"encoder": {**chosen.method["init_args"]["encoder"]}}}
     assert chosen.method == arguments and settings == replace(settings)  # nothing else was touched
@@ -107,8 +101,7 @@ def test_a_run_by_minutes_writes_its_choice_down_and_its_epochs_repeat_it(folder
     told = capsys.readouterr().out
     recipe = yaml.safe_load((tmp_path / "timed" / "recipe.yaml").read_text())
     assert (
-        tuple(recipe["image_size"]) == (32, 32)
-        and recipe["method"]["init_args"]["encoder"]["args"]["channels"][0] == 16
+        tuple(recipe["image_size"]) == (64, 64) and recipe["method"]["init_args"]["encoder"]["args"]["stem_stride"] == 2
     )
     record = read_json(tmp_path / "timed" / "run.json")
     epochs = re.findall(r"--epochs ([\d.]+) (?:repeats|makes)", told)[-1]
