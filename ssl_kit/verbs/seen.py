@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from ssl_kit.core.console import next_command, say
 from ssl_kit.core.files import if_room
+from ssl_kit.core.machine import eager
 from ssl_kit.core.sealed import Entries
 from ssl_kit.data.listing import unescape
 from ssl_kit.data.sources import Source
@@ -75,9 +76,9 @@ def see(folder: Path, encoder: Encoder, training: Source, held: Source | None, s
     queries = shown if held is None else held
     queries = queries.subset(spread(queries.labels(), _QUERIES, seed))
     module = _Beside(encoder.to(solver()))
-    made, asked = (
-        embed(module, part, view=plain(encoder.image_size), label="what was learnt") for part in (shown, queries)
-    )
+    view, label = plain(encoder.image_size), "what was learnt"
+    with eager():
+        made, asked = (embed(module, part, view=view, label=label) for part in (shown, queries))
     found, quick = 0, bool(too_short(record.get("steps", 0), record.get("epochs", 0)))
     with if_room(folder):
         _draw_neighbours(folder / "pictures", made, asked, shown, queries, encoder.dim, held is not None)
