@@ -54,6 +54,7 @@ _HELD_OUT = 0.1  # of the labelled training images: the epoch is chosen on them
 _LOOKS = 30  # at the held-out images, at most
 _STREAM = 100_011  # of core/random.py
 _FEWEST_STEPS = 500  # with few labels an epoch is a handful of steps: there are more epochs then
+_LAYER_DECAY = 0.75  # of transformers (Bao et al. 2021, arXiv:2106.08254)
 _BEGUN = "settings.json"  # beside the checkpoints
 _TRAINING = "training"  # there and in the results: what tells one training from another
 _FREE = ("resume", "threads", "checkpoint_minutes", "scratch")  # settings that do not decide what is learnt
@@ -73,7 +74,8 @@ class Settings:
         batch_size: images per step, at most.
         lr: peak learning rate of AdamW for 256 images a step.
         weight_decay: of matrices and filters.
-        layer_decay: factor on the rate from one layer to the one below it; from scratch all layers learn alike.
+        layer_decay: factor on the rate from one layer to the one below it; by default 0.75 for transformers and 1 for
+            networks that convolve; from scratch all layers learn alike.
         warmup_epochs: of linear warm-up.
         mixup: alpha of MixUp, 0 for none.
         cutmix: alpha of CutMix, 0 for none.
@@ -104,7 +106,7 @@ class Settings:
     # How to train
     lr: float = 1e-3
     weight_decay: float = 0.05
-    layer_decay: float | None = 0.75
+    layer_decay: float | None = None
     mixup: float = 0.0
     cutmix: float = 0.0
     smoothing: float = 0.1
@@ -146,7 +148,7 @@ def finetune(settings: Settings) -> Entries:
     train = _share(train, settings.fraction, seed)
     fitted, held = holdout(train.labels(), _HELD_OUT, seed, train.groups())
     parts = train.subset(fitted), train.subset(held)
-    settings = _long_enough(settings, len(fitted))
+    settings = _with_layer_decay(_long_enough(settings, len(fitted)), loaded)
     say(f"fine-tuning on {len(fitted):,} images, the epoch chosen on {len(held):,} others, tested on {len(test):,}")
     keep_memory()
     results = []
@@ -235,6 +237,13 @@ def _long_enough(settings: Settings, images: int) -> Settings:
     )
     warmup = settings.warmup_epochs * epochs / settings.epochs
     return replace(settings, epochs=epochs, warmup_epochs=warmup)
+
+
+def _with_layer_decay(settings: Settings, encoder: Encoder) -> Settings:
+    """The settings with what the encoder's kind takes: with lower layers held back, a CNN learns less."""
+    if settings.layer_decay is not None:
+        return settings
+    return replace(settings, layer_decay=1.0 if encoder.is_convolutional else _LAYER_DECAY)
 
 
 def _share(train: Source, fraction: float, seed: int) -> Source:

@@ -296,7 +296,11 @@ def test_a_training_killed_while_it_records_its_results_has_each_of_them_once(vi
     assert len(path.read_bytes().splitlines()) == 5
 
 
-def test_layers_learn_at_decaying_rates_unless_from_scratch(vit, coloured, tmp_path, capsys):
+def test_layers_learn_at_decaying_rates_unless_from_scratch(vit, tuned, coloured, tmp_path, capsys):
+    assert tuned[1]["results"][0]["settings"]["layer_decay"] == 1  # a CNN, unless something else is asked for
+    record = finetune(str(vit), str(coloured), out=str(tmp_path / "usual"), **QUICK | {"epochs": 1, "scratch": False})
+    assert record["results"][0]["settings"]["layer_decay"] == 0.75
+    capsys.readouterr()
     finetune(str(vit), str(coloured), out=str(tmp_path), layer_decay=0.5, **QUICK | {"epochs": 1})
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("optimiser:")]
     peak = 0.1 * 16 / 256
