@@ -5,7 +5,7 @@ RUN := demo/run
 EMB := demo/embeddings
 SINCE ?= 1543e6d
 
-.PHONY: demo test test-failed check docs house clean
+.PHONY: demo run-demo test test-failed check docs house clean
 
 .venv/demo: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -17,14 +17,20 @@ SINCE ?= 1543e6d
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-# The whole way on real images that come with a Python package: 5,000 MNIST digits, 1,000 of them held out.
+# The whole way on real images that come with a Python package: 5,000 MNIST digits, 1,000 of them held out, at random places of
+# a larger canvas. Where digits are centred, pixels are as good as features; here neighbours by pixels are those at the same place.
 demo: .venv/demo
+	$(MAKE) run-demo
+
+# The commands of the demo with the ssl-kit that is in $(BIN), in the current folder.
+run-demo:
 	rm -rf demo
-	$(BIN)/ssl-kit pretrain mnist5k:train -c simclr_mnist_demo --run $(RUN)
-	$(BIN)/ssl-kit evaluate $(RUN) mnist5k --dims '[8]'
-	$(BIN)/ssl-kit embed $(RUN) mnist5k:train --out $(EMB)
+	$(BIN)/ssl-kit pretrain mnist64:train -c simclr_mnist_demo --run $(RUN)
+	$(BIN)/ssl-kit evaluate $(RUN) mnist64 --baselines pixels,pca,random_init,patches
+	$(BIN)/ssl-kit finetune $(RUN) mnist64 --fraction 0.1 --batch-size 64
+	$(BIN)/ssl-kit embed $(RUN) mnist64:train --out $(EMB)
 	$(BIN)/ssl-kit index $(EMB)
-	$(BIN)/python -c "from ssl_kit.data.opening import open_source as o; from PIL import Image; Image.fromarray(o('mnist5k:test').read([7])[0]).save('demo/query.png')"
+	$(BIN)/python -c "from ssl_kit.data.opening import open_source as o; from PIL import Image; Image.fromarray(o('mnist64:test').read([7])[0]).save('demo/query.png')"
 	$(BIN)/ssl-kit search $(EMB) demo/query.png -k 5 --html demo/search.html
 	$(BIN)/ssl-kit report $(RUN)
 

@@ -37,6 +37,7 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
         way = [f"k={settings['k']}, T={settings['temperature']}"] if "k" in settings else []
         way += [f"chosen={settings['chosen']}"] if "chosen" in settings else []
         way += [f"l2={settings['l2']:g}"] if isinstance(settings.get("l2"), float) else []
+        way += [f"{settings['fraction']:.0%} of the labels"] if "fraction" in settings else []
         way += [f"{settings['dim']} dims by {settings['reduced_by']}"] if "reduced_by" in settings else []
         name = f"{run.name}/{result['evaluation']}/{result['features']}"
         row = {"id": name, "what": ", ".join(way), "value": round(metrics["top1"], 4), "unit": "top-1"}

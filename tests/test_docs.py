@@ -155,7 +155,7 @@ def run(words):
             if "PYTHONPATH" in environment:
                 patch.syspath_prepend(environment["PYTHONPATH"])
             quick = [*QUICK.get(words[1], []), *(["--trainer.max_steps=4"] if "--resume" in words else [])]
-            quick += ["--limit=200"] if any(word.startswith("mnist5k") for word in words) else []
+            quick += ["--limit=200"] if any(word.startswith(("mnist5k", "mnist64")) for word in words) else []
             quick += ["--contrastive_batch=32"] if "--contrastive-batch" in words else []
             quick += ["--baselines=none"] if any("robustness" in word for word in words) else []
             assert cli.main([*words[1:], *quick]) == 0, words

@@ -19,7 +19,7 @@ from ssl_kit.core.owned import RUN, check_ours, our_files
 from ssl_kit.core.sealed import LARGE_JSON, Entries, read_object
 
 TABLES = (".csv", ".tsv", ".parquet")  # endings of manifests
-BUILTIN = ("digits", "mnist5k")  # sets that need no download
+BUILTIN = ("digits", "mnist5k", "mnist64")  # sets that need no download
 RECORD = "encoder.json"  # the record in a folder of an encoder
 FORMAT = "ssl_kit embeddings 1"  # of embeddings, as their manifest names it
 PLAN = "plan.json"  # of embeddings that are being made

