@@ -11,7 +11,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 _VERBS = ("doctor", "duplicates", "embed", "evaluate", "export", "finetune", "index", "pretrain", "search")
 _HOMES = {
     **dict.fromkeys((*_VERBS, "load_run", "Run"), "ssl_kit.api"),
