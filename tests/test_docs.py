@@ -130,7 +130,7 @@ def world(template, tmp_path, monkeypatch):
 
 def smaller(patch):
     """The network that a recipe leaves open, fine-tuning and the search of hyper-parameters at smoke size."""
-    patch.setattr(Method, "default_encoder", lambda image_size: ("resnet18_small", {"channels": [8, 8, 8, 8]}))
+    patch.setattr(Method, "default_encoder", lambda *size: ("resnet18_small", {"channels": [8, 8, 8, 8]}))
     patch.setattr("ssl_kit.verbs.finetune._FEWEST_STEPS", 2)
     patch.setenv("TRIALS", "2")
     patch.setenv("EPOCHS", "0.05")
