@@ -282,7 +282,7 @@ def _scattered(images: np.ndarray) -> np.ndarray:
     corners = (drawn[:, 1:] * (65 - sides[:, None])).astype(int)
     for image, side, (top, left), canvas in zip(images, sides, corners, made, strict=True):
         resized = Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR)
-        canvas[top : top + side, left : left + side] = resized
+        canvas[top : top + side, left : left + side] = np.asarray(resized)
     return made
 
 
