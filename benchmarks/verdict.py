@@ -7,7 +7,8 @@
 Each run has 200 steps of 128 views of 16 pixels: 4,000 images, a ResNet-18 of a quarter of the usual width (MAE: a ViT
 of 4 blocks), 15 to 30 s on two cores. A broken run is found when the verdict is `stuck` or `collapsed`, or the guard
 ends it. A healthy run that is called so is accused; 200 steps and 200 held-out images need not be enough for
-`learning`, so that `unknown` is no mistake. The last two rows are the counts.
+`learning`, so that `unknown` is no mistake. With --learns healthy runs of 1,000 steps are made too, which must read
+`learning`. The last rows are the counts.
 """
 
 from __future__ import annotations
@@ -28,10 +29,15 @@ from torch import Tensor
 import ssl_kit
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.random import Key
+from ssl_kit.methods.byol import BYOL
+from ssl_kit.methods.dino import DINO
+from ssl_kit.methods.lejepa import LeJEPA
 from ssl_kit.methods.mae import MAE
 from ssl_kit.methods.method import Method
+from ssl_kit.methods.mocov3 import MoCoV3
 from ssl_kit.methods.simclr import SimCLR
 from ssl_kit.methods.vae import VAE
+from ssl_kit.methods.vicreg import VICReg
 from ssl_kit.training.curves import read_curves
 
 STEPS, BATCH, SIDE, LIMIT = 200, 128, 16, 4_000
@@ -43,6 +49,7 @@ VIT = {
         **{"class_token": False, "global_pool": "avg", "fc_norm": False},
     },
 }
+SGD = {"name": "sgd", "lr": 0.5, "weight_decay": 5e-4}
 FAMILIES: dict[str, tuple[type[Method], dict[str, Any], dict[str, Any]]] = {  # class, arguments, optimiser
     "simclr": (SimCLR, {"encoder": NARROW, "projection": [256, 64]}, {"name": "sgd", "lr": 0.5, "weight_decay": 5e-4}),
     "simclr-adamw": (SimCLR, {"encoder": NARROW, "projection": [256, 64]}, {"name": "adamw", "lr": 2e-3}),
@@ -53,6 +60,19 @@ FAMILIES: dict[str, tuple[type[Method], dict[str, Any], dict[str, Any]]] = {  # 
         {"encoder": NARROW, "decoder_width": 16, "augmented": True},
         {"name": "adamw", "lr": 2e-3, "weight_decay": 1e-4},
     ),
+    "byol": (BYOL, {"encoder": NARROW, "projection": [256, 64], "prediction": [256, 64], "tau": 0.97}, SGD),
+    "dino": (
+        DINO,
+        {"encoder": NARROW, "small_crops": 2, "prototypes": 256, "hidden": [256, 64], "norm": "batch", "tau": 0.99},
+        {"name": "adamw", "lr": 2e-3, "weight_decay": 0.04, "clip": 3.0},
+    ),
+    "mocov3": (MoCoV3, {"encoder": NARROW, "projection": [256, 64], "prediction": [256, 64], "momentum": 0.9}, SGD),
+    "vicreg": (VICReg, {"encoder": NARROW, "expander": [256, 256]}, {**SGD, "lr": 0.1}),
+    "lejepa": (
+        LeJEPA,
+        {"encoder": NARROW, "small_crops": 2, "projection": [256, 64], "trade_off": 0.02},
+        {"name": "adamw", "lr": 2e-3, "weight_decay": 5e-4},
+    ),
 }
 EVERYWHERE = ("lr0", "lr100", "constant", "detached", "x255", "div255")
 FAULTS = {
@@ -61,6 +81,17 @@ FAULTS = {
     "mae": EVERYWHERE,
     "vae": (*EVERYWHERE, "beta1000"),
     "aavae": (),
+    "byol": ("detached", "lr100"),
+    "dino": ("detached", "uniform"),
+    "mocov3": ("detached", "lr100"),
+    "vicreg": ("detached", "invariance-alone"),
+    "lejepa": ("detached", "prediction-alone"),
+}
+COLLAPSING = {  # a setting under which nothing keeps features apart
+    "uniform": {"teacher_temperature": [5.0, 5.0]},
+    "invariance-alone": {"weights": [25.0, 0.0, 0.0]},
+    "prediction-alone": {"trade_off": 1e-6},
+    "beta1000": {"beta": 1_000.0},
 }
 
 
@@ -88,31 +119,12 @@ class Dark(Bytes):
     factor = 1 / 255
 
 
-class DetachedSimCLR(Detached, SimCLR): ...
-
-
-class DetachedMAE(Detached, MAE): ...
-
-
-class DetachedVAE(Detached, VAE): ...
-
-
-class BytesSimCLR(Bytes, SimCLR): ...
-
-
-class BytesMAE(Bytes, MAE): ...
-
-
-class BytesVAE(Bytes, VAE): ...
-
-
-class DarkSimCLR(Dark, SimCLR): ...
-
-
-class DarkMAE(Dark, MAE): ...
-
-
-class DarkVAE(Dark, VAE): ...
+# the command line names classes by module and name
+for _mixin in (Detached, Bytes, Dark):
+    for _kind in (SimCLR, MAE, VAE, BYOL, DINO, MoCoV3, VICReg, LeJEPA):
+        globals()[_name] = type(
+            _name := f"{_mixin.__name__}{_kind.__name__}", (_mixin, _kind), {"__module__": __name__}
+        )
 
 
 class NoNegatives(SimCLR):
@@ -129,8 +141,8 @@ class NoNegatives(SimCLR):
 SPOILT = {"detached": "Detached", "x255": "Bytes", "div255": "Dark"}
 
 
-def train(data: Path, family: str, fault: str, seed: int, run: Path) -> dict[str, Any]:
-    """One row."""
+def train(data: Path, family: str, fault: str, seed: int, run: Path, steps: int = STEPS) -> dict[str, Any]:
+    """One row. A healthy run of 1,000 steps is to read `learning`; shorter ones are not to be accused."""
     kind, arguments, optim = FAMILIES[family]
     arguments, optim, path = dict(arguments), {**optim, "warmup_epochs": 1}, f"{kind.__module__}.{kind.__name__}"
     if fault in SPOILT:
@@ -141,8 +153,8 @@ def train(data: Path, family: str, fault: str, seed: int, run: Path) -> dict[str
         optim["lr"] = 1e-12
     elif fault == "lr100":
         optim["lr"] *= 100
-    elif fault == "beta1000":
-        arguments["beta"] = 1_000.0
+    elif fault in COLLAPSING:
+        arguments |= COLLAPSING[fault]
     if fault == "constant":
         data = run / "grey"
         grey_images(data)
@@ -153,11 +165,13 @@ def train(data: Path, family: str, fault: str, seed: int, run: Path) -> dict[str
         steps_per_epoch = -(-(LIMIT * 95 // 100) // BATCH)
         record = ssl_kit.pretrain(
             str(data), method=spec, run=str(run / "run"), overwrite=True, limit=LIMIT, image_size=SIDE,
-            batch_size=BATCH, epochs=STEPS / steps_per_epoch, seed=seed, evaluate_every=1_000,
+            batch_size=BATCH, epochs=steps / steps_per_epoch, seed=seed, evaluate_every=1_000,
         )  # fmt: skip
         row |= {"state": record["verdict"]["state"], "reason": record["verdict"]["reason"]}
     except UserError as error:
         row |= {"state": "ended", "reason": str(error)[:80]}
+    if fault == "learns":
+        return row | {"right": row["state"] == "learning", "seconds": round(time.perf_counter() - began, 1)}
     broken = fault != "healthy"
     row["right"] = (row["state"] in ("stuck", "collapsed", "ended")) == broken
     return row | {"seconds": round(time.perf_counter() - began, 1)} | _signs(run / "run" / "metrics.csv")
@@ -186,8 +200,12 @@ def grey_images(folder: Path) -> None:
 def counts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """How many of the broken were found, and how many of the healthy were not accused."""
     made = []
-    for name, wanted in (("broken-found", True), ("healthy-not-accused", False)):
-        these = [row for row in rows if (row["fault"] != "healthy") == wanted]
+    for name, those in (
+        ("broken-found", lambda fault: fault not in ("healthy", "learns")),
+        ("healthy-not-accused", lambda fault: fault == "healthy"),
+        ("learning-after-1000-steps", lambda fault: fault == "learns"),
+    ):
+        these = [row for row in rows if those(row["fault"])]
         right = sum(row["right"] for row in these)
         share = right / len(these) if these else None
         made.append({"id": f"verdict/{name}", "tried": len(these), "survived": right, "share": share})
@@ -200,6 +218,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("verdict.json"))
     parser.add_argument("--seeds", type=int, default=2, help="of each broken run; healthy ones get twice as many")
     parser.add_argument("--only", default="", help="beginning of the ids to run")
+    parser.add_argument("--learns", type=int, default=0, help="seeds of healthy runs of 1,000 steps of each method")
     parser.add_argument("--quick", action="store_true", help="one seed of a healthy run and of four faults")
     arguments = parser.parse_args()
     rows = json.loads(arguments.json.read_text()) if arguments.json.is_file() else []
@@ -211,13 +230,14 @@ def main() -> None:
         for fault in ("healthy", *FAULTS[family])
         if fault == "healthy" or seed < arguments.seeds
     ]
+    plan += [(family, "learns", seed) for seed in range(arguments.learns) for family in FAMILIES]
     if arguments.quick:
         plan = [("simclr", fault, 0) for fault in ("healthy", "lr0", "lr100", "x255")] + [("mae", "detached", 0)]
     for family, fault, seed in plan:
         name = f"{family}/{fault}/{seed}"
         if name.startswith(arguments.only) and name not in [row["id"] for row in rows]:
             folder = Path(tempfile.mkdtemp(prefix="verdict-"))
-            rows.append(train(arguments.data, family, fault, seed, folder))
+            rows.append(train(arguments.data, family, fault, seed, folder, 1_000 if fault == "learns" else STEPS))
             shutil.rmtree(folder)
             print(json.dumps(rows[-1]), flush=True)
             arguments.json.write_text(json.dumps(rows + counts(rows), indent=1) + "\n")
