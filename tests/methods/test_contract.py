@@ -109,11 +109,15 @@ def test_a_wrong_number_of_views_is_a_clear_error(method):
         method.training_step({"views": [*views, views[0]], "key": key}, 0)
 
 
-def test_bfloat16_stays_finite(method):
-    with torch.autocast("cpu", torch.bfloat16):
+@pytest.mark.parametrize(("dtype", "off"), [(torch.bfloat16, 0.02), (torch.float16, 0.003)])
+def test_low_precision_is_close_and_stays_finite(method, dtype, off):
+    """float16 with its gradients scaled, as the trainer scales them."""
+    with buffers_kept(method), torch.no_grad():
+        wanted = method.loss(*batch(method))["loss"]
+    with torch.autocast("cpu", dtype):
         loss = method.loss(*batch(method))["loss"]
-    assert loss.dtype == torch.float32 and torch.isfinite(loss)
-    loss.backward()
+    assert loss.dtype == torch.float32 and (loss - wanted).abs() <= off * wanted.abs()
+    (1024 * loss).backward()
     gradients = [parameter.grad for parameter in method.parameters() if parameter.grad is not None]
     assert gradients and all(torch.isfinite(gradient).all() for gradient in gradients)
 
