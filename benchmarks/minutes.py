@@ -135,8 +135,7 @@ def scored(run: Path, images: str, labelled: str, minutes: float, seed: int) -> 
     }
     row["peak_gb"] = round(record["peak_memory"]["host"] / 1e9, 2)
     wins = []
-    found = json.loads(next(run.glob("**/results.json")).read_text())
-    results = found["results"] if isinstance(found, dict) else found
+    results = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
     for name in ("knn", "linear"):
         of = {
             one["features"]: one["metrics"]
