@@ -1,7 +1,7 @@
 """One table of all methods: kNN, linear and attentive probe, fine-tuning; at full length, at 64 and at 16 dimensions.
 
     python benchmarks/methods.py data/cifar10 [--recipes simclr_cifar10_small,...] [--seeds 3] [--keep runs/methods]
-                                 [--finetune 0] [--scores FOLDER] [--quick] [--json FILE]
+                                 [--finetune 0] [--scores FOLDER] [--quick] [--search] [--json FILE]
 
 Pretrains each recipe once per seed (`ssl-kit pretrain DATA/train -c RECIPE --seed S`), then scores its encoder and the
 same network untrained on DATA/train against DATA/test; pixels and their PCA once. A code that was trained to be cut
@@ -10,6 +10,9 @@ probe's l2 is chosen on a held-out fifth of train; test is read once per encoder
 --finetune, is `ssl-kit finetune --epochs 5` with all labels and with 1 % of them (at least 500 steps), each beside the
 same network from scratch. Restartable: what was scored is kept in docs/numbers/methods/, with the machine and commit it
 was made by, and not made again; encoders are kept under --keep, an interrupted pretraining is resumed.
+
+--search tries four settings of each recipe, two learning rates by two of what matters next, for half the recipe's
+length on 45,000 of the training images with one seed, scored on the other 5,000: test has no part in a recipe.
 """
 
 from __future__ import annotations
@@ -42,6 +45,17 @@ from ssl_kit.views.recipe import plain
 RECIPES = ("simclr_cifar10_small", "mae_cifar10_tiny", "vae_cifar10_small", "aavae_cifar10_small")
 DIMS = (64, 16)
 PCA_DIMS = (128, 64, 16)  # of the pixels
+HELD_OUT = 500  # training images of each class that a search is scored on
+STRENGTH = ("views.strength", (0.5, 1.0))
+TRIED: dict[str, tuple[tuple[float, float], tuple[str, tuple[float, float]]]] = {  # recipe: rates, another option
+    "simclr_cifar10_medium": ((0.5, 1.0), STRENGTH),
+    "byol_cifar10_small": ((0.3, 1.0), STRENGTH),
+    "dino_cifar10_small": ((1e-3, 2e-3), STRENGTH),
+    "mocov3_cifar10_small": ((0.5, 1.0), STRENGTH),
+    "vicreg_cifar10_small": ((0.1, 0.3), STRENGTH),
+    "lejepa_cifar10_small": ((2e-3, 4e-3), STRENGTH),
+    "mae_cifar10_tiny": ((2e-3, 4e-3), ("method.mask_ratio", (0.6, 0.75))),
+}
 FINETUNE_EPOCHS = 5
 Row = dict[str, Any]
 Sized = tuple[int, str, FeatureSet]
@@ -136,6 +150,49 @@ def finetune_scores(run: Path, data: Path, seed: int, limit: int | None) -> list
     return rows
 
 
+def split(data: Path, keep: Path) -> Path:
+    """A folder like `data` of its training images alone: the last of each class are its test/."""
+    made = keep / "split"
+    if not made.is_dir():
+        for label in sorted((data / "train").iterdir()):
+            images = sorted(label.iterdir())
+            for part, paths in (("train", images[:-HELD_OUT]), ("test", images[-HELD_OUT:])):
+                (made / part / label.name).mkdir(parents=True)
+                for path in paths:
+                    (made / part / label.name / path.name).symlink_to(path.resolve())
+    return made
+
+
+def searched(recipe: str, data: Path, keep: Path, folder: Path) -> Iterator[Row]:
+    """A row for each of the four settings: kNN and linear probe on images held out of train."""
+    halves, (option, values) = split(data, keep), TRIED[recipe][1]
+    written = yaml.safe_load((Path(__file__).parent.parent / "recipes" / f"{recipe}.yaml").read_text())
+    short = ["--epochs", f"{written['epochs'] / 2:g}"]
+    if "grow" in written:
+        short += ["--grow", str({epoch // 2: side for epoch, side in written["grow"].items()})]
+    for rate in TRIED[recipe][0]:
+        for value in values:
+            name = f"search-{recipe}-{rate:g}-{value:g}"
+
+            def make() -> list[Row]:
+                given = [*short, "--method.optim.lr", f"{rate:g}", f"--{option}", f"{value:g}"]  # noqa: B023
+                run = keep / name  # noqa: B023
+                if not (run / "encoder" / "encoder.json").is_file():
+                    begin = ["--resume"] if (run / "checkpoints").is_dir() else ["-c", recipe, *given, "--overwrite"]
+                    subprocess.run(
+                        [sys.executable, "-m", "ssl_kit", "pretrain", str(halves / "train"), "--run", str(run), *begin],
+                        check=True,
+                    )
+                train, test = open_labelled(str(halves))
+                encoder, facts = Encoder.load(run / "encoder"), json.loads((run / "run.json").read_text())
+                features = next(feature_sets(encoder, train, test, run / "features", baselines=()))
+                row = next(probed(features, (), (), 0))
+                return [row | {"lr": rate, option: value, "verdict": facts["verdict"]["state"]}]  # noqa: B023
+
+            for row in kept(folder / f"{name}.json", make):
+                yield {"id": f"methods/{name}"} | row
+
+
 COLUMNS = ("knn", "linear", "attentive", "finetune", "finetune_1pct")
 
 
@@ -175,12 +232,17 @@ def main() -> None:
     parser.add_argument("--scores", type=Path, default=RECORDS / "methods")
     parser.add_argument("--first-seed", type=int, default=0, help="begin with this seed")
     parser.add_argument("--finetune", type=int, default=0, help="fine-tune the encoders of this seed; -1: none")
+    parser.add_argument("--search", action="store_true", help="four settings of each recipe, on training images alone")
     parser.add_argument("--quick", action="store_true", help="one seed, one epoch of 2,000 images: shows no quality")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     arguments = parser.parse_args()
     data, seeds, keep, folder, limit = arguments.data, arguments.seeds, arguments.keep, arguments.scores, None
     if arguments.quick:
         seeds, keep, folder, limit = 1, keep / "quick", keep / "quick" / "scores", 3000
+    if arguments.search:
+        recipes = TRIED if arguments.recipes == ",".join(RECIPES) else arguments.recipes.split(",")
+        tell([row for recipe in recipes for row in searched(recipe, data, keep, folder)], arguments.json)
+        return
     found: dict[str, list[list[Row]]] = {recipe: [] for recipe in arguments.recipes.split(",")}
     runs: dict[tuple[str, int], Path] = {}
     for seed in range(arguments.first_seed, seeds):
