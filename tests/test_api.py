@@ -319,7 +319,7 @@ def test_the_package_shows_its_verbs_and_prints_no_commands(images, tmp_path, ca
     ssl_kit.views(images[0], out=str(tmp_path / "views.png"), count=2, image_size=8)
     assert (tmp_path / "views.png").is_file() and "next:" not in capsys.readouterr().out
     assert ssl_kit.report.page is not None  # still a package
-    with pytest.raises(TypeError, match=r"pretrain\(\) takes no 'epoch'; it takes data, method"):
+    with pytest.raises(TypeError, match=r"pretrain\(\) takes no 'epoch'; it takes data, limit, "):
         ssl_kit.pretrain(images[0], epoch=1)
     with pytest.raises(UserError, match="no recipe file or packaged recipe is called 'byoll'"):
         ssl_kit.pretrain(images[0], recipe="byoll")

@@ -215,20 +215,20 @@ class MAE(Method):
             encoder.model.pos_embed.requires_grad_(False)
 
     @classmethod
-    def default_encoder(cls, image_size: tuple[int, int], narrow: int = 0) -> tuple[str, dict[str, object]]:
-        """ViTs without class token: 2.7 M parameters and patches of 4 (up to 48 px) or 8 (128 px), ViT-S/16 above.
-
-        The narrower one has 0.8 M parameters (`mae_cifar10_tiny`).
-        """
+    def default_encoder(cls, image_size: tuple[int, int]) -> tuple[str, dict[str, object]]:
+        """ViTs without class token: 2.7 M parameters and patches of 4 (up to 48 px) or 8 (128 px), ViT-S/16 above."""
         pooling = {"class_token": False, "global_pool": "avg", "fc_norm": False}
         if max(image_size) > 128:
             return "vit_small_patch16_224", pooling
         patch_size = 4 if max(image_size) <= 48 else 8
-        width = (
-            {"embed_dim": 128, "depth": 4, "num_heads": 4} if narrow else {"embed_dim": 192, "depth": 6, "num_heads": 3}
-        )
-        small = {"patch_size": patch_size, **width}
+        small = {"patch_size": patch_size, "embed_dim": 192, "depth": 6, "num_heads": 3}
         return "vit_tiny_patch16_224", {**small, **pooling}
+
+    @classmethod
+    def smaller_encoder(cls, image_size: tuple[int, int], narrow: int) -> tuple[str, dict[str, object]]:
+        """0.8 M parameters, those of `mae_cifar10_tiny`; large images have none."""
+        name, args = cls.default_encoder(image_size)
+        return name, args | ({"embed_dim": 128, "depth": 4, "num_heads": 4} if "embed_dim" in args else {})
 
     def loss(self, views: list[Tensor], key: Key) -> dict[str, Tensor]:
         """Mean squared error of the removed patches."""

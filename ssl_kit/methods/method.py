@@ -72,12 +72,15 @@ class Method(pl.LightningModule):
         self.optim = optim
 
     @classmethod
-    def default_encoder(cls, image_size: tuple[int, int], narrow: int = 0) -> tuple[str, dict[str, object]]:
-        """The timm name and arguments where a recipe leaves the encoder open, for images of (height, width) pixels.
+    def default_encoder(cls, image_size: tuple[int, int]) -> tuple[str, dict[str, object]]:
+        """The timm name and arguments where a recipe leaves the encoder open, for images of (height, width) pixels."""
+        return choose_architecture(image_size)
 
-        `narrow` is 1 or 2 where a short time asks for a smaller one.
-        """
-        return choose_architecture(image_size, narrow)
+    @classmethod
+    def smaller_encoder(cls, image_size: tuple[int, int], narrow: int) -> tuple[str, dict[str, object]]:
+        """The same where the time is short: `narrow` 1, and 2; a method's own choice has no smaller one by itself."""
+        own = cls.default_encoder(image_size)
+        return choose_architecture(image_size, narrow) if own == choose_architecture(image_size) else own
 
     @property
     def takes_groups(self) -> bool:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 
-from ssl_kit.core.console import say
+from ssl_kit.core.console import detail, say
 from ssl_kit.core.machine import choose_channels_last, choose_device, choose_precision, choose_threads
 from ssl_kit.core.random import Key
 from ssl_kit.core.sealed import Entries
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _SHARE, _MOST = 0.05, 20.0  # of the time, and seconds: what trying may cost
 _IMAGES, _EPOCHS = 600_000, 60  # trained on: the lesser of them is enough
+_LONG = 0.25  # hours: what a user wants to know before it begins
 _FEW_STEPS = 200  # before, nothing can be told
 _DEARER = 6.0  # times the last one, a guess of what the next rung costs
 _SMALLER = 0.62  # of the run is made with the smaller views
@@ -121,7 +122,8 @@ def _say_length(settings: Settings, training: Source, images: int) -> None:
     seconds = broadcast(lambda: _alone(lambda: _cost(replace(settings, image_size=size), training, None, images)[1]))
     hours = max(seconds) * len(training) * (settings.epochs or 0) / world_size() / 3600
     told = f"{hours:.1f} hours" if hours > 1 else f"{60 * hours:.0f} minutes"
-    say(f"this takes about {told} here; with --minutes 10, or another time, network and views are chosen to fit it")
+    tell = say if hours > _LONG else detail
+    tell(f"this takes about {told} here; with --minutes 10, or another time, network and views are chosen to fit it")
 
 
 def _planned(
@@ -161,7 +163,7 @@ def _ladder(settings: Settings, size: tuple[int, int]) -> list[Rung]:
     rungs: list[Rung] = []
     for one in sizes:
         for narrow in (2, 1, 0) if free else (0,):
-            network = kind.default_encoder(one, narrow) if free else None
+            network = (kind.smaller_encoder(one, narrow) if narrow else kind.default_encoder(one)) if free else None
             rung = Rung(one, tuple(settings.grow.values()) if settings.grow else _growing(one), network)
             rungs += [rung] if rung not in rungs else []
     return [*rungs, rungs[-1]._replace(sides=None)] if rungs[-1].sides and not settings.grow else rungs
@@ -217,8 +219,8 @@ def _cost(
         steps = [_step_seconds(learner, views, count, precision, device) / count for views in schedule]
     except SENSELESS:
         if not sides or settings.grow:
-            raise
-        sides, steps = None, [_step_seconds(learner, whole, count, precision, device) / count]
+            return sides, [1.0] * len(sides or "1")  # the rehearsal says why it cannot train
+        return _cost(settings, training, None, images)
     # both want the cores of a CPU; beside an accelerator they wait for each other only
     return sides, [step + made if device == "cpu" else max(step, made) for step in steps]
 

@@ -171,7 +171,8 @@ def test_a_run_by_minutes_goes_on_at_the_rate_it_had(labelled_folder, tmp_path, 
     rates = [row["lr"] for row in read_curves(run / "metrics.csv") if "lr" in row]
     assert 56 <= len(rates) <= 120  # 6 s, of which up to half went before, 0.05 s a step
     falls = [one - other for one, other in itertools.pairwise(rates[15:])]
-    assert all(0 < fall < 0.05 * max(rates) for fall in falls)  # half a cosine: at most pi / 2 / 50 of the peak
+    # half a cosine: at most pi / 2 / 50 of the peak; a length that is fitted anew moves it by as little
+    assert all(abs(fall) < 0.05 * max(rates) for fall in falls) and sum(fall < 0 for fall in falls) <= 2
 
 
 @pytest.mark.parametrize("item", ITEMS)

@@ -249,7 +249,9 @@ def test_a_recipe_says_how_and_not_where(images, tmp_path, monkeypatch, capsys, 
     key, _, inside = name.partition(".")
     (tmp_path / "r.yaml").write_text(yaml.safe_dump({key: {inside: PLACES[name]} if inside else PLACES[name]}))
     assert cli.main([verb, str(images), "-c", "r.yaml", *(TINY if verb == "pretrain" else [])]) == 2
-    assert f"leave {name} out, give --{name}" in told(capsys) and [*tmp_path.iterdir()] == [tmp_path / "r.yaml"]
+    assert f"leave {name} out, give --{name.replace('_', '-')}" in told(capsys) and [*tmp_path.iterdir()] == [
+        tmp_path / "r.yaml"
+    ]
 
 
 def test_the_recipe_of_a_run_says_nothing_of_where_and_that_of_an_older_one_is_still_read(run, images, tmp_path):

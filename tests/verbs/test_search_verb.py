@@ -223,7 +223,7 @@ def test_the_next_command_asks_the_same(indexed, labelled_folder, tmp_path, caps
     shutil.copytree(indexed, moved)
     options = ["-k", "3", "--encoder", run, "--trust-index"]
     assert cli.main(["search", moved, str(labelled_folder / "a" / "003.png"), *options]) == 0
-    wanted = f"next: ssl-kit search {moved} IMAGE.jpg --k 3 --encoder {run} --trust-index --html neighbours.html"
+    wanted = f"next: ssl-kit search {moved} IMAGE.jpg --encoder {run} --trust-index --k 3 --html neighbours.html"
     assert capsys.readouterr().out.splitlines()[-1] == wanted
     page = str(tmp_path / "my page.html")
     assert cli.main(["search", moved, "a/003.png", "--html", page]) == 0

@@ -74,6 +74,6 @@ def test_the_next_command_reads_images_alike(folder: Path, capsys: pytest.Captur
     assert cli.main(["views", str(bands), "--out", str(folder.parent / "v.png"), *options]) == 0
     hint = shlex.split(capsys.readouterr().out.splitlines()[-1])
     assert hint[:4] == ["next:", "ssl-kit", "pretrain", str(bands)]
-    assert hint[4:] == [*options[4:], *options[:4]]
+    assert hint[4:] == [*options[:4], *options[6:], *options[4:6]]
     quick = ["--run", str(folder.parent / "run"), "--trainer.max_steps=1", "--batch_size=2"]
     assert cli.main([*hint[2:], *quick, "--method.encoder.args", "{channels: [8, 8, 8, 8]}"]) == 0
