@@ -110,7 +110,7 @@ def fit_to_time(settings: Settings, training: Source, began: float) -> tuple[Set
     settings, pace = _planned(rungs[number].applied(settings), tuple(sides), seconds, images, steps_per_epoch, left)
     steps = pace.steps(PLANNED * left)
     rung = rungs[number]._replace(sides=tuple(sides) or None)
-    say(f"{minutes:g} minutes: {rung}: {steps:,} steps, {steps / steps_per_epoch:.1f} epochs")
+    detail(f"{minutes:g} minutes: {rung}: {steps:,} steps, {steps / steps_per_epoch:.1f} epochs")
     if steps < _FEW_STEPS:
         say(f"{steps:,} steps are too few to learn from: give more --minutes, or a smaller --image-size")
     return settings, pace._replace(spent=gone)

@@ -280,8 +280,7 @@ def _one(asked: _Asked, folder: Path, opened: _Opened, options: _Options) -> tup
         print_gaps(results)
         print_curve(results)
         settle(entries)
-        report = folder / "report.html"
-        write_report([folder], report)
+        write_report([folder], report := folder / "report.html")
     detail(f"results: {folder / 'results.jsonl'}")
     result("; ".join(filter(None, (in_words(results), f"report: {report}"))))
     record = {

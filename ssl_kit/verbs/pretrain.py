@@ -366,9 +366,10 @@ def _begin(record: RunRecord, settings: Settings, source: Source, learner: Metho
         verdict={"state": "unknown", "reason": "nothing was measured yet"},
     )
     save_recipe(settings.folder / "recipe.yaml", resolved_recipe(settings, learner))
-    length = f"{settings.minutes:g} minutes" if settings.minutes else f"{settings.epochs:g} epochs, {steps:,} steps"
+    length = f"{settings.minutes:g} minutes" if settings.minutes else f"{settings.epochs:g} epochs"
     side, network = " x ".join(map(str, dict.fromkeys(settings.size))), learner.encoder
+    side = " then ".join(map(str, settings.grow.values())) if settings.grow else side
     say(
         f"{type(learner).__name__} trains {network.name} ({network.dim:,} features): views of {side} px, "
-        f"{settings.batch_size:,} images a step, {length}"
+        f"{settings.batch_size:,} images a step, {steps:,} steps in {length}"
     )
