@@ -249,8 +249,11 @@ def next_step(run: Run, judged: Verdict) -> Step:
 
 
 def labelled(run: Run) -> str:
-    """The labelled images that belong to a run, as they are typed in a command."""
-    return data_root(run) if number(run.data.get("classes")) else "LABELLED"
+    """The labelled images that belong to a run, as they are typed in a command: with the part to test on, if any."""
+    if not number(run.data.get("classes")):
+        return "LABELLED"
+    root = Path(str(run.data.get("root") or "DATA").removesuffix(":train"))
+    return shlex.quote(str(root.parent if root.name == "train" and (root.parent / "test").is_dir() else root))
 
 
 def data_root(run: Run) -> str:

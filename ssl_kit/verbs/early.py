@@ -232,7 +232,7 @@ def _looked_at_run(typed: Typed, data: list[str]) -> str:
     folder = Path(run) if run is not None else default_run(" ".join(data))
     resume, overwrite = typed.flag("resume"), typed.flag("overwrite")
     check_place(folder, data, removing=overwrite)
-    # of several the first looks, once all have met: another may have begun the run by now; a former one is put back first
+    # of several the first looks, once all have met: another may have begun the run; a former one is put back before
     if started() == 1 and not (folder / ".former").exists():
         check_run(folder, resume, overwrite)
     if (init := typed.last("init")) is not None:

@@ -4,7 +4,7 @@ import pytest
 from fabricated import record, scores
 
 from ssl_kit.methods.method import Method
-from ssl_kit.report.head import LAMPS, duration, facts, next_step, verdict
+from ssl_kit.report.head import LAMPS, duration, facts, labelled, next_step, verdict
 from ssl_kit.report.read import Run
 from ssl_kit.report.tables import score_tables
 from ssl_kit.training.verdict import BELOW
@@ -80,6 +80,15 @@ def test_a_reason_stands_word_for_word_with_a_capital_letter_where_it_needs_one(
     head = verdict(run_of(tmp_path, verdict={"state": "stuck", "reason": reason}))
     assert head.reason == (reason or "no score yet: evaluate the encoder on labelled images")
     assert head.starts_small == small
+
+
+def test_the_labelled_images_are_named_with_the_part_to_test_on(tmp_path):
+    named = lambda root, classes=2: labelled(run_of(tmp_path, data={"root": str(root), "classes": classes}))
+    for part in ("my sets/train", "my sets/test", "alone/train"):
+        (tmp_path / part).mkdir(parents=True)
+    assert named("mnist64:train") == "mnist64" and named("photos", 0) == "LABELLED"
+    assert named(tmp_path / "my sets/train") == f"'{tmp_path / 'my sets'}'"
+    assert named(tmp_path / "alone/train") == str(tmp_path / "alone/train")
 
 
 def test_scores_without_baselines_claim_nothing(tmp_path):
