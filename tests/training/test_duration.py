@@ -70,6 +70,15 @@ def test_a_machine_that_slows_down_on_the_way_is_followed(monkeypatch):
     planned = Duration(None, 10, 50, Pace({0: 0.1}))
     trainer, seconds = run(planned, lambda step: 0.1 if step < 2000 else 0.4, monkeypatch)
     assert 0.9 * 600 <= seconds <= 1.1 * 600 and trainer.global_step == planned.total
+    assert len(planned.fitted) <= 2
+
+
+@pytest.mark.parametrize("busy", [0.3, 6.0])
+def test_a_pace_that_changes_on_the_way_is_followed_once_or_twice(busy, monkeypatch):
+    planned = Duration(None, 10, 50, Pace({0: 0.1}))
+    clock = lambda step: 0.1 * (busy if len(planned.fitted) < 1 or step < planned.fitted[0]["step"] + 40 else 1.0)
+    _, seconds = run(planned, clock, monkeypatch)
+    assert 0.9 * 600 <= seconds <= 1.06 * 600 and len(planned.fitted) <= 3
 
 
 def test_a_machine_that_stops_for_long_ends_the_run_at_the_next_step(monkeypatch):
