@@ -140,7 +140,7 @@ class Duration:
         if total != self.total:
             self.fitted = [*self.fitted, {"step": step, "seconds": round(seconds, 1), "steps": total}]
             say(f"steps: {total:,} instead of {self.total:,} (one takes {slower:.2g} times what it took when tried)")
-            self.total, self._first = total, (step, seconds)  # a mean over both paces would be corrected again and again
+            self.total, self._first = total, (step, seconds)  # a mean over both paces would be corrected on and on
             self._plan(trainer, total)
             self.tell(self.fitted)
 
