@@ -1,6 +1,7 @@
 """Embedding part by part: bytes equal to one pass, after any interruption, by any shards; bounded memory; refusals."""
 
 import csv
+import gc
 import os
 import signal
 import subprocess
