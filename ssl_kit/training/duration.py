@@ -21,7 +21,7 @@ from ssl_kit.training.optim import Schedule
 
 _DEFAULT_EPOCHS = 100
 _UNMEASURED = 5  # first steps of a sitting: compilation and caches
-_HEARD = 0.05  # of the minutes must have been watched before a forecast is believed
+_HEARD, _PATIENT = 0.05, 3  # of the minutes must have been watched before a forecast is believed; times longer later on
 PLANNED = 0.95  # of what is left is planned: the last look at the features and the encoder's folder come behind
 _MISSED = 0.1  # of the planned end: a forecast that is further off is followed
 
@@ -126,8 +126,10 @@ class Duration:
             trainer.should_stop = True
         elif step == self._first[0]:
             self._first = (step, seconds)
-        elif step > self._first[0] and seconds - self._first[1] >= _HEARD * 60 * self.minutes:
-            self._follow(trainer, step, seconds)
+        elif step > self._first[0]:
+            patience = 1 + min(_PATIENT, len(self.fitted))  # a machine whose pace comes and goes is not run after
+            if seconds - self._first[1] >= patience * _HEARD * 60 * self.minutes:
+                self._follow(trainer, step, seconds)
 
     def _follow(self, trainer: pl.Trainer, step: int, seconds: float) -> None:
         assert self._first is not None

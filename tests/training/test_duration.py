@@ -81,6 +81,12 @@ def test_a_pace_that_changes_on_the_way_is_followed_once_or_twice(busy, monkeypa
     assert 0.9 * 600 <= seconds <= 1.06 * 600 and len(planned.fitted) <= 3
 
 
+def test_a_pace_that_comes_and_goes_is_not_run_after(monkeypatch):
+    planned = Duration(None, 10, 50, Pace({0: 0.1}))
+    _, seconds = run(planned, lambda step: 0.1 * (0.5 if step // 300 % 2 else 2.0), monkeypatch)
+    assert 0.85 * 600 <= seconds <= 1.1 * 600 and len(planned.fitted) <= 6
+
+
 def test_a_machine_that_stops_for_long_ends_the_run_at_the_next_step(monkeypatch):
     planned = Duration(None, 10, 50, Pace({0: 0.1}))
     trainer, seconds = run(planned, lambda step: 0.1 if step != 2000 else 900, monkeypatch)
