@@ -25,6 +25,13 @@ def spec(path=SIMCLR, **encoder):
     return {"class_path": path, "init_args": {"encoder": encoder}}
 
 
+@pytest.fixture
+def never_enough(monkeypatch):
+    """The cheapest rung is taken, however fast the machine is."""
+    monkeypatch.setattr(budget, "_IMAGES", 10**12)
+    monkeypatch.setattr(budget, "_EPOCHS", 10**12)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("images")
@@ -82,7 +89,7 @@ def test_the_largest_rung_that_promises_enough_is_taken_and_else_the_cheapest(fo
 
 
 @pytest.mark.parametrize(("path", "grows"), [(SIMCLR, True), (MAE, False), (VAE, False)])
-def test_views_grow_where_the_method_takes_smaller_ones(folder, path, grows):
+def test_views_grow_where_the_method_takes_smaller_ones(folder, never_enough, path, grows):
     settings = Settings(str(folder), minutes=0.2, batch_size=8, method=spec(path, name="auto"))
     chosen, pace = fit_to_time(settings, open_source(str(folder)), 0.0)
     assert chosen.image_size == (64, 64) and bool(chosen.grow) == grows
@@ -94,7 +101,7 @@ def test_views_grow_where_the_method_takes_smaller_ones(folder, path, grows):
     assert chosen.method == arguments and settings == replace(settings)  # nothing else was touched
 
 
-def test_a_run_by_minutes_writes_its_choice_down_and_its_epochs_repeat_it(folder, tmp_path, capsys):
+def test_a_run_by_minutes_writes_its_choice_down_and_its_epochs_repeat_it(folder, never_enough, tmp_path, capsys):
     timed, again = str(tmp_path / "timed"), str(tmp_path / "again")
     options = {"batch_size": 16, "threads": 1, "evaluate_every": 1000}
     ssl_kit.pretrain(str(folder), run=timed, minutes=0.15, **options)
