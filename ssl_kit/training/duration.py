@@ -173,7 +173,9 @@ class Duration:
         """Continues a run limited by minutes; other minutes make another length, epochs are the options'."""
         if self.minutes is None:
             return
-        self.pace = Pace({int(step): cost for step, cost in state_dict["pace"]}, state_dict["spent"])
-        self.fitted, self._before = state_dict["fitted"], state_dict["seconds"]
-        same = state_dict["minutes"] == self.minutes
+        self._before = state_dict["seconds"]
+        if "pace" in state_dict:  # 0.1 did not plan
+            self.pace = Pace({int(step): cost for step, cost in state_dict["pace"]}, state_dict["spent"])
+            self.fitted = state_dict["fitted"]
+        same = state_dict.get("minutes", self.minutes) == self.minutes
         self.total = state_dict["total"] if same else max(1, self.pace.steps(self._end - self.pace.spent))

@@ -137,8 +137,14 @@ def _planned(
         first = 0 if epoch else -1  # under two epochs views do not grow
         settings = replace(settings, grow={0: sides[first]} | ({epoch: sides[1]} if epoch and len(sides) > 1 else {}))
         costs = costs if epoch else costs[-1:]
-    begins = [epoch * steps_per_epoch for epoch in sorted(settings.grow or {0: 0})]
+    begins = [epoch * steps_per_epoch for epoch in _sides(settings.grow or {}, settings.size)]
+    costs = costs if len(costs) == len(begins) else [max(costs)] * len(begins)  # a network of one size will be refused
     return settings, Pace(dict(zip(begins, costs, strict=True)))
+
+
+def _sides(grow: dict[int, int], size: tuple[int, int]) -> dict[int, int]:
+    """First epoch -> side of the views, in order; until the first that is named they have the size of the images."""
+    return dict(sorted(({0: size[0]} | grow).items()))
 
 
 def _alone(tried: Callable[[], T]) -> T:
@@ -164,7 +170,7 @@ def _ladder(settings: Settings, size: tuple[int, int]) -> list[Rung]:
     for one in sizes:
         for narrow in (2, 1, 0) if free else (0,):
             network = (kind.smaller_encoder(one, narrow) if narrow else kind.default_encoder(one)) if free else None
-            rung = Rung(one, tuple(settings.grow.values()) if settings.grow else _growing(one), network)
+            rung = Rung(one, tuple(_sides(settings.grow, one).values()) if settings.grow else _growing(one), network)
             rungs += [rung] if rung not in rungs else []
     return [*rungs, rungs[-1]._replace(sides=None)] if rungs[-1].sides and not settings.grow else rungs
 
@@ -219,7 +225,7 @@ def _cost(
         steps = [_step_seconds(learner, views, count, precision, device) / count for views in schedule]
     except SENSELESS:
         if not sides or settings.grow:
-            return sides, [1.0] * len(sides or "1")  # the rehearsal says why it cannot train
+            return sides, [1.0] * len(sides or (0,))  # the rehearsal says why it cannot train
         return _cost(settings, training, None, images)
     # both want the cores of a CPU; beside an accelerator they wait for each other only
     return sides, [step + made if device == "cpu" else max(step, made) for step in steps]

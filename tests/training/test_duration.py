@@ -113,6 +113,9 @@ def test_a_resumed_run_goes_on_with_the_rest(monkeypatch):
     longer = Duration(None, 20, 50)
     longer.load_state_dict(state)
     assert longer.total == Duration(None, 20, 50, pace).total > whole.total
+    older = Duration(None, 10, 50)
+    older.load_state_dict({"total": 7, "seconds": 3.0})  # of 0.1
+    assert older.total == 7 and older.seconds() == 3.0
     over = trainer_at(whole.total)
     resumed.start(over)
     assert over.should_stop

@@ -16,6 +16,7 @@ from ssl_kit.core.files import read_json
 from ssl_kit.data.opening import open_source
 from ssl_kit.verbs import budget
 from ssl_kit.verbs.budget import Rung, fit_to_time
+from ssl_kit.verbs.defaults import method_class
 from ssl_kit.verbs.pretrain import Settings
 
 SIMCLR, MAE, VAE = (f"ssl_kit.methods.{name}" for name in ("simclr.SimCLR", "mae.MAE", "vae.VAE"))
@@ -97,8 +98,24 @@ def test_views_grow_where_the_method_takes_smaller_ones(folder, never_enough, pa
         first, second = sorted(chosen.grow)
         assert [chosen.grow[first], chosen.grow[second]] == [32, 48]
         assert sorted(pace.seconds) == [0, second * 6]  # 48 images in steps of 8
-    arguments = {"class_path": path, "init_args": {"encoder": {**chosen.method["init_args"]["encoder"]}}}
-    assert chosen.method == arguments and settings == replace(settings)  # nothing else was touched
+    name, args = method_class(path).smaller_encoder((64, 64), 2)
+    assert chosen.method == spec(path, name=name, args=args)
+    assert replace(chosen, grow=None, image_size=None, method=settings.method) == settings  # nothing else was touched
+
+
+@pytest.mark.parametrize("grow", [{2: 48, 0: 32}, {5: 48}])
+def test_views_that_are_typed_cost_what_they_cost_from_their_epoch_on(folder, never_enough, grow):
+    settings = Settings(str(folder), minutes=0.5, batch_size=8, image_size=(64, 64), grow=grow)
+    chosen, pace = fit_to_time(settings, open_source(str(folder)), 0.0)
+    assert chosen.grow == grow and list(pace.seconds) == [0, 6 * max(grow)]
+    first, second = pace.seconds.values()
+    assert (first < second) == (0 in grow) and pace.work(3) > 0  # 32 before 48 px, or 64 before 48
+
+
+def test_a_network_of_one_size_refuses_views_that_grow_in_its_own_words(folder, tmp_path, capsys):
+    command = ["pretrain", str(folder), "--run", str(tmp_path / "run"), "-c", "mae", "--minutes", "0.2"]
+    assert cli.main([*command, "--batch-size", "8", "--grow", "{0: 32, 3: 48}"]) == 2
+    assert "takes images of 64 x 64 only; leave --grow out" in capsys.readouterr().err
 
 
 def test_a_run_by_minutes_writes_its_choice_down_and_its_epochs_repeat_it(folder, never_enough, tmp_path, capsys):
