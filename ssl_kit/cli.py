@@ -124,7 +124,8 @@ def _run(arguments: list[str]) -> int:
     from ssl_kit.core.console import configure, say
 
     as_json, silent = "--json" in common, not is_first()  # of several processes
-    configure(to_stderr=as_json or silent, quiet="--quiet" in common or silent, verbose="--verbose" in common)
+    quiet, verbose = "--quiet" in common or silent, "--verbose" in common
+    configure(to_stderr=as_json or silent, quiet=quiet, verbose=verbose, typed=rest)
     if doing:
         say(doing)  # before the seconds that the libraries take
     with redirect_stdout(sys.stderr) if as_json else nullcontext():  # whoever prints, libraries included
@@ -247,8 +248,7 @@ def _add_arguments(parser: ArgumentParser, verb: str, settings: type, method: st
     several = next(option.several for option in options(VERBS / f"{verb}.py") if option.name == "data")
     parser.add_argument("data", nargs="*" if several else "?", default=None, help="folder, manifest or built-in set")
     add(skip={"data", "method", "trainer", "reader"})
-    if verb == "pretrain":
-        add_recipe_arguments(parser, method)
+    add_recipe_arguments(parser, method, trainer="trainer" in settings.__annotations__)
 
 
 def _instantiated(parser: ArgumentParser, parsed: Namespace) -> Entries:

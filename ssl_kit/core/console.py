@@ -13,6 +13,7 @@ row of a table is one line, however long.
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,12 +29,17 @@ from ssl_kit.core.process import is_first, printable, terminal
 
 _settings = {"to_stderr": False, "quiet": False, "live": False, "hints": True, "verbose": True}
 _own: list[str] = []  # options that name the user's own code
+_typed: list[str] = []  # after the verb
 
 
-def configure(*, to_stderr: bool = False, quiet: bool = False, verbose: bool = True) -> None:
-    """Chooses where text for people goes (the command line calls this once, for `--json`, `--quiet`, `--verbose`)."""
+def configure(*, to_stderr: bool = False, quiet: bool = False, verbose: bool = True, typed: Sequence[str] = ()) -> None:
+    """Chooses where text for people goes (the command line calls this once, for `--json`, `--quiet`, `--verbose`).
+
+    `typed` is what stands after the verb, without these.
+    """
     _settings.update(to_stderr=to_stderr, quiet=quiet, verbose=verbose)
     _own.clear()
+    _typed[:] = typed
 
 
 @contextmanager
@@ -92,6 +98,18 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
 def name_own(options: str) -> None:
     """Options in which the command line named code of the user's own: later commands need them again."""
     _own.append(options)
+
+
+def retyped(command: str, *but: str) -> str:
+    """Another command with what was typed for this one, but for some of its options."""
+    kept, words = [], iter(_typed)
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if not name.startswith("--") or name[2:].replace("-", "_") not in but:
+            kept.append(word)
+        elif not equals:
+            next(words, None)
+    return " ".join([command, *map(shlex.quote, kept)])
 
 
 def next_command(command: str, own: bool = True) -> None:

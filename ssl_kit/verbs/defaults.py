@@ -263,7 +263,7 @@ _WORDS = (str, int, float, bool, type(None))  # what a recipe is written in
 _FROM_IMAGES = ("image_size", "channels", "mean", "std")  # encoder arguments that come from the images
 
 
-def add_recipe_arguments(parser: ArgumentParser, method: str | None) -> None:
+def add_recipe_arguments(parser: ArgumentParser, method: str | None, trainer: bool = True) -> None:
     """Adds what a recipe holds beside the verb's own options: the method and the trainer, typed by their classes.
 
     `method` is the class path that recipes and options name, if any: defaults must be that class's own, because the
@@ -271,7 +271,8 @@ def add_recipe_arguments(parser: ArgumentParser, method: str | None) -> None:
     """
     parser.add_subclass_arguments(Method, "method", required=False)
     parser.set_defaults({"method": default_method(method or SIMCLR)})
-    parser.add_class_arguments(Trainer, "trainer", instantiate=False)
+    if trainer:
+        parser.add_class_arguments(Trainer, "trainer", instantiate=False)
 
 
 def default_method(class_path: str = SIMCLR) -> Entries:

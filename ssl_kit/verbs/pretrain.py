@@ -7,6 +7,7 @@ from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pytorch_lightning as pl
 
 from ssl_kit.core.console import detail, if_interrupted, result, say
@@ -20,6 +21,7 @@ from ssl_kit.core.sealed import Entries
 from ssl_kit.core.settings import verb
 from ssl_kit.data.fingerprint import fingerprint
 from ssl_kit.data.listing import write_skipped
+from ssl_kit.data.loader import ViewLoader
 from ssl_kit.data.module import ImageData
 from ssl_kit.data.opening import name_of, open_source, places
 from ssl_kit.data.sources import Source
@@ -27,6 +29,7 @@ from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.encoders.pretrained import freeze, initialise
 from ssl_kit.methods.method import Method
 from ssl_kit.report.page import write_report
+from ssl_kit.report.pictures import draw_views
 from ssl_kit.training.checkpoint import Checkpoints, newest
 from ssl_kit.training.chunked import Chunkable, no_chunks
 from ssl_kit.training.curves import Bar, Curves
@@ -52,9 +55,10 @@ from ssl_kit.verbs.monitor import Measure, Monitor, Show, hold_out, judge_of, ke
 from ssl_kit.verbs.record import RunRecord, loggers, opened, versions
 from ssl_kit.verbs.rehearsal import rehearse
 from ssl_kit.verbs.seen import first_image, say_next, see
-from ssl_kit.verbs.several import all_fit, check_images, check_processes, clean_features, held, images_per_step
-from ssl_kit.verbs.views import draw_first
-from ssl_kit.views.recipe import ViewRecipe, plain
+from ssl_kit.verbs.several import all_fit, check_images, check_processes, clean_features, held, images_per_step, spread
+from ssl_kit.views.recipe import View, ViewRecipe, plain
+
+_FIRST = 8  # images in the first picture
 
 
 @dataclass(frozen=True)
@@ -373,3 +377,13 @@ def _begin(record: RunRecord, settings: Settings, source: Source, learner: Metho
         f"{type(learner).__name__} trains {network.name} ({network.dim:,} features): views of {side} px, "
         f"{settings.batch_size:,} images a step, {steps:,} steps in {length}"
     )
+
+
+def draw_first(path: Path, source: Source, views: tuple[View, ...], seed: int) -> None:
+    """The first picture of a run, before its first step: a few images and their views."""
+    batch = next(iter(ViewLoader(source, [spread(len(source), _FIRST)], views, seed=seed)))
+    kept = batch["key"].index.numpy()
+    originals = next(iter(ViewLoader(source, [kept], (plain(views[0].size),))))["views"][0].numpy()
+    stored = [(image.transpose(1, 2, 0) * 255).round().astype(np.uint8) for image in originals]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw_views(path, stored, [view.numpy() for view in batch["views"]])

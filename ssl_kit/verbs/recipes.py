@@ -25,6 +25,7 @@ from ssl_kit.core.named import FUNCTION, check_function
 from ssl_kit.core.options import dashed, wrong_value
 from ssl_kit.core.sealed import Entries
 from ssl_kit.core.settings import verb
+from ssl_kit.verbs.manual import WITH_RECIPE
 
 _MAX_BYTES = 2**17  # of a recipe; the longest packaged one has 2 kB
 _DEEPEST = 30  # lists and mappings inside each other
@@ -283,7 +284,7 @@ def with_network(rest: list[str], given: list[str], allow: Sequence[str], verb: 
         from ssl_kit.encoders.network import register
 
         name = register(cast(Any, allowed_function(value, allow, "encoder")))
-        rest = [*rest, f"--method.encoder.name={name}"] if verb == "pretrain" else rest
+        rest = [*rest, f"--method.encoder.name={name}"] if verb in WITH_RECIPE else rest
     return rest
 
 
