@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -42,8 +43,28 @@ def lock(folder: Path | str, *, wait: bool = False) -> Iterator[None]:
         os.close(handle)
 
 
+def given_up(folder: Path | str) -> bool:
+    """Whether surely no process holds `folder`; no where locks cannot tell, as on some file systems and Windows.
+
+    A process that holds it itself is told no, too.
+    """
+    if fcntl is None:
+        return False
+    try:
+        handle = os.open(Path(folder) / LOCK, os.O_RDONLY | os.O_NOFOLLOW)
+    except FileNotFoundError:  # a copy: what is in it is not written on
+        return True
+    except OSError:
+        return False
+    try:
+        return _lock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    finally:
+        os.close(handle)
+
+
 def _held(path: Path, wait: bool) -> int:
     """An open handle that holds the lock file `path`; what is in the file, if it is somebody else's, stays as it is."""
+    patient = True
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -61,6 +82,10 @@ def _held(path: Path, wait: bool) -> int:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             os.close(handle)
+            if patient:  # `given_up` may hold it for an instant
+                time.sleep(0.05)
+                patient = False
+                continue
             raise UserError(
                 f"{path.parent} is in use by another ssl-kit process: wait for it, or choose another folder"
             ) from error

@@ -30,6 +30,8 @@ from ssl_kit.core.locking import LOCK
 from ssl_kit.core.sealed import LARGE_JSON, Entries, read_object
 
 RUN, RESULTS = "run.json", "results.json"
+GOING_ON = ("starting", "running")  # statuses of a run while its process lives
+BROKEN_OFF = "broken off"  # that of one whose process was killed
 _ASIDE = "aside.json"
 _FORMATS = {RUN: "ssl_kit run 1", RESULTS: "ssl_kit results 1"}
 _CHECKPOINT = (MANIFEST, "state.json", "state.safetensors")

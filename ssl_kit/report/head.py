@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
+from ssl_kit.core.owned import BROKEN_OFF, GOING_ON
 from ssl_kit.evaluation.catalog import ABOVE, ENCODER, EVALUATIONS, PRETRAINED
 from ssl_kit.report.read import Run, number
 from ssl_kit.report.scale import Scale
@@ -35,7 +38,7 @@ LAMPS = {  # of the states that a training can have; any other is unknown
     "stuck": "stuck",
     "collapsed": "collapsed",
 }
-_WAITING = {"starting": "Starting", "running": "Training"}  # statuses of a run whose verdict is still to come
+_WAITING = {"starting": "Starting", "running": "Training", BROKEN_OFF: "Broken off"}  # a verdict is still to come
 
 
 @dataclass(frozen=True)
@@ -100,10 +103,10 @@ def verdict(run: Run) -> Verdict:
     state = str(told.get("state"))
     state = state if state in LAMPS else "unknown"
     reason = str(told.get("reason") or "").strip()
-    status = str(run.info.get("status") or "")
     word, lamp = state.capitalize(), LAMPS.get(state, "unknown")
+    status = str(run.info.get("status") or "")
     if state == "unknown" and status in _WAITING:
-        word, lamp = f"{_WAITING[status]}, unknown so far", "running"
+        word, lamp = f"{_WAITING[status]}, unknown so far", "running" if status in GOING_ON else lamp
     found = compared(run)
     if not reason:
         reason = "no score yet: evaluate the encoder on labelled images" if found is None else "nothing was measured"
@@ -229,8 +232,8 @@ def duration(seconds: float) -> str:
 def next_step(run: Run, judged: Verdict) -> Step:
     """What to type next, from how far the run is and what was found."""
     folder, status, data = shlex.quote(str(run.folder)), run.info.get("status"), data_root(run)
-    if status == "interrupted":
-        return Step(f"ssl-kit pretrain {data} --run {folder} --resume", "continues where the run was cut off")
+    if status in ("interrupted", BROKEN_OFF) and run.recipe:
+        return Step(resuming(run), "continues where the run was cut off")
     if judged.state in ("stuck", "collapsed"):
         if not run.recipe:
             return Step(f"ssl-kit pretrain {data}", "train longer, or on images closer to these")
@@ -240,12 +243,23 @@ def next_step(run: Run, judged: Verdict) -> Step:
         )
     image = shlex.quote(str(run.data["image"])) if run.data.get("image") else "IMAGE.jpg"
     search = f"ssl-kit search {folder} {image} --html neighbours.html"
-    waits = "once training has ended" if status in ("starting", "running") else ""
+    waits = "once training has ended" if status in GOING_ON else ""
     if not run.labelled:
         return Step(search, waits or "which images are like this one?")
     if not any(record.get("features") == ENCODER for record in run.results):
         return Step(f"ssl-kit evaluate {folder} {labelled(run)}", waits or "is it better than raw pixels?")
     return Step(search, "which images are like this one?")
+
+
+def resuming(run: Run) -> str:
+    """The command that goes on with the run."""
+    return f"ssl-kit pretrain {data_root(run)} --run {shlex.quote(str(run.folder))} --resume"
+
+
+def so_far(run: Run) -> str:
+    """The status of a run, in words; of one that was broken off the last step that is known of."""
+    status, steps = str(run.info.get("status") or ""), run.metrics.get("step", np.empty(0))
+    return status + (f" at step {np.nanmax(steps):,.0f}" if status == BROKEN_OFF and np.isfinite(steps).any() else "")
 
 
 def labelled(run: Run) -> str:

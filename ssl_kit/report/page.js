@@ -97,7 +97,7 @@
   }
 
   // While a run goes on the page looks again, where it was scrolled to; not while somebody looks at a picture.
-  const { reload } = document.body.dataset;
+  const { reload, written } = document.body.dataset;
   const kept = `ssl_kit_scroll ${location.pathname}`;
   function again() {
     if (large.open || document.hidden) return setTimeout(again, 1000);
@@ -112,6 +112,14 @@
     } catch { /* a page opened from a file may have no storage */ }
   }
   if (reload) setTimeout(again, 1000 * Number(reload));
+
+  // A run writes this page every two minutes (verbs/monitor.py). One that was killed cannot say so: the page does.
+  const old = (Date.now() / 1000 - Number(written)) / 60;
+  const stale = document.getElementById("stale");
+  if (stale && old >= 10) {
+    stale.querySelector("span").textContent = String(Math.floor(old));
+    stale.hidden = false;
+  }
 
   // The map: class buttons dim the other classes, a click pins an image and what lies next to it.
   let map = null;

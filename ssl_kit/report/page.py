@@ -12,6 +12,7 @@ import math
 import re
 import secrets
 import shlex
+import time
 from collections import Counter
 from collections.abc import Sequence
 from importlib.resources import files
@@ -25,11 +26,11 @@ from markupsafe import Markup
 
 from ssl_kit import __version__
 from ssl_kit.core.files import atomic_file
-from ssl_kit.core.owned import check_output
+from ssl_kit.core.owned import GOING_ON, check_output
 from ssl_kit.core.sealed import Entries
 from ssl_kit.evaluation.catalog import ENCODER, EVALUATIONS
 from ssl_kit.report import charts
-from ssl_kit.report.head import data_root, facts, labelled, next_step, verdict
+from ssl_kit.report.head import data_root, facts, labelled, next_step, resuming, so_far, verdict
 from ssl_kit.report.pictures import encode
 from ssl_kit.report.read import VIEWS, Confusion, Run, read_run
 from ssl_kit.report.scale import Scale
@@ -79,8 +80,9 @@ def write_report(runs: Sequence[Path | str], out: Path | str) -> Entries:
         out: the HTML file, replaced in one step.
 
     Returns:
-        `{"report": path, "bytes": size, "runs": [{"name", "state", "verdict", "scores"}]}`: the verdict of run.json,
-        its state alone and as a line, and how the scores compare in words, empty without any.
+        `{"report": path, "bytes": size, "runs": [{"name", "status", "state", "verdict", "scores", "next"}]}`: how far
+        it is, the verdict of run.json, its state alone and as a line, how the scores compare in words, empty without
+        any, and the next command.
 
     Raises:
         UserError: one of `runs` is no run folder.
@@ -110,15 +112,21 @@ def write_report(runs: Sequence[Path | str], out: Path | str) -> Entries:
         hints=_hints(read[0], scores["lacking"]),
         labelled=any(run.labelled for run in read),
         values=charts.single_values(read),
-        reload=_RELOAD if any(run.info.get("status") in ("starting", "running") for run in read) else 0,
+        reload=_RELOAD if any(run.info.get("status") in GOING_ON for run in read) else 0,
+        resume=resuming(alone) if alone else "",
+        written=round(time.time()),
         whole=Scale(0, 1),
         divs=divs,
         script=script,
         bokeh=charts.bokeh_js() if divs else "",
     )
     write_page(out, page)
-    heads = [(card["name"], card["verdict"]) for card in cards]
-    told = [{"name": name, "state": one.state, "verdict": one.line, "scores": one.scores} for name, one in heads]
+    told = [
+        {name: card[name] for name in ("name", "status")}
+        | {"state": one.state, "verdict": one.line, "scores": one.scores, "next": card["next"].command}
+        for card in cards
+        for one in [card["verdict"]]
+    ]
     return {"report": str(out), "bytes": Path(out).stat().st_size, "runs": told}
 
 
@@ -191,9 +199,11 @@ def write_page(path: Path | str, page: str) -> None:
 def _card(run: Run) -> Context:
     """What the page says about one run."""
     judged = verdict(run)
-    eyebrow = [run.method, str(run.info.get("status") or ""), str(run.info.get("started") or "")]
+    status = so_far(run)
+    eyebrow = [run.method, status, str(run.info.get("started") or "")]
     return {
         "name": run.name,
+        "status": status,
         "trained": bool(run.info or run.metrics or run.pictures or run.recipe),  # not only scores of some encoder
         "eyebrow": [part for part in eyebrow if part],
         "verdict": judged,

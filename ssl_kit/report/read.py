@@ -22,7 +22,9 @@ import numpy as np
 from PIL import Image
 
 from ssl_kit.core.errors import DamagedError
+from ssl_kit.core.locking import given_up
 from ssl_kit.core.named import check_shown
+from ssl_kit.core.owned import BROKEN_OFF, GOING_ON
 from ssl_kit.core.sealed import Entries, read_object
 from ssl_kit.evaluation.catalog import EVALUATIONS, JUDGED_BY
 from ssl_kit.evaluation.result import ClassScore
@@ -142,6 +144,8 @@ def read_run(folder: Path | str) -> Run:
     run = Run(Path(folder))
     check_shown(folder)
     run.info = _attempt(run, "run.json", read_object, {})
+    if run.info.get("status") in GOING_ON and given_up(folder):
+        run.info["status"] = BROKEN_OFF
     run.recipe = _attempt(run, "recipe.yaml", lambda path: _text(path, _MAX_RECIPE), "")
     run.metrics = _attempt(run, "metrics.csv", _metrics, {})
     run.results = _attempt(run, "results.jsonl", lambda path: _results(path, run.problems), [])

@@ -37,6 +37,7 @@ from ssl_kit.training.verdict import Row, verdict
 from ssl_kit.verbs.defaults import view_size
 from ssl_kit.verbs.monitor import Measure, asked_apart
 from ssl_kit.verbs.record import RunRecord, versions
+from ssl_kit.verbs.several import held
 from ssl_kit.views.batch import made_on_device, recipe_of
 from ssl_kit.views.recipe import Preset, ViewRecipe, plain
 
@@ -259,6 +260,7 @@ class Monitor(pl.Callback):
         ):
             raise UserError(f"{folder} holds a run already; give Monitor another folder, or overwrite=True for its own")
         folder.mkdir(parents=True, exist_ok=True)
+        self._stack.enter_context(held(folder))
         self._record = self._stack.enter_context(RunRecord(folder, resume=self._state is not None))
         self._opened = True
         if self._state is None and rank() == 0:

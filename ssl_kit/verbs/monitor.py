@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import shlex
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ _PCA_ROWS = 2_048  # of the gallery that PCA of the pixels is fitted on: all of 
 _PCA_DIM = 128  # at most, otherwise that of the encoder
 _SHOWN = 8  # images in the pictures of a method
 _HELD_OUT = 0.05  # of the labelled images, at most
+_AGAIN = 120  # seconds between two pages at most: one that is older is told from its own clock (report/page.js)
 
 
 def hold_out(source: Source) -> tuple[Source, Source | None, Source | None]:
@@ -307,6 +309,8 @@ class Show:
 class Monitor:
     """What is looked at between steps: bad files; and after each measurement run.json, pictures, report, best state.
 
+    The report is also written every two minutes, which costs half a percent: who looks at it sees that the run goes on.
+
     Bad files that any process has met count for all: each knows the whole list, and all stop when it is too long. A
     process's own are counted at once, those of the others every `interval` steps.
 
@@ -331,7 +335,7 @@ class Monitor:
         self.record, self.curves, self.checkpoints, self.show = record, curves, checkpoints, show
         self.source, self.interval = source, interval
         self.best = -1.0
-        self._seen = 0
+        self._seen, self._written = 0, time.monotonic()
         self._told = {name for name, _ in source.bad.rows}  # before training all meet the same
 
     def start(self) -> None:
@@ -343,6 +347,9 @@ class Monitor:
         if not self.source.in_memory and trainer.global_step % self.interval == 0:
             self.exchange()
         self._look(trainer, method)
+        if trainer.is_global_zero and time.monotonic() - self._written > _AGAIN:
+            with if_room(self.record.folder), cycles_freed():
+                self._write()
 
     def at_end(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:
         """The last bad files, for skipped.csv; the last measurement is made when training ends."""
@@ -372,11 +379,15 @@ class Monitor:
             if trainer.is_global_zero:
                 assert isinstance(method, Method)
                 self.show(method)
-                write_report([self.record.folder], self.record.folder / "report.html")
+                self._write()
         wait()
         if row.get("knn_top1", -1.0) > self.best:
             self.best = row["knn_top1"]
             self.checkpoints.save_best(trainer)
+
+    def _write(self) -> None:
+        write_report([self.record.folder], self.record.folder / "report.html")
+        self._written = time.monotonic()
 
     def state_dict(self) -> dict[str, float]:
         """The best kNN so far."""

@@ -27,7 +27,7 @@ from ssl_kit.core.console import detail, say
 from ssl_kit.core.files import entries, if_room
 from ssl_kit.core.machine import peak_memory, size_text
 from ssl_kit.core.named import check_run
-from ssl_kit.core.owned import RUN, Former, Record
+from ssl_kit.core.owned import BROKEN_OFF, GOING_ON, RUN, Former, Record
 from ssl_kit.core.sealed import Entries
 from ssl_kit.evaluation.catalog import AS_IT_CAME, ENCODER
 from ssl_kit.evaluation.metrics import wilson
@@ -210,6 +210,9 @@ def settle(record: Record) -> None:
     Args:
         record: of a folder whose results are written; that of scores alone, without a training, stays as it is.
     """
+    if record.entries.get("status") in GOING_ON:  # who settles it holds the folder, so nobody trains
+        record.entries["status"] = BROKEN_OFF
+        record.write()
     run = read_run(record.folder)
     told, final = shown(run), final_verdict(run)
     if final.state != told.state:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ssl_kit.core.console import next_command, result
 from ssl_kit.core.errors import UserError
+from ssl_kit.core.owned import BROKEN_OFF
 from ssl_kit.core.sealed import Entries
 from ssl_kit.core.settings import verb
 
@@ -37,8 +38,9 @@ def report(settings: Settings) -> Entries:
     The page reads only what the run folders hold and loads nothing: it opens offline, in light and dark.
 
     Returns:
-        `{"report": path, "bytes": size, "runs": [{"name", "state", "verdict", "scores"}]}`: the verdict of run.json,
-        its state alone and as a line, and how the scores compare in words, empty without any.
+        `{"report": path, "bytes": size, "runs": [{"name", "status", "state", "verdict", "scores", "next"}]}`: how far
+        it is, the verdict of run.json, its state alone and as a line, how the scores compare in words, empty without
+        any, and the next command.
 
     Raises:
         UserError: no run, or a folder that is no run; `compare.html` is somebody else's.
@@ -54,6 +56,8 @@ def report(settings: Settings) -> Entries:
     target = usual if settings.out is None else Path(settings.out)
     written = write_report(folders, target)
     for run in written["runs"]:
+        if run["status"].startswith(BROKEN_OFF):
+            result(f"{run['name']}: {run['status']}; go on with: {run['next']}")
         result(f"{run['name']}: {run['verdict']}")
         if run["scores"]:
             result(f"{run['name']}: {run['scores']}")

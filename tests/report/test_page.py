@@ -10,6 +10,7 @@ import pytest
 from fabricated import HOSTILE, Page, record, scores, write_results
 
 from ssl_kit.core.errors import UserError
+from ssl_kit.core.locking import lock
 from ssl_kit.methods.method import Method
 from ssl_kit.report.page import confusion_grid, write_report
 from ssl_kit.report.pictures import draw_duplicates, draw_grid, draw_wrong
@@ -87,7 +88,8 @@ def test_before_the_first_step_only_pictures_are_there_and_no_chart_code(tmp_pat
     for path in [*run.glob("details/*"), *run.glob("pictures/*.json")]:
         path.unlink()
     (run / "run.json").write_text(json.dumps({"status": "starting"}))
-    page = page_of(run)
+    with lock(run):
+        page = page_of(run)
     assert [attributes["id"] for attributes in page.all("section")] == SECTIONS
     assert "Starting, unknown so far" in page.words and "no score yet: evaluate" in page.words
     assert f"ssl-kit evaluate {run} LABELLED" in page.words
@@ -207,8 +209,12 @@ def test_runs_without_labels_stand_side_by_side_in_one_table(make_run, tmp_path)
 @pytest.mark.parametrize(("status", "again"), [("starting", True), ("running", True), ("finished", False),
                                                ("interrupted", False), ("failed", False)])  # fmt: skip
 def test_a_page_looks_again_while_its_run_goes_on(make_run, status, again):
-    (body,) = page_of(make_run(info={"status": status})).all("body")
+    run = make_run(info={"status": status})
+    with lock(run):
+        (body,) = page_of(run).all("body")
     assert (body.get("data-reload") == "15") == again == bool(body)
+    page = page_of(run)  # nobody is at it now
+    assert page.all("body") == [{}] and ("broken off at step 100" in page.words) == again
 
 
 def test_what_was_measured_once_is_no_curve_but_a_value(make_run):
@@ -274,7 +280,9 @@ def test_the_verb_writes_beside_the_run_and_returns_the_record(make_run, capsys)
     facts = "kNN 0.710 [0.700, 0.720], 0.330 above raw pixels, 0.350 above the same network untrained and "
     (one,) = told["runs"]
     assert one["scores"].startswith(facts)
-    assert one == {"name": "run", "state": "learning", "verdict": "learning - rank 50", "scores": one["scores"]}
+    assert one["next"].startswith(f"ssl-kit search {run}") and one["status"] == "finished"
+    told = {"name": "run", "state": "learning", "verdict": "learning - rank 50", "scores": one["scores"]}
+    assert one == told | {"status": one["status"], "next": one["next"]}
     assert json.dumps(told)
     said = capsys.readouterr().out.splitlines()
     assert said[:2] == ["run: learning - rank 50", f"run: {one['scores']}"] and said[-1].startswith("next: ")

@@ -6,21 +6,29 @@ Signals at random moments, and SIGKILL, are the matter of benchmarks/faults/resu
 import csv
 import json
 import os
+import shlex
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from safetensors.torch import load_file
 
 from ssl_kit import cli
 from ssl_kit.core.errors import UserError
+from ssl_kit.core.locking import lock
+from ssl_kit.core.owned import record_in
 from ssl_kit.data.module import ImageData
 from ssl_kit.encoders import Encoder
 from ssl_kit.methods.simclr import SimCLR
 from ssl_kit.report.page import write_report
-from ssl_kit.training.checkpoint import Checkpoints
+from ssl_kit.report.read import read_run
+from ssl_kit.training.checkpoint import Checkpoints, newest
 from ssl_kit.verbs import monitor
 from ssl_kit.verbs import pretrain as verb
 from ssl_kit.verbs.monitor import Measure
+from ssl_kit.verbs.record import settle
 
 TINY = [
     *("--batch-size", "16", "--epochs", "1", "--method.encoder.args", "{channels: [8, 8, 8, 8]}"),
@@ -243,3 +251,33 @@ def test_a_run_that_was_killed_as_it_began_is_none(labelled_folder, tmp_path, ca
     assert list(run.glob("checkpoints/step-*"))
     assert pretrain(labelled_folder, run, "--seed", "1", "--trainer.max_steps", "2") == 0  # and takes nothing from it
     assert [path.name for path in run.glob("checkpoints/step-*")] == ["step-00000002"]
+
+
+def test_a_run_that_was_killed_is_not_said_to_be_running(labelled_folder, tmp_path, capsys):
+    run = tmp_path / "run"
+    options = [*TINY, "--trainer.max_steps", "100000", "--checkpoint-minutes", "0"]
+    command = [sys.executable, "-m", "ssl_kit", "pretrain", str(labelled_folder), "--run", str(run), *options]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not newest(run / "checkpoints"):
+            assert process.poll() is None
+            time.sleep(0.1)
+        assert read_run(run).info["status"] == "running"
+        process.kill()
+    assert status(run) == "running"  # it could tell nobody
+    assert cli.main(["report", str(run), "--json"]) == 0
+    (told,) = json.loads(capsys.readouterr().out)["runs"]
+    assert told["status"].startswith("broken off")
+    assert told["next"] == f"ssl-kit pretrain {labelled_folder} --run {run} --resume"
+    assert "data-reload" not in (run / "report.html").read_text()
+    assert cli.main(["evaluate", str(run), str(labelled_folder)]) == 2
+    assert "let `ssl-kit pretrain" in capsys.readouterr().err
+    with lock(run), record_in(run) as record:  # as `evaluate` does once there is an encoder
+        settle(record)
+    assert status(run) == "broken off"
+    assert (
+        cli.main(
+            [*shlex.split(told["next"])[1:], "--trainer.max_steps", str(int(newest(run / "checkpoints").name[5:]) + 1)]
+        )
+        == 0
+    )
+    assert status(run) == "finished"
