@@ -10,7 +10,7 @@ import difflib
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ssl_kit.core.errors import DamagedError, UserError
@@ -19,6 +19,8 @@ from ssl_kit.core.owned import RUN, check_ours, our_files
 from ssl_kit.core.sealed import LARGE_JSON, Entries, read_object
 
 TABLES = (".csv", ".tsv", ".parquet")  # endings of manifests
+BASELINES = ("pixels", "pca", "random_init")  # of every score
+ASKED = (*BASELINES, "patches")  # baselines that may be asked for
 BUILTIN = ("digits", "mnist5k", "mnist64")  # sets that need no download
 RECORD = "encoder.json"  # the record in a folder of an encoder
 FORMAT = "ssl_kit embeddings 1"  # of embeddings, as their manifest names it
@@ -131,6 +133,14 @@ def check_function(name: str, allow: Sequence[str], option: str) -> None:
         raise UserError(f"--{option} {name!r}: wanted module:function")
     if not any(f"{module}.".startswith(f"{allowed}.") for allowed in allow):
         raise UserError(f"--{option} {name} is code that would be run; if you trust {module}, add --allow {module}")
+
+
+def check_names(names: Iterable[str], known: Sequence[str], option: str) -> None:
+    """Raises `UserError` for names that are none of those that an option knows."""
+    if unknown := [name for name in names if name not in known]:
+        near = difflib.get_close_matches(unknown[0], known, 1)
+        meant = f"did you mean {near[0]}? " if near else ""
+        raise UserError(f"{option} {','.join(unknown)}: {meant}wanted some of {', '.join(known)}, separated by commas")
 
 
 def is_builtin(name: str) -> bool:

@@ -56,29 +56,83 @@ def options(path: Path) -> list[Option]:
     return found
 
 
+def _homes(tree: ast.Module, path: Path) -> dict[str, Path]:
+    """The files of ours that the names in a file come from."""
+    package = next((parent for parent in path.absolute().parents if parent.name == "ssl_kit"), path)
+    return {
+        alias.name: package.parent.joinpath(*node.module.split(".")).with_suffix(".py")
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("ssl_kit.")
+        for alias in node.names
+    }
+
+
 class _Choices(ast.NodeTransformer):
     """Writes the choices out that an annotation names: `Switch` is `Literal['auto', 'on', 'off']`."""
 
     def __init__(self, tree: ast.Module, path: Path):
-        package = next(parent for parent in path.absolute().parents if parent.name == "ssl_kit")
-        imports = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module]
-        self.homes = {
-            alias.name: package.parent.joinpath(*str(node.module).split(".")).with_suffix(".py")
-            for node in imports
-            if str(node.module).startswith("ssl_kit.")
-            for alias in node.names
-        }
+        self.tree, self.homes = tree, _homes(tree, path)
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
         """The choices that a module of ours gives this name, or the name itself."""
+        for line in self.tree.body:
+            if isinstance(line, ast.Assign) and node.id in map(ast.unparse, line.targets):
+                return line.value if ast.unparse(line.value).startswith("Literal[") else node
         home = self.homes.get(node.id)
         if home is None or not home.is_file():
             return node
-        tree = ast.parse(home.read_text(encoding="utf-8"))
-        for line in tree.body:
-            if isinstance(line, ast.Assign) and node.id in map(ast.unparse, line.targets):
-                return line.value if ast.unparse(line.value).startswith("Literal[") else node
-        return _Choices(tree, home).visit_Name(node)
+        return _Choices(ast.parse(home.read_text(encoding="utf-8")), home).visit_Name(node)
+
+
+class Class(NamedTuple):
+    """A class of ours, by its file and name."""
+
+    path: Path
+    name: str
+
+
+class Part(NamedTuple):
+    """What a class takes: the annotation with its choices written out, and the class of ours that it names, if any."""
+
+    kind: str
+    of: Class | None
+
+
+@functools.cache
+def parts(of: Class) -> dict[str, Part] | None:
+    """What a class takes by name, arguments of its constructor or fields; None where the source does not tell."""
+    if not of.path.is_file():
+        return None
+    tree = ast.parse(of.path.read_text(encoding="utf-8"))
+    found = next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == of.name), None)
+    if found is None:
+        return None
+    made = next((one for one in found.body if isinstance(one, ast.FunctionDef) and one.name == "__init__"), None)
+    if made is not None:
+        if made.args.kwarg is not None:
+            return None
+        taken = [(one.arg, one.annotation) for one in [*made.args.args[1:], *made.args.kwonlyargs]]
+    elif any("dataclass" in ast.unparse(one) for one in found.decorator_list):
+        taken = [(ast.unparse(one.target), one.annotation) for one in found.body if isinstance(one, ast.AnnAssign)]
+    else:
+        base = class_named(ast.unparse(found.bases[0]) if found.bases else "", tree, of.path)
+        return None if base is None else parts(base)
+    choices, known = _Choices(tree, of.path), {}
+    for name, kind in taken:
+        told = "" if kind is None else ast.unparse(kind)
+        known[name] = Part(
+            "" if kind is None else ast.unparse(choices.visit(kind)),
+            class_named(told.removesuffix(" | None"), tree, of.path),
+        )
+    return known
+
+
+def class_named(name: str, tree: ast.Module | None, path: Path) -> Class | None:
+    """The class of ours that `name` means in a file; None where it means none."""
+    tree = tree or ast.parse(path.read_text(encoding="utf-8"))
+    home = path if any(isinstance(one, ast.ClassDef) and one.name == name for one in tree.body) else None
+    home = home or _homes(tree, path).get(name)
+    return None if home is None or not home.is_file() else Class(home, name)
 
 
 _WORDS = {"float": "a number", "int": "a whole number", "bool": "true or false", "str": "text"}

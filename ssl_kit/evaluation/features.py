@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ssl_kit.core.console import progress, say, warn
 from ssl_kit.core.files import DamagedError
+from ssl_kit.core.named import BASELINES
 from ssl_kit.data.listing import unescape
 from ssl_kit.data.loader import ViewLoader
 from ssl_kit.data.sources import Source, pixels
@@ -34,8 +35,6 @@ from ssl_kit.encoders.wrapped import Wrapped
 from ssl_kit.evaluation.patches import Patches
 from ssl_kit.views.recipe import View, plain
 
-BASELINES = ("pixels", "pca", "random_init")  # of every score
-ASKED = (*BASELINES, "patches")  # what may be asked for
 _BATCH = 256
 
 

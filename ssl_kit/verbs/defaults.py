@@ -43,7 +43,7 @@ from ssl_kit.encoders.weights import SENSELESS, check_sizes
 from ssl_kit.methods.method import Method
 from ssl_kit.training.distributed import broadcast, world_size
 from ssl_kit.training.duration import Duration, Pace
-from ssl_kit.verbs.recipes import brief, read_recipe, without_places
+from ssl_kit.verbs.recipes import SIMCLR, brief, read_recipe, without_places
 from ssl_kit.views.recipe import View, ViewRecipe, plain
 
 if TYPE_CHECKING:
@@ -243,7 +243,6 @@ def _place_of_views(settings: Settings, training: Source, views: tuple[View, ...
     return Choice(_PLACES[int(np.argmax(speeds))], f"tried: {told} images/s; --views-on decides otherwise")
 
 
-SIMCLR = "ssl_kit.methods.simclr.SimCLR"
 _ENCODER = "ssl_kit.encoders.encoder.Encoder"
 # what makes a step what it is: a resumed run keeps it
 _FIXED = (

@@ -1,24 +1,29 @@
 """What can be seen to be wrong in a command line before a library is loaded: told in a fifth of a second.
 
 A mistyped option or value, a recipe, a run, embeddings or images that are not there, a folder that may not be written.
-What only the libraries can judge is left to them (`--method.*`, `--views.*`, `--trainer.*`, what lies in the images).
-The checks themselves are those of the verbs (`core/named.py`, `core/owned.py`), so the words are the same.
+What `--method.*`, `--views.*` and `--trainer.*` may be is read from the source of the classes that take them; what only
+the libraries can judge is left to them. The checks themselves are those of the verbs (`core/named.py`,
+`core/owned.py`), so the words are the same.
 """
 
 from __future__ import annotations
 
+import ast
 import difflib
 import re
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 from ssl_kit.core.errors import UserError, check_numbers
 from ssl_kit.core.named import (
+    ASKED,
     FUNCTION,
     check_data,
     check_free,
     check_function,
+    check_names,
     check_pretrained,
     check_run,
     check_shown,
@@ -27,7 +32,7 @@ from ssl_kit.core.named import (
     is_embeddings,
     manifest_of,
 )
-from ssl_kit.core.options import Option, dashed, fits, options, underscored, wrong_value
+from ssl_kit.core.options import Class, Option, class_named, dashed, fits, options, parts, underscored, wrong_value
 from ssl_kit.core.owned import RUN, check_output, check_place
 from ssl_kit.core.process import started
 from ssl_kit.core.sealed import Entries
@@ -42,6 +47,7 @@ _INSTEAD = {  # options of the trainer that would be ignored or break a promise
     "precision": "--precision",
     "accelerator": "CUDA_VISIBLE_DEVICES= in the environment to train on the CPU",
 }
+_FUNCTION = 3  # place of it in an entry of the catalog
 
 
 class Typed(NamedTuple):
@@ -76,8 +82,12 @@ def look(verb: str, rest: Sequence[str], own: str | None = None) -> str:
         return verb
     allow = typed.named.get("allow", [])
     recipes = _recipes(verb, [*typed.named.get("config", []), *typed.named.get("c", [])], own, known, allow)
-    _check_values(typed, known)
     check_trainer([name.partition(".")[2] for name in typed.named if name.startswith("trainer.")])
+    inside = _inside(verb, typed, recipes, known, allow)
+    for recipe in recipes:
+        for name in inside.keys() & recipe.keys():
+            _check_setting(recipe[name], inside[name], name)
+    _check_values(typed, {name: option.kind for name, option in known.items()} | _kinds(typed, inside))
     data = next((recipe["data"] for recipe in reversed(recipes) if "data" in recipe), None)
     places = _placed(verb, typed.loose, known, data)
     missing = [name for name, option in known.items() if option.default is None and not option.positional]
@@ -155,9 +165,84 @@ def _recipes(
     return read
 
 
-def _check_values(typed: Typed, known: dict[str, Option]) -> None:
+def _inside(
+    verb: str, typed: Typed, recipes: Sequence[Entries], known: dict[str, Option], allow: Sequence[str]
+) -> dict[str, Class]:
+    """The classes that take what is typed below an option, as `--views.strength`; one that is not ours is left out."""
+    dotted = {name.partition(".")[0] for name in typed.named if "." in name or name == "method"}.union(*recipes)
+    dotted &= known.keys()
+    if not dotted:
+        return {}
+    found = {name: class_named(known[name].kind, None, VERBS / f"{verb}.py") for name in dotted}
+    if "method" in dotted:
+        from ssl_kit.verbs.recipes import SIMCLR, check_class_paths, own_class
+
+        told = [recipe.get("method") for recipe in recipes]
+        paths = [one.get("class_path") if isinstance(one, dict) else one for one in told]
+        paths += [*typed.named.get("method", []), *typed.named.get("method.class_path", [])]
+        path = next((path for path in reversed(paths) if isinstance(path, str)), SIMCLR)
+        check_class_paths({"class_path": path} if "{" not in path else None, allow)
+        found["method"] = own_class(path) if path.startswith("ssl_kit.") else None
+    if "trainer" in dotted and (lightning := find_spec("pytorch_lightning")) and lightning.submodule_search_locations:
+        found["trainer"] = Class(Path(lightning.submodule_search_locations[0]) / "trainer/trainer.py", "Trainer")
+    return {name: one for name, one in found.items() if one is not None}
+
+
+def _kinds(typed: Typed, inside: dict[str, Class]) -> dict[str, str]:
+    """The types of what is typed below options, where they are known; a class in its place decides for itself."""
+    kinds = {}
+    for name in typed.named:
+        top, *keys = name.removesuffix("+").split(".")
+        of, kind, above = inside.get(top), "", top
+        for key in keys:
+            taken = parts(of) if of else None
+            another = above != top and f"{above}.class_path" in typed.named
+            if taken is None or another or key in ("class_path", "help"):
+                kind = ""
+                break
+            above += f".{key}"
+            if key == "init_args":
+                continue
+            if key not in taken:
+                raise UserError(no_option(above, [f"{above.removesuffix(key)}{one}" for one in taken]))
+            kind, of = taken[key]
+        if kind and not name.endswith("+"):
+            kinds[name] = kind
+    return kinds
+
+
+def _check_setting(value: object, of: Class, name: str) -> None:
+    """The names in a recipe's mapping; of a class of others nothing is known."""
+    if isinstance(value, dict) and "class_path" in value:
+        from ssl_kit.verbs.recipes import own_class
+
+        path, value, name = str(value["class_path"]), value.get("init_args"), f"{name}.init_args"
+        of = own_class(path)
+    taken = parts(of)
+    if not isinstance(value, dict) or taken is None:
+        return
+    for key, inner in value.items():
+        if key not in taken:
+            near = difflib.get_close_matches(str(key), taken, 1)
+            meant = f"; did you mean {f'{name}.{near[0]}'!r}?" if near else ""
+            raise UserError(f"no setting is called {f'{name}.{key}'!r}{meant}")
+        if (below := taken[key].of) is not None:
+            _check_setting(inner, below, f"{name}.{key}")
+
+
+def evaluations() -> list[str]:
+    """What `evaluate --only` takes: the entries of the catalog that name a function, read from its source."""
+    tree = ast.parse((VERBS.parent / "evaluation" / "catalog.py").read_text(encoding="utf-8"))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "Evaluation"]
+    measured = [
+        one for one in calls if len(one.args) > _FUNCTION or any(word.arg == "function" for word in one.keywords)
+    ]
+    return [str(one.args[0].value) for one in measured if isinstance(one.args[0], ast.Constant)]
+
+
+def _check_values(typed: Typed, kinds: dict[str, str]) -> None:
     for name, values in typed.named.items():
-        kind = known[name].kind if name in known else ""
+        kind = kinds.get(name, "")
         for value in values if kind not in ("", "bool") else filter(None, values if kind else ()):
             if not fits(kind, value):
                 raise UserError(wrong_value(name, kind, value))
@@ -199,6 +284,8 @@ def _looked(verb: str, typed: Typed, places: dict[str, list[str]]) -> str:
     for name in ("data", "labelled"):
         for one in places.get(name, []):
             check_data(one)
+    if (init := typed.last("init")) is not None:
+        check_pretrained(init)
     if verb == "pretrain":
         return _looked_at_run(typed, places["data"])
     for encoder in [*places.get("encoder", []), *(places["run"] if verb == "export" else [])]:
@@ -211,9 +298,11 @@ def _looked(verb: str, typed: Typed, places: dict[str, list[str]]) -> str:
             manifest_of(folder)
     for run in places.get("runs", []):
         check_shown(run)
-    for names in typed.named.get("baseline", []):
-        for name in filter(None, map(str.strip, names.split(","))):
-            check_pretrained(name)
+    for name in _several(typed, "baseline"):
+        check_pretrained(name)
+    check_names(_several(typed, "baselines"), ASKED, "--baselines")
+    if "only" in typed.named:
+        check_names(_several(typed, "only"), evaluations(), "--only")
     if (images := typed.last("images")) is not None:
         check_data(images)
     for name in ("csv", "html"):
@@ -227,6 +316,13 @@ def _looked(verb: str, typed: Typed, places: dict[str, list[str]]) -> str:
     return " ".join(filter(None, (verb, named, f"-> {out}" if out else "")))
 
 
+def _several(typed: Typed, name: str) -> list[str]:
+    """The names that an option was given, separated by commas; in brackets they are left to the parser."""
+    given = [value for value in typed.named.get(name, []) if value[:1] not in ("[", "{")]
+    names = [one.strip() for value in given for one in value.split(",")]
+    return [one for one in names if one not in ("", "none", "null")]
+
+
 def _looked_at_run(typed: Typed, data: list[str]) -> str:
     run = typed.last("run")
     folder = Path(run) if run is not None else default_run(" ".join(data))
@@ -235,8 +331,6 @@ def _looked_at_run(typed: Typed, data: list[str]) -> str:
     # of several the first looks, once all have met: another may have begun the run; a former one is put back before
     if started() == 1 and not (folder / ".former").exists():
         check_run(folder, resume, overwrite)
-    if (init := typed.last("init")) is not None:
-        check_pretrained(init)
     return f"pretrain {' '.join(data)} -> {folder}; report: {folder / 'report.html'}"
 
 

@@ -17,7 +17,7 @@ from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import append_line, write_csv
 from ssl_kit.core.locking import lock
 from ssl_kit.core.machine import full_float32
-from ssl_kit.core.named import find_encoder
+from ssl_kit.core.named import ASKED, BASELINES, check_names, find_encoder
 from ssl_kit.core.owned import check_place, record_in
 from ssl_kit.core.reading import Function, Reading
 from ssl_kit.core.sealed import Entries, read_object
@@ -30,7 +30,7 @@ from ssl_kit.encoders.pretrained import load_pretrained
 from ssl_kit.encoders.wrapped import Wrapped, in_eval_mode
 from ssl_kit.evaluation.catalog import AS_IT_CAME, EVALUATIONS, ONLY, resolve
 from ssl_kit.evaluation.duplicates import Leaks, find_leaks
-from ssl_kit.evaluation.features import ASKED, BASELINES, feature_sets, pretrained_names
+from ssl_kit.evaluation.features import feature_sets, pretrained_names
 from ssl_kit.evaluation.result import Result
 from ssl_kit.report.page import write_report
 from ssl_kit.verbs.pictures import Pictures
@@ -324,8 +324,7 @@ def _noted(result: Result, options: _Options, leaks: Leaks | None, of: str) -> R
 def _names(given: Sequence[str] | str, known: Sequence[str], option: str) -> tuple[str, ...]:
     names = tuple(str(name).strip() for name in _listed(given))
     names = tuple(name for name in names if name and name != "none")
-    if unknown := [name for name in names if name not in known]:
-        raise UserError(f"{option} {','.join(unknown)}: wanted some of {', '.join(known)}, separated by commas")
+    check_names(names, known, option)
     return names
 
 

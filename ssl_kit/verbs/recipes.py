@@ -22,7 +22,7 @@ import ssl_kit
 from ssl_kit.core.console import next_command, result
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.named import FUNCTION, check_function
-from ssl_kit.core.options import dashed, wrong_value
+from ssl_kit.core.options import Class, dashed, wrong_value
 from ssl_kit.core.sealed import Entries
 from ssl_kit.core.settings import verb
 from ssl_kit.verbs.manual import WITH_RECIPE
@@ -34,6 +34,7 @@ _HEAD, _ABOUT = (
     4,
     ("For", "Takes", "Verified", "Unverified"),
 )  # lines that say what a recipe is, and what they begin with
+SIMCLR = "ssl_kit.methods.simclr.SimCLR"  # the method that no recipe and no option needs to name
 _OWN_PATH = re.compile(r"ssl_kit(?:\.\w+)+")
 # What says where a run goes and with whom it talks, not how it learns: for the command line only
 _PLACES = ("run", "out", "html", "csv", "json", "resume", "overwrite", "allow", "reader", "wandb", "tensorboard")
@@ -234,10 +235,19 @@ def _check_class_path(path: str, allow: Sequence[str]) -> None:
         return  # a bare name means a class of the wanted kind that is imported already
     if not path.startswith("ssl_kit."):
         raise UserError(f"{path} is outside ssl_kit; if you trust {module}, add --allow {module}")
-    file = Path(ssl_kit.__file__).parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
+    file = own_class(path).path
     tree = ast.parse(file.read_text(encoding="utf-8")) if _OWN_PATH.fullmatch(path) and file.is_file() else None
-    if tree is None or not any(isinstance(node, ast.ClassDef) and node.name == name for node in tree.body):
-        raise UserError(f"{path}: {module} defines no class {name!r}; see docs/methods.md for those there are")
+    names = [node.name for node in tree.body if isinstance(node, ast.ClassDef)] if tree else []
+    if name not in names:
+        near = difflib.get_close_matches(name, names, 1)
+        meant = f"did you mean {module}.{near[0]}?" if near else "see docs/methods.md for those there are"
+        raise UserError(f"{path}: {module} defines no class {name!r}; {meant}")
+
+
+def own_class(path: str) -> Class:
+    """Where the source of a class of ours is, or would be."""
+    module, _, name = path.rpartition(".")
+    return Class(Path(ssl_kit.__file__).parent.joinpath(*module.split(".")[1:]).with_suffix(".py"), name)
 
 
 def allowed_function(name: str, allow: Sequence[str], option: str) -> Callable[..., object]:

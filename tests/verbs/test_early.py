@@ -1,16 +1,25 @@
 """Mistakes that need no library to be seen: told without one, in the words of the verbs, by the first of several."""
 
+import inspect
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from every_method import methods
+from pytorch_lightning import Trainer
 
 from ssl_kit import cli
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.named import default_run
+from ssl_kit.core.options import Class, parts
+from ssl_kit.evaluation.catalog import ONLY
+from ssl_kit.training.optim import Optim
 from ssl_kit.verbs import early
+from ssl_kit.verbs.recipes import packaged
+from ssl_kit.views.recipe import ViewRecipe
 
 HEAVY = ("torch", "numpy", "timm", "pytorch_lightning", "faiss", "jsonargparse", "pyarrow")
 ALONE = f"""
@@ -36,6 +45,8 @@ def place(tmp_path_factory, labelled_folder):
     (folder / "run" / "encoder").mkdir()
     (folder / "run" / "encoder" / "encoder.json").write_text("{}")
     (folder / "table.txt").write_text("path\n")
+    mistyped = "method: {class_path: ssl_kit.methods.simclr.SimCLR, init_args: {optim: {wieght_decay: 0.1}}}\n"
+    (folder / "mistyped.yaml").write_text(mistyped)
     return folder
 
 
@@ -64,6 +75,18 @@ MISTAKES = {
     "pretrain digits --epochs --quiet": "--epochs: a value is missing",
     "pretrain digits --init nowhere": "nowhere is not on this disk; wanted timm:NAME",
     "pretrain digits --trainer.max-epochs 3": "--trainer.max-epochs has no meaning here: use --epochs",
+    "pretrain digits --trainer.max-stepz 3": "did you mean --trainer.max-steps?",
+    "pretrain digits --method.init_args.temperatur 1": "did you mean --method.init-args.temperature?",
+    "pretrain digits --method.optim.lrr 1": "no option is called --method.optim.lrr; did you mean --method.optim.lr?",
+    "pretrain digits --method.encoder.init_args.nme x": "did you mean --method.encoder.init-args.name?",
+    "pretrain digits --method.temperature high": "--method.temperature: wanted a number, got 'high'",
+    "pretrain digits -c mae --method.temperature 1": "no option is called --method.temperature; did you mean",
+    "pretrain digits --method ssl_kit.methods.simclr.SimCRL": "did you mean ssl_kit.methods.simclr.SimCLR?",
+    "pretrain digits --views.strenght 0.5": "no option is called --views.strenght; did you mean --views.strength?",
+    "pretrain digits --views.preset simcrl": "--views.preset: wanted one of simclr, byol, dino,",
+    "pretrain digits -c mistyped.yaml": "no setting is called 'method.init_args.optim.wieght_decay'; did you mean",
+    "views digits --views.hue red": "--views.hue: wanted a number, got 'red'",
+    "views digits --init nowhere": "nowhere is not on this disk; wanted timm:NAME",
     "pretrain digits --reader mine": "--reader 'mine': wanted module:function",
     "pretrain digits --reader mine:read": "if you trust mine, add --allow mine",
     "pretrain digits --encoder resnet18": "--encoder 'resnet18': wanted module:function",
@@ -72,6 +95,9 @@ MISTAKES = {
     "evaluate run nowhere": "no such folder or file: nowhere",
     "evaluate run": "no LABELLED was given: ssl-kit evaluate ENCODER LABELLED",
     "evaluate run digits --baseline nowhere": "nowhere is not on this disk",
+    "evaluate run digits --only knn,linaer": "--only linaer: did you mean linear? wanted some of knn, linear,",
+    "evaluate run digits --baselines pixel": "--baselines pixel: did you mean pixels? wanted some of pixels, pca,",
+    "finetune run digits --views.scael [0.3,1]": "did you mean --views.scale?",
     "evaluate run digits --out table.txt": "table.txt is a file: name a folder",
     "evaluate run digits --onyl knn": "did you mean --only?",
     "finetune nowhere digits": "nowhere does not exist",
@@ -118,6 +144,9 @@ def test_a_mistake_is_seen_early(line, place, monkeypatch):
         "search run 003.png -k 3",
         "doctor --seconds 0",
         "pretrain digits -- --anything",
+        "pretrain digits --method.encoder.args.channels [8,8] --method.encoder.class_path x.Y --method.encoder.own 1",
+        "pretrain digits --method mine.Method --allow mine --method.own 1 --trainer.log_every_n_steps 3",
+        "evaluate run digits --baselines none --only [knn]",
     ],
 )
 def test_what_may_be_right_goes_on(line, place, monkeypatch):
@@ -127,7 +156,13 @@ def test_what_may_be_right_goes_on(line, place, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "line", ["pretrain nowhere", "pretrain digits --run run", "pretrain digits --epoch 3", "evaluate nowhere digits"]
+    "line",
+    [
+        *("pretrain nowhere", "pretrain digits --run run", "pretrain digits --epoch 3", "evaluate nowhere digits"),
+        "pretrain digits --method.optim.lrr 1",
+        "pretrain digits --trainer.max-stepz 3",
+        "evaluate run digits --only knn,linaer",
+    ],
 )
 def test_no_library_is_loaded_for_it(line, place):
     done = subprocess.run(
@@ -169,6 +204,9 @@ SAME = (
     "evaluate killed digits",
     "evaluate run",
     "evaluate run digits --onyl knn",
+    "pretrain digits --views.strenght 0.5",
+    "pretrain digits --method.temperature high",
+    "evaluate run digits --only knn,linaer",
     "export run --out run",
     "report nowhere",
     "index run",
@@ -186,6 +224,19 @@ def test_a_run_is_looked_at_by_one_process_alone(place, monkeypatch):
     monkeypatch.chdir(place)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert early.look("pretrain", ["digits", "--run", "run"]) == "pretrain digits -> run; report: run/report.html"
+
+
+def test_what_is_read_from_the_source_is_what_the_libraries_see():
+    assert early.evaluations() == list(ONLY)
+    for of in (Trainer, Optim, ViewRecipe, *methods()):
+        home = Class(Path(inspect.getsourcefile(of)), of.__name__)
+        assert [*parts(home)] == [*inspect.signature(of).parameters], of
+
+
+@pytest.mark.parametrize("name", sorted(packaged()))
+def test_no_packaged_recipe_is_refused(name):
+    verb, *rest = ["pretrain", "digits", "-c", name, "--run", "nothing"]
+    assert early.look(verb, rest).startswith("pretrain digits")
 
 
 def test_the_first_line_comes_before_the_libraries(place):
