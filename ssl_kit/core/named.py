@@ -20,7 +20,7 @@ from ssl_kit.core.sealed import LARGE_JSON, Entries, read_object
 
 TABLES = (".csv", ".tsv", ".parquet")  # endings of manifests
 BASELINES = ("pixels", "pca", "random_init")  # of every score
-ASKED = (*BASELINES, "patches")  # baselines that may be asked for
+ASKED = (*BASELINES, "patches", "scratch")  # baselines that may be asked for
 BUILTIN = ("digits", "mnist5k", "mnist64")  # sets that need no download
 RECORD = "encoder.json"  # the record in a folder of an encoder
 FORMAT = "ssl_kit embeddings 1"  # of embeddings, as their manifest names it
@@ -80,6 +80,15 @@ def find_encoder(path: Path | str) -> Path:
             f"{path} is a run without an encoder yet; let `ssl-kit pretrain ... --run {path} --resume` finish"
         )
     raise UserError(f"{path} holds no {RECORD}; give a run folder or an encoder folder that ssl_kit wrote")
+
+
+def results_folder(encoder: Path, out: str | None) -> Path:
+    """Where results of an encoder folder go: as asked, else its run, else a folder beside it."""
+    if out is not None:
+        return Path(out)
+    if encoder.name == "encoder" and (encoder.parent / "run.json").is_file():
+        return encoder.parent.resolve() if encoder.parent.is_symlink() else encoder.parent
+    return encoder.resolve().parent / f"{encoder.resolve().name}-evaluation"
 
 
 def manifest_of(folder: Path, verify: bool = False) -> Entries:

@@ -42,6 +42,7 @@ _FOLDERS = (
     ("finetuning/*/*", r"step-\d{8,}|best", _CHECKPOINT),
     ("encoder", r"encoder", _ENCODER),
     ("finetuned", r"finetuned", _ENCODER),
+    ("scratch", r"scratch", _ENCODER),
     ("features/*", r".*", ()),
     ("embeddings", r"embeddings", ()),
 )
@@ -60,7 +61,7 @@ _UNLISTED = (
 _NAMES = (
     *_FORMATS,
     *dict.fromkeys(name.split("/")[0] for name in _UNLISTED),
-    *("checkpoints", "embeddings", "encoder", "features", "finetuned", "tensorboard", "wandb"),
+    *("checkpoints", "embeddings", "encoder", "features", "finetuned", "scratch", "tensorboard", "wandb"),
 )
 
 

@@ -119,13 +119,15 @@ class Encoder(nn.Module):
     def set_code(self, dim: int) -> None:
         """Gives the model a linear head of `dim` outputs as its timm classifier: then `forward` returns that code.
 
+        With 0 the head is taken away, and `forward` returns the pooled features.
+
         Raises:
             UserError: the model has several classifiers, for distillation.
         """
         self.model.reset_classifier(dim)
-        if not isinstance(self.model.get_classifier(), nn.Module):
+        if dim and not isinstance(self.model.get_classifier(), nn.Module):
             raise UserError(f"{self.name} has several classifiers, a code needs one; choose another encoder.name")
-        self.args["num_classes"] = self.dim = dim
+        self.args["num_classes"], self.dim = dim, dim or self.num_features
 
     def layers(self, images: Tensor, last: int = 1) -> Tensor:
         """Concatenates the pooled outputs of the last `last` stages (CNN) or blocks (ViT): (B, sum of their widths).

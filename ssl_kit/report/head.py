@@ -31,7 +31,13 @@ from ssl_kit.report.tables import (
     score,
 )
 
-BASELINES = {"pixels": "raw pixels", "random_init": "the same network untrained", "pca": "PCA of the pixels"}
+BASELINES = {
+    "pixels": "raw pixels",
+    "random_init": "the same network untrained",
+    "pca": "PCA of the pixels",
+    "patches": "k-means of patches",
+    "scratch": "the same network trained on the labels",
+}
 LAMPS = {  # of the states that a training can have; any other is unknown
     "learning": "learning",
     "learns, less than raw pixels know": "weak",
@@ -143,9 +149,8 @@ def compared(run: Run) -> Compared | None:
         ours = score(latest[ENCODER], "top1") if ENCODER in latest else None
         if ours is None:
             continue
-        names = [name for name in (*BASELINES, "patches") if name in latest] + sorted(
-            n for n in latest if n.startswith(PRETRAINED)
-        )
+        names = [name for name in BASELINES if name in latest]
+        names += sorted(name for name in latest if name.startswith(PRETRAINED))
         others = {name: value for name in names if (value := score(latest[name], "top1"))}
         signs = {name: _sign(ours, other, score(latest[ENCODER], ABOVE + name)) for name, other in others.items()}
         judges = evaluation != "knn" or order[0] == "knn"

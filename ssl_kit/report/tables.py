@@ -23,6 +23,8 @@ FEATURES = {
     "random_init": "same network, untrained",
     "pixels": "raw pixels",
     "pca": "PCA of pixels",
+    "patches": "k-means of patches",
+    "scratch": "same network, trained on the labels",
 }
 CROPS = "crops"  # the evaluation that needs no label
 _MAX_COLUMNS = 5

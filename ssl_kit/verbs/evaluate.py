@@ -17,7 +17,7 @@ from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import append_line, write_csv
 from ssl_kit.core.locking import lock
 from ssl_kit.core.machine import full_float32
-from ssl_kit.core.named import ASKED, BASELINES, check_names, find_encoder
+from ssl_kit.core.named import ASKED, BASELINES, check_names, find_encoder, results_folder
 from ssl_kit.core.owned import check_place, record_in
 from ssl_kit.core.reading import Function, Reading
 from ssl_kit.core.sealed import Entries, read_object
@@ -70,8 +70,9 @@ class Settings:
         dims: score kNN also after PCA to these dimensions, separated by commas; with curve, its dimensions.
         layers: concatenate the outputs of so many last stages or blocks.
         balanced: weigh classes alike in the linear probe, and choose its l2 by balanced accuracy.
-        baselines: what to compare with, of pixels, pca, random_init and patches (k-means of small patches, no network:
-            the strongest of them), separated by commas; by default all but patches.
+        baselines: what to compare with, of pixels, pca, random_init, patches (k-means of small patches, no network: the
+            strongest of them) and scratch (the same network trained on the labels, on as many images as the run was),
+            separated by commas; by default the first three.
         baseline: compare with a pretrained model too, with its own image size, mean and standard deviation: timm:NAME
             (weights in timm's cache on this disk; nothing is downloaded), or a run, encoder or timm folder. May be
             repeated. What a run was begun with (--init) stands beside it unasked, as it came.
@@ -243,6 +244,10 @@ def _one(asked: _Asked, folder: Path, opened: _Opened, options: _Options) -> tup
     pretrained |= _start(asked, loaded.channels, options)
     wanted = options.only or default_names(loaded)
     train, test, leaks = opened.parts(loaded.reading)
+    if "scratch" in options.baselines:
+        from ssl_kit.verbs.finetune import from_scratch  # with Lightning, which nothing else here needs
+
+        pretrained["scratch"] = from_scratch(asked.path, train, folder, seed).to(device)
     nested = isinstance(loaded, Encoder) and bool(loaded.args["num_classes"]) and options.layers == 1
     task = Task(train, test, folder, options.dims, nested, options.balanced, seed, options.batch_size, device)
     results: list[Result] = []
@@ -349,15 +354,6 @@ def _dims(given: Sequence[int] | str) -> tuple[int, ...]:
     if any(size < 1 for size in sizes):
         raise UserError(f"--dims {given}: a dimension is at least 1")
     return tuple(sorted(set(sizes)))
-
-
-def results_folder(encoder: Path, out: str | None) -> Path:
-    """Where results of an encoder folder go: as asked, else its run, else a folder beside it."""
-    if out is not None:
-        return Path(out)
-    if encoder.name == "encoder" and (encoder.parent / "run.json").is_file():
-        return encoder.parent.resolve() if encoder.parent.is_symlink() else encoder.parent
-    return encoder.resolve().parent / f"{encoder.resolve().name}-evaluation"
 
 
 def _folders(paths: Sequence[Path], out: str | None) -> list[Path]:

@@ -28,7 +28,7 @@ from ssl_kit.core.machine import (
     keep_memory,
     lightning_precision,
 )
-from ssl_kit.core.named import find_encoder
+from ssl_kit.core.named import RECORD, RUN, find_encoder, results_folder
 from ssl_kit.core.owned import check_place, record_in, remove_training
 from ssl_kit.core.process import Signals
 from ssl_kit.core.random import permutation
@@ -38,15 +38,16 @@ from ssl_kit.data.module import ImageData
 from ssl_kit.data.opening import open_labelled, places
 from ssl_kit.data.sources import Source
 from ssl_kit.encoders.encoder import Encoder
+from ssl_kit.evaluation.features import fingerprint
 from ssl_kit.evaluation.finetune import BestEpoch, FineTune, check_lora, merge_lora, probabilities
 from ssl_kit.evaluation.metrics import probability_metrics
 from ssl_kit.evaluation.result import Result, classification_metrics, holdout, paired_difference, versions
 from ssl_kit.report.page import write_report
 from ssl_kit.training.checkpoint import Checkpoints, newest
+from ssl_kit.training.curves import read_curves
 from ssl_kit.training.guard import Guard
 from ssl_kit.training.loop import Loop, trainer_of
 from ssl_kit.training.optim import Optim
-from ssl_kit.verbs.evaluate import results_folder
 from ssl_kit.verbs.record import settle
 from ssl_kit.views.recipe import ViewRecipe
 
@@ -54,7 +55,9 @@ _HELD_OUT = 0.1  # of the labelled training images: the epoch is chosen on them
 _LOOKS = 30  # at the held-out images, at most
 _STREAM = 100_011  # of core/random.py
 _FEWEST_STEPS = 500  # with few labels an epoch is a handful of steps: there are more epochs then
+_BATCH = 32, 256  # least and most of it where the images are counted: the fewest steps come first
 _LAYER_DECAY = 0.75  # of transformers (Bao et al. 2021, arXiv:2106.08254)
+_VIEWS = 2  # of an image, that a run of an earlier version is taken to have seen
 _BEGUN = "settings.json"  # beside the checkpoints
 _TRAINING = "training"  # there and in the results: what tells one training from another
 _FREE = ("resume", "threads", "checkpoint_minutes", "scratch")  # settings that do not decide what is learnt
@@ -188,6 +191,44 @@ def finetune(settings: Settings) -> Entries:
         "results": [one.to_json() for one in results],
         "seconds": round(time.perf_counter() - started, 3),
     }
+
+
+def from_scratch(encoder: Path, train: Source, folder: Path, seed: int) -> Encoder:
+    """The encoder's network with random weights, trained on the labels instead; its features, without the classifier.
+
+    It sees as many images as the encoder's pretraining did, each view of one counted: about the same time. It is kept
+    in FOLDER/scratch, and made again only for another encoder, other images or another seed.
+
+    Args:
+        encoder: folder, of a run.
+        train: labelled images; the epoch is chosen on a tenth of them, as in `finetune`.
+        folder: for results.
+        seed: of the weights and everything else random.
+
+    Raises:
+        UserError: the encoder is of no run, so that nothing says for how long it was trained.
+    """
+    run, rows = encoder.parent / RUN, read_curves(encoder.parent / "metrics.csv")
+    if not (run.is_file() and rows):
+        raise UserError(f"--baselines scratch: {encoder} is of no run, and nothing says for how long it was trained")
+    loaded = Encoder.load(encoder)
+    images = int(rows[-1]["images"]) * int(read_object(run).get("data", {}).get("num_views", _VIEWS))
+    of = {"pretrained": loaded.sha256, "train": fingerprint(train), "images": images, "seed": seed}
+    made = folder / "scratch"
+    if (made / RECORD).is_file() and read_object(made / RECORD).get("provenance") == of:
+        return Encoder.load(made)
+    fitted, held = holdout(train.labels(), _HELD_OUT, seed, train.groups())
+    batch_size = int(np.clip(images // _FEWEST_STEPS, *_BATCH))
+    epochs = max(1, round(images / len(fitted)))
+    settings = Settings(str(encoder), train.name, epochs=epochs, batch_size=batch_size, seed=seed)
+    say(f"scratch: the same network is trained on the labels, {settings.epochs:,} epochs of {len(fitted):,} images")
+    network, place = loaded.fresh(seed), folder / "finetuning" / "scratch"
+    with Signals() as signals:
+        parts = train.subset(fitted), train.subset(held)
+        _train(network, parts, len(train.classes), place, "scratch", settings, signals)
+    network.set_code(0)
+    network.save(made, of)
+    return network
 
 
 def _begin(folder: Path, settings: Entries, resume: bool) -> str:

@@ -350,6 +350,7 @@ def _begin(record: RunRecord, settings: Settings, source: Source, learner: Metho
     facts = {
         "root": name_of(settings.data),
         "images": len(source),
+        "num_views": learner.num_views,
         "skipped": len(source.bad.rows),
         "classes": len(source.classes),
         "image": first_image(source),

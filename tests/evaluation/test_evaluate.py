@@ -137,7 +137,7 @@ def test_results_lie_beside_an_encoder_outside_a_run_and_inside_its_run(images, 
 
 def test_mistakes_are_one_line(images, encoder, tmp_path):
     with pytest.raises(
-        UserError, match="--only lienar: did you mean linear. wanted some of knn, linear, attentive, few_shot"
+        UserError, match=r"--only lienar: did you mean linear. wanted some of knn, linear, attentive, few_shot"
     ):
         evaluate(str(encoder), str(images), only="knn,lienar")
     with pytest.raises(UserError, match="--dims eight"):

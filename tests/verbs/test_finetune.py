@@ -1,6 +1,7 @@
 """Fine-tuning: the best epoch is kept, the classifier is a timm folder, shares of labels follow the seed."""
 
 import json
+import shutil
 import signal
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 
+import ssl_kit
 from ssl_kit import cli
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.locking import lock
@@ -21,6 +23,7 @@ from ssl_kit.training.checkpoint import Checkpoints, SafeCheckpointIO, newest
 from ssl_kit.training.optim import Optim
 from ssl_kit.verbs.finetune import _share, finetune
 
+SMALL = "resnet18_small"
 NET = {"channels": [8, 8, 16, 16]}
 QUICK = {"epochs": 8, "batch_size": 16, "lr": 0.1, "warmup_epochs": 0.5, "threads": 1}
 COLOURS = {"red": (200, 60, 60), "green": (60, 200, 60), "blue": (60, 60, 200), "grey": (110, 110, 110)}
@@ -65,6 +68,25 @@ def test_it_learns_and_stands_beside_the_network_from_scratch(tuned):
     lines = [json.loads(line) for line in (folder / "out" / "results.jsonl").read_text().splitlines()]
     assert [line["evaluation"] for line in lines] == ["finetune", "finetune"]
     assert (folder / "out" / "report.html").is_file()
+
+
+def test_the_network_trained_on_the_labels_stands_beside_a_run_and_is_made_once(coloured, tmp_path, capsys):
+    method = {"class_path": "ssl_kit.methods.simclr.SimCLR", "init_args": {"encoder": {"name": SMALL, "args": NET}}}
+    how = {"method": method, "epochs": 10, "batch_size": 32, "image_size": 16, "threads": 1}
+    run = ssl_kit.pretrain(str(coloured), run=str(tmp_path / "run"), **how)
+    given = {"only": "knn", "baselines": "pixels,scratch"}
+    rows = run.evaluate(str(coloured), **given)["results"]
+    scores = {row["features"]: row["metrics"] for row in rows if row["settings"]["chosen"]}
+    assert set(scores) == {"encoder", "pixels", "scratch"} and scores["scratch"]["top1"] > 0.6
+    told = capsys.readouterr().out
+    assert "scratch: the same network is trained on the labels, 26 epochs of 116 images" in told  # 152 x 10 x 2 / 116
+    made, config = Encoder.load(tmp_path / "run" / "scratch"), Encoder.load(tmp_path / "run" / "encoder")
+    assert made.dim == config.dim and made.args == config.args and made.sha256 != config.sha256
+    assert "the same network trained on the labels" in (tmp_path / "run" / "report.html").read_text()
+    run.evaluate(str(coloured), **given)
+    assert "is trained on the labels" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="is of no run"):
+        ssl_kit.evaluate(str(shutil.copytree(tmp_path / "run" / "encoder", tmp_path / "alone")), str(coloured), **given)
 
 
 def test_auroc_is_that_of_the_kept_classifier_on_test(tuned, coloured):
