@@ -36,6 +36,7 @@ from ssl_kit.verbs import evaluate as verbs_evaluate
 from ssl_kit.verbs import export as verbs_export
 from ssl_kit.verbs import finetune as verbs_finetune
 from ssl_kit.verbs import index as verbs_index
+from ssl_kit.verbs import pack as verbs_pack
 from ssl_kit.verbs import pretrain as verbs_pretrain
 from ssl_kit.verbs import report as verbs_report
 from ssl_kit.verbs import search as verbs_search
@@ -65,7 +66,7 @@ def quiet_of(function: Callable[..., Any]) -> Callable[..., Any]:
 
 doctor, duplicates, embed = map(quiet_of, (verbs_doctor.doctor, verbs_duplicates.duplicates, verbs_embed.embed))
 evaluate, export, finetune = map(quiet_of, (verbs_evaluate.evaluate, verbs_export.export, verbs_finetune.finetune))
-index, search = map(quiet_of, (verbs_index.index, verbs_search.search))
+index, pack, search = map(quiet_of, (verbs_index.index, verbs_pack.pack, verbs_search.search))
 report, views = map(quiet_of, (verbs_report.report, verbs_views.views))
 _pretrain = quiet_of(verbs_pretrain.pretrain)
 

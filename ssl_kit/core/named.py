@@ -21,6 +21,10 @@ from ssl_kit.core.sealed import LARGE_JSON, Entries, read_object
 TABLES = (".csv", ".tsv", ".parquet")  # endings of manifests
 BASELINES = ("pixels", "pca", "random_init")  # of every score
 ASKED = (*BASELINES, "patches", "scratch")  # baselines that may be asked for
+TAR = ".tar"  # ending of shards
+ZIPPED = re.compile(r"\.(t[bgx]z2?|tzst|tar\.\w+)$", re.IGNORECASE)  # endings of tars that are compressed
+_RANGE = re.compile(r"\{(\d{1,9})\.\.(\d{1,9})\}")
+_MOST_SHARDS = 100_000
 BUILTIN = ("digits", "mnist5k", "mnist64")  # sets that need no download
 RECORD = "encoder.json"  # the record in a folder of an encoder
 FORMAT = "ssl_kit embeddings 1"  # of embeddings, as their manifest names it
@@ -35,17 +39,43 @@ FUNCTION = re.compile(r"\w+(\.\w+)*:\w+")
 def check_data(name: str) -> None:
     """Raises `UserError` where images cannot be what `name` means: nothing is there, or nothing that is read."""
     path = Path(name)
+    if name.startswith("pipe:") or path.is_fifo():
+        raise UserError(f"{name}: a pipe cannot be read at any place of it; save it as a .tar file and name that")
     if "://" in name:
         raise UserError(f"{name}: addresses are not read yet; wanted a folder, a .csv or .parquet, or 'mnist5k'")
-    if path.suffix == ".tar" or ".tar." in path.name or ("{" in name and ".." in name and not path.exists()):
-        raise UserError(f"{name}: tar shards are not read yet; unpack them into a folder, or list the files in a .csv")
-    if is_builtin(name.partition(":")[0]) and not path.exists():
+    if ZIPPED.search(path.name):
+        raise UserError(f"{name} is compressed and cannot be read at any place of it; unpack it to .tar or a folder")
+    if (shards := expanded(name)) != [name] and not path.exists():
+        missing = [one for one in shards if not Path(one).is_file()]
+        if missing:
+            raise UserError(f"{name}: {len(missing):,} of {len(shards):,} files are not there, first {missing[0]}")
+    elif is_builtin(name.partition(":")[0]) and not path.exists():
         if name.partition(":")[2] not in ("", "train", "test"):
             raise UserError(f"{name}: a built-in set has the parts train and test")
-    elif path.is_file() and path.suffix.lower() not in TABLES:
-        raise UserError(f"{path} is a file; wanted a folder, a .csv or .parquet with a column 'path', or 'mnist5k'")
+    elif path.is_file() and path.suffix.lower() not in (*TABLES, TAR):
+        raise UserError(
+            f"{path} is a file; wanted a folder, a .csv or .parquet with a column 'path', a .tar, or 'mnist5k'"
+        )
     elif not path.exists():
         raise UserError(f"no such folder or file: {path}{_nearest(path)}")
+
+
+def expanded(name: str) -> list[str]:
+    """The names that `shard-{000..012}.tar` stands for, in their order; a name without such a part stands for itself.
+
+    Raises:
+        UserError: more than 100,000, or none.
+    """
+    found = _RANGE.search(name)
+    if found is None:
+        return [name]
+    first, last, rest = found[1], found[2], expanded(name[found.end() :])
+    count = int(last) - int(first) + 1
+    if not 0 < count * len(rest) <= _MOST_SHARDS:
+        raise UserError(f"{name} stands for {count * len(rest):,} files; wanted 1 to {_MOST_SHARDS:,}")
+    width = max(len(first), len(last)) if first[0] == "0" and len(first) > 1 else 0  # as shells fill up
+    numbers = (f"{number:0{width}d}" for number in range(int(first), int(last) + 1))
+    return [f"{name[: found.start()]}{number}{end}" for number in numbers for end in rest]
 
 
 def check_shown(folder: Path | str) -> None:

@@ -65,6 +65,8 @@ class Contents:
 def contents(path: Path, wanted: Sequence[str]) -> Contents:
     """Walks the headers of a file; of columns that are not wanted only the names are looked at.
 
+    A part of a nested column may be wanted alone: `image.bytes`.
+
     Raises:
         DamagedError: it is no Parquet file, or one whose headers contradict each other or its length.
     """
@@ -95,7 +97,7 @@ def batches(path: Path, inside: Contents, rows: int = 2**14, text: int = 2**23) 
         DamagedError: Arrow cannot read it.
     """
     try:
-        with _opened(path) as file:
+        with opened(path) as file:
             words = [name for name in inside.columns if is_text(file.schema_arrow.field(name).type)]
             longest = max([1, *(_longest(path, name, inside.columns[name], text // rows) for name in words)])
             count = max(1, min(rows, text // longest))
@@ -116,7 +118,7 @@ def _longest(path: Path, name: str, column: Column, enough: int) -> int:
     longest = 1
     if not column.repeats:
         return longest
-    with _opened(path, [name]) as file:
+    with opened(path, [name]) as file:
         for group in range(file.num_row_groups):
             for batch in islice(file.iter_batches(1, row_groups=[group], columns=[name], use_threads=False), 1):
                 longest = max(longest, pc.max(pc.binary_length(batch.column(0).dictionary)).as_py() or 1)
@@ -130,9 +132,23 @@ def types(path: Path, inside: Contents) -> dict[str, pa.DataType]:
         DamagedError: Arrow cannot read the footer.
     """
     try:
-        with _opened(path) as file:
+        with opened(path) as file:
             return {name: file.schema_arrow.field(name).type for name in inside.columns}
     except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
+        raise DamagedError(f"{path} cannot be read as Parquet: {error}") from error
+
+
+def schema(path: Path) -> pa.Schema:
+    """Names and types of all columns.
+
+    Raises:
+        DamagedError: it is no Parquet file.
+    """
+    contents(path, ())  # Arrow believes any footer
+    try:
+        with opened(path) as file:
+            return file.schema_arrow
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DamagedError(f"{path} cannot be read as Parquet: {error}") from error
 
 
@@ -143,7 +159,8 @@ def is_text(type_: pa.DataType) -> bool:
     return any(getattr(pa.types, f"is_{kind}")(inner) for kind in kinds)
 
 
-def _opened(path: Path, dictionaries: Sequence[str] = ()) -> pq.ParquetFile:
+def opened(path: Path, dictionaries: Sequence[str] = ()) -> pq.ParquetFile:
+    """A file whose headers were judged; of the columns `dictionaries` each value is kept once, as it is stored."""
     # unbuffered, Arrow would hold all of a column's bytes
     return pq.ParquetFile(path, read_dictionary=list(dictionaries), pre_buffer=False, buffer_size=2**16)
 
@@ -176,19 +193,19 @@ def _read_footer(file: IO[bytes], size: int) -> _Thrift:
 
 def _footer(footer: _Thrift, wanted: set[str]) -> tuple[list[str], dict[str, list[tuple[int, int]]]]:
     """Names of the columns; and of the wanted ones, where the pieces are: first byte and length."""
-    names, leaves = list[str](), list[str]()  # leaves: the column that each piece of a group of rows belongs to
+    names, leaves = list[str](), list[tuple[str, str]]()  # leaves: what each piece of a group of rows is of
     pieces: dict[str, list[tuple[int, int]]] = {}
     count = _at_most("pieces of columns", _PIECES, footer.file_size)
     for field, kind in footer.fields():
         if (field, kind) == (2, _LIST):
             names, leaves = _schema(footer)
-            pieces = {name: [] for name in names if name in wanted}
+            pieces = {name: [] for name in (*names, *(leaf for _, leaf in leaves)) if name in wanted}
         elif (field, kind) == (4, _LIST):
             for _ in footer.items():
                 found = 0
                 for piece in _pieces(footer):
                     count()
-                    if (name := leaves[found]) in pieces:
+                    for name in {*leaves[found]} & pieces.keys():
                         pieces[name].append(piece)
                     found += 1
                 if found != len(leaves):
@@ -198,19 +215,20 @@ def _footer(footer: _Thrift, wanted: set[str]) -> tuple[list[str], dict[str, lis
     return names, pieces
 
 
-def _schema(footer: _Thrift) -> tuple[list[str], list[str]]:
-    """Names of the columns, and of the column that each leaf is in: one for itself, or more of a nested one."""
-    names, leaves = list[str](), list[str]()
+def _schema(footer: _Thrift) -> tuple[list[str], list[tuple[str, str]]]:
+    """Names of the columns; and of each leaf its column and its own name, `image.bytes` of a nested one."""
+    names, leaves, inside = list[str](), list[tuple[str, str]](), list[str]()
     to_come = [1]  # elements that are still to come, level by level
     for number, _ in enumerate(footer.items()):
         said = footer.picked({1: _INT32, 4: _BINARY, 5: _INT32})
         children = said.get(5, 0)
         if not to_come or number > _COLUMNS or len(to_come) > _DEEPEST or children < 0 or (children > 0) == (1 in said):
             raise ValueError("its schema makes no sense, or is too large")
+        inside[max(0, len(to_come) - 2) :] = [said.get(4, b"").decode("utf-8", "replace")] * (len(to_come) > 1)
         if len(to_come) == 2:
-            names.append(said.get(4, b"").decode("utf-8", "replace"))
+            names.append(inside[0])
         if not children:
-            leaves.append(names[-1])
+            leaves.append((names[-1], ".".join(inside)))
         to_come[-1] -= 1
         to_come.append(children)
         while to_come and not to_come[-1]:

@@ -7,6 +7,7 @@ import math
 import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 from typing import IO
 
 import numpy as np
@@ -17,6 +18,7 @@ from ssl_kit.data.limits import UNREADABLE, BadImageError, check_cost, short
 from ssl_kit.data.samples import Samples, is_channels_first, of_array
 
 _MOST_ARRAYS = 2**10  # of a `.npz`
+_LONGEST_HEADER = 10_000  # bytes, as numpy has it
 
 
 def is_mine(data: bytes) -> bool:
@@ -69,10 +71,14 @@ def read(data: bytes, reading: Reading) -> Samples:
 def _arrays(data: bytes, reading: Reading) -> Iterator[tuple[str, Samples]]:
     held = 1
     for name, member in _members(data, reading.bands):
-        shape, dtype = _checked(member, data, held)
-        held += math.prod(shape) * dtype.itemsize
-        member.seek(0)
-        yield name, of_array(npy.read_array(member, allow_pickle=False), "numpy file")
+        shape, fortran, dtype = _checked(member, data, held)
+        count = math.prod(shape)
+        held += count * dtype.itemsize
+        if isinstance(member, io.BytesIO):  # the bytes at hand are the pixels, none is copied
+            flat = np.frombuffer(data, dtype, count, member.tell())
+        else:
+            flat = np.frombuffer(member.read(count * dtype.itemsize), dtype, count)
+        yield name, of_array(flat.reshape(shape, order="F" if fortran else "C"), "numpy file")
 
 
 def _members(data: bytes, wanted: tuple[str, ...]) -> Iterator[tuple[str, IO[bytes]]]:
@@ -87,14 +93,24 @@ def _members(data: bytes, wanted: tuple[str, ...]) -> Iterator[tuple[str, IO[byt
                 yield name, member
 
 
-def _checked(member: IO[bytes], data: bytes, held: int) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and type of an array, which with the bytes `held` by others takes no more memory than its file may."""
+def _checked(member: IO[bytes], data: bytes, held: int) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, order and type of an array; with the `held` bytes of others it takes no more memory than its file may."""
     version = npy.read_magic(member)
-    header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-    shape, _, dtype = header(member)
+    wide = 2 if version == (1, 0) else 4
+    length = member.read(wide)
+    size = int.from_bytes(length, "little")
+    if size > _LONGEST_HEADER:
+        raise BadImageError(f"numpy file: a header of {size:,} bytes")
+    shape, fortran, dtype = _header(version, length + member.read(size))
     if dtype.hasobject or not 2 <= len(shape) <= 3:
         raise BadImageError(f"array of {dtype} {shape}; wanted numbers, (height, width) or (height, width, channels)")
     pixels = max(1, shape[0] * shape[1])
     each = 3 * (held / pixels + math.prod(shape[2:]) * dtype.itemsize)  # as read, as one image, as pixels
     check_cost("array", shape[1], shape[0], each, data)
-    return shape, dtype
+    return shape, fortran, dtype
+
+
+@lru_cache(64)  # 50 microseconds, and the images of a set are often of a few sizes
+def _header(version: tuple[int, int], header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
+    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    return read(io.BytesIO(header))

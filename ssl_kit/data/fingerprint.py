@@ -9,8 +9,7 @@ from typing import TypedDict
 
 import numpy as np
 
-from ssl_kit.core.random import permutation
-from ssl_kit.data.sources import Source
+from ssl_kit.data.sources import Source, sampled
 
 _READ = 64  # images whose bytes are read
 _MARKS = 2**16  # bytes, one for each image or for as many in a row, that tell where the first difference is
@@ -41,7 +40,7 @@ def fingerprint(source: Source, seed: int) -> Fingerprint:
             whole.update(line)
             place = row * len(marks) // len(source)
             marks[place] = (31 * marks[place] + zlib.crc32(line)) & 0xFF
-    drawn = np.sort(permutation(seed, 0, len(source), _STREAM)[:_READ])
+    drawn = np.sort(sampled(source, _READ, seed, _STREAM))
     read = {
         name: hashlib.sha256(source.content(row)).hexdigest()
         for row, name in zip(drawn, source.ids(drawn), strict=True)

@@ -136,6 +136,17 @@ def stratified(labels: np.ndarray, fraction: float, seed: int = 0, groups: np.nd
     return chosen
 
 
+def numbered(groups: list[str | None] | None, path: str) -> np.ndarray | None:
+    """(N,) int64 numbers of named groups, -1 alone; says what they are."""
+    if groups is None:
+        return None
+    number = {name: place for place, name in enumerate(dict.fromkeys(name for name in groups if name is not None))}
+    grouped = np.array([-1 if name is None else number[name] for name in groups], np.int64)
+    alone = f", {(grouped < 0).sum():,} stand alone" if (grouped < 0).any() else ""
+    say(f"{path}: the column 'group' holds {len(number):,} groups of {(grouped >= 0).sum():,} images{alone}")
+    return grouped
+
+
 def grouped(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of groups (N,), -1 alone: the first image (G,) of each, and the place (N,) of every image's group among them."""
     own = np.where(groups >= 0, groups, groups.max(initial=-1) + 1 + np.arange(len(groups)))

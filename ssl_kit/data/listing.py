@@ -32,13 +32,13 @@ EXTENSIONS = frozenset(
     for name in names.split()
 )
 # An array may be anything, such as features that lie beside the images: it is one if it has 2 or 3 dimensions.
-_ARRAY = re.compile(rb"\x93NUMPY.{4,6}\{.*'shape': \(\d+, \d+(, \d+)?\)", re.DOTALL)
+ARRAY = re.compile(rb"\x93NUMPY.{4,6}\{.*'shape': \(\d+, \d+(, \d+)?\)", re.DOTALL)
 _SHAPE = re.compile(rb"\x93NUMPY.{4,6}\{.*'shape': (\([\d, ]*\))", re.DOTALL)
 # No signature for TIFF (raw camera files share it), BMP and PPM (two letters that any text may begin with).
-_SIGNATURES = re.compile(
+SIGNATURES = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|\0\0\0\x0cjP  |....ftypavi[fs]", re.DOTALL
 )
-_BEGINNING = 128  # bytes
+BEGINNING = 128  # bytes
 _ESCAPE = re.compile(r"%(?=[0-9A-Fa-f]{2})")
 _ESCAPED = re.compile(rb"%([0-9A-Fa-f]{2})")
 MAX_FILE_BYTES = 2 * 2**30  # more than the largest image that is decoded takes uncompressed
@@ -142,7 +142,7 @@ class _Walk:
 
     def file(self, relative: bytes, entry: os.DirEntry[bytes], identity: tuple[int, int], by_link: bool) -> None:
         extension = os.path.splitext(entry.name)[1].decode("utf-8", "replace").lower()
-        if extension in EXTENSIONS or _begins(entry.path, _SIGNATURES if extension != ".npy" else _ARRAY):
+        if extension in EXTENSIONS or _begins(entry.path, SIGNATURES if extension != ".npy" else ARRAY):
             self.files.append((by_link, escape(relative), identity))
         else:
             shape = _SHAPE.match(_beginning(entry.path)) if extension == ".npy" else None
@@ -156,7 +156,7 @@ def _begins(path: bytes, pattern: re.Pattern[bytes]) -> bool:
 
 def _beginning(path: bytes) -> bytes:
     try:
-        return read_regular(path, _BEGINNING)
+        return read_regular(path, BEGINNING)
     except OSError:
         return b""
 

@@ -6,6 +6,7 @@ import codecs
 import csv
 import difflib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NamedTuple
@@ -15,7 +16,7 @@ from PIL import Image
 
 from ssl_kit.core.console import say
 from ssl_kit.core.errors import UserError
-from ssl_kit.core.named import TABLES
+from ssl_kit.core.named import TABLES, TAR
 from ssl_kit.core.random import uniform_array
 from ssl_kit.data.labels import Part, part_of, text_of
 from ssl_kit.data.listing import escape
@@ -23,16 +24,18 @@ from ssl_kit.data.listing import escape
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from ssl_kit.core.parquet import Contents
+
 # what columns of paths, of labels and of parts are called, the first that is there wins
 _PATHS = (
     *("path", "file", "filename", "file_name", "image", "filepath", "file_path", "image_path", "img", "img_path"),
     *("image_file", "image_name", "img_name", "image_filename"),
 )
-_LABELS = ("label", "labels", "class", "class_name", "category", "target", "label_name", "class_label", "y")
+LABELS = ("label", "labels", "class", "class_name", "category", "target", "label_name", "class_label", "y")
 _SPLITS = ("split", "subset", "partition")
-_GROUPS = ("group",)
+GROUPS = ("group",)
 _SEPARATORS = (",", ";", "\t", "|")
-_LONGEST = 4_096  # characters of a cell: no path that can be opened has more
+LONGEST = 4_096  # characters of a cell: no path that can be opened has more
 _LONGEST_ROW = 2**20  # characters of a row of a CSV file: thousands of columns
 _STREAM = 100_050  # of core/random.py
 _NAMED = 20  # columns that a message lists
@@ -75,8 +78,8 @@ def read_table(path: Path) -> Table:
     for name, label, part, group in rows:
         if not name:
             raise UserError(f"{path} has rows with an empty {found.path!r}; wanted one image file per row")
-        if max(map(len, (name, label or "", part or "", group or ""))) > _LONGEST:
-            raise UserError(f"{path}: row {len(labels) + 1:,} has a cell of more than {_LONGEST:,} characters")
+        if max(map(len, (name, label or "", part or "", group or ""))) > LONGEST:
+            raise UserError(f"{path}: row {len(labels) + 1:,} has a cell of more than {LONGEST:,} characters")
         id_ = escape(name.encode("utf-8", "surrogateescape"))
         if id_ in ids:
             row = next(row for row, one in enumerate(ids, 1) if one == id_)
@@ -113,7 +116,7 @@ def _found(columns: Sequence[str]) -> _Columns | None:
     path = first(_PATHS)
     if path is None:
         return None
-    found = (path, first(_LABELS), first(_SPLITS), first(_GROUPS))
+    found = (path, first(LABELS), first(_SPLITS), first(GROUPS))
     return _Columns(*found, tuple(name for name in columns if name not in found) if found[1] is None else ())
 
 
@@ -144,7 +147,7 @@ def no_labels(columns: Sequence[str]) -> str:
     """Says of columns that none of them holds labels, and which would."""
     more = f" and {len(columns) - _NAMED:,} more" if len(columns) > _NAMED else ""
     named = ", ".join(map(repr, columns[:_NAMED]))
-    return f"as none is called label (or {', '.join(_LABELS[2:6])} ...); if {named}{more} holds them, rename it"
+    return f"as none is called label (or {', '.join(LABELS[2:6])} ...); if {named}{more} holds them, rename it"
 
 
 def _csv_rows(path: Path) -> tuple[_Columns, Iterator[_Row]]:
@@ -230,12 +233,7 @@ def _parquet_rows(path: Path) -> tuple[_Columns, Iterator[_Row]]:
     for name, type_ in types(path, inside).items():
         if not is_text(type_) and not _is_scalar(type_):
             raise UserError(f"{path}: the column {name!r} holds {str(type_)[:60]!r}; wanted text or numbers")
-    rows, unpacked = inside.columns[found.path].rows, sum(column.unpacked for column in inside.columns.values())
-    if rows > _ROWS[0] + _ROWS[1] * inside.size or unpacked > _UNPACKED[0] + _UNPACKED[1] * inside.size:
-        raise UserError(
-            f"{path}: {inside.size:,} bytes that unpack to {rows:,} rows of {unpacked:,} bytes; wanted a list of "
-            "images, whose paths all differ"
-        )
+    check_list(path, inside, found.path)
 
     def cells() -> Iterator[_Row]:
         for batch in batches(path, inside):
@@ -243,6 +241,16 @@ def _parquet_rows(path: Path) -> tuple[_Columns, Iterator[_Row]]:
             yield from zip(*(map(text_of, column) for column in columns), strict=True)
 
     return found, cells()
+
+
+def check_list(path: Path, inside: Contents, column: str) -> None:
+    """Raises `UserError` for a file that unpacks to more rows or bytes than a list of different images has."""
+    rows, unpacked = inside.columns[column].rows, sum(one.unpacked for one in inside.columns.values())
+    if rows > _ROWS[0] + _ROWS[1] * inside.size or unpacked > _UNPACKED[0] + _UNPACKED[1] * inside.size:
+        raise UserError(
+            f"{path}: {inside.size:,} bytes that unpack to {rows:,} rows of {unpacked:,} bytes; wanted a list of "
+            "images, whose paths all differ"
+        )
 
 
 def _is_scalar(type_: pa.DataType) -> bool:
@@ -293,13 +301,16 @@ def parts_in(folder: Path) -> dict[Part, list[Path]]:
     """
     inside = sorted(folder.iterdir()) if folder.is_dir() else []
     folders = _by_part([path for path in inside if path.is_dir()])
-    tables = _by_part([path for path in inside if path.suffix.lower() in TABLES and path.is_file()])
+    tables = _by_part([path for path in inside if path.suffix.lower() in (*TABLES, TAR) and path.is_file()])
     return next((found for found in (folders, tables, tables | folders) if "train" in found and len(found) > 1), {})
 
 
 def _by_part(paths: Sequence[Path]) -> dict[Part, list[Path]]:
     found: dict[Part, list[Path]] = {}
     for path in paths:
-        if (part := part_of(path.stem if path.is_file() else path.name)) is not None:
+        name = path.name if path.is_dir() else path.stem
+        if path.suffix.lower() in (TAR, ".parquet"):  # one of several: train-00000-of-00002
+            name = re.split(r"[-_.]?\d", name)[0]
+        if (part := part_of(name)) is not None:
             found.setdefault(part, []).append(path)
     return found

@@ -87,7 +87,14 @@ class ImageData(pl.LightningDataModule):
     def _plan(self, rank: int, world_size: int) -> TrainingPlan:
         option: Literal["batch_size", "contrastive_batch"] = "batch_size" if self.chunk is None else "contrastive_batch"
         return TrainingPlan(
-            len(self.source), self._per_process, self.seed, rank, world_size, option, self.images_per_step
+            len(self.source),
+            self._per_process,
+            self.seed,
+            rank,
+            world_size,
+            option,
+            self.images_per_step,
+            self.source.blocks,
         )
 
     def train_dataloader(self) -> ViewLoader:

@@ -2,6 +2,7 @@
 
 open_source("photos")             a folder, any nesting
 open_source("list.csv")           or .parquet: a column `path`, relative to the file, perhaps `label`, `split`, `group`
+open_source("s-{000..012}.tar")   shards, or a folder of them: shards.py; also .parquet with a column of images
 open_source(["photos", "scans"])  several folders: ids begin with their names
 open_source((images, labels))     (N, H, W) or (N, H, W, C) arrays; lists of files or pictures, data sets: given.py
 open_source("mnist64")            built-in, no download, like "mnist5k", "digits"; "mnist64:train": the part to train on
@@ -26,12 +27,12 @@ from ssl_kit.core.machine import available_cores, fits_in_memory, in_order
 from ssl_kit.core.named import TABLES, check_data, is_builtin
 from ssl_kit.core.random import permutation
 from ssl_kit.core.reading import ANY, RGB, Reading
-from ssl_kit.data import manifests, ranges
+from ssl_kit.data import manifests, ranges, shards
 from ssl_kit.data.given import joined, of_arrays, of_python
-from ssl_kit.data.labels import Part, encode, folder_labels, part_of, stratified
+from ssl_kit.data.labels import Part, encode, folder_labels, numbered, part_of, stratified
 from ssl_kit.data.limits import BadImageError
 from ssl_kit.data.listing import Skipped, folder_of_images, folders_without
-from ssl_kit.data.sources import Listed, Source, pixels
+from ssl_kit.data.sources import Listed, Source, pixels, sampled
 
 Data: TypeAlias = Any  # what `open_source` takes: a name, or what a Python program holds
 
@@ -150,7 +151,7 @@ def _parts(data: Data, reading: Reading, max_bad: float) -> tuple[Listed, Listed
     if not isinstance(data, str | Path):
         return _listed(data, reading, False, max_bad, True)
     path = Path(data)
-    if path.suffix.lower() in TABLES and path.is_file():
+    if path.suffix.lower() in TABLES and path.is_file() and not shards.found([str(path)]):
         table = manifests.read_table(path)
         whole = _of_table(path, table, reading, max_bad, True)
         if table.parts is None:
@@ -177,9 +178,15 @@ def _parts(data: Data, reading: Reading, max_bad: float) -> tuple[Listed, Listed
         return _listed(data, reading, False, max_bad, True)
     _say_parts(str(data), {part: ", ".join(one.name for one in paths) for part, paths in found.items()})
     tested = found.pop("test") if "test" in found else found.pop("val")
-    trained = found["train"] + found.get("val", [])
-    first, second = ([_listed(one, reading, False, max_bad, True) for one in paths] for paths in (trained, tested))
-    return joined(first, max_bad), joined(second, max_bad)
+    first, second = (_together(paths, reading, max_bad) for paths in (found["train"] + found.get("val", []), tested))
+    return first, second
+
+
+def _together(paths: list[Path], reading: Reading, max_bad: float) -> Listed:
+    """The places of a part as one source."""
+    if shards.found(names := [str(path) for path in paths]):
+        return _listed(names, reading, False, max_bad, True)
+    return joined([_listed(path, reading, False, max_bad, True) for path in paths], max_bad)
 
 
 def _parts_of(data: Mapping[str, Data], reading: Reading, max_bad: float) -> tuple[Listed, Listed]:
@@ -238,6 +245,8 @@ def _checked(train: Source, test: Source) -> tuple[Source, Source]:
 def _listed(data: Data, reading: Reading, measure: bool, max_bad: float, labelled: bool) -> Listed:
     """The source with nothing decoded yet (arrays and built-in sets are in memory as they come)."""
     data = _alone(data)
+    if (names := places(data)) and (files := shards.found(names)):
+        return shards.source(names, files, reading, max_bad, labelled)
     if isinstance(data, list | tuple) and (folders := places(data)) and all(Path(one).is_dir() for one in folders):
         return joined([_listed(one, reading, False, max_bad, labelled) for one in folders], max_bad)
     if not isinstance(data, str | Path):
@@ -265,21 +274,16 @@ def _of_table(path: Path, table: manifests.Table, reading: Reading, max_bad: flo
     bad = Skipped(len(table.ids), max_bad)
     rows = np.arange(len(table.ids))
     return Listed(
-        str(path), table.ids, labels, classes, reading, path.parent, bad, rows, grouped=_numbered(table, path)
+        str(path),
+        table.ids,
+        labels,
+        classes,
+        reading,
+        path.parent,
+        bad,
+        rows,
+        grouped=numbered(table.groups, str(path)),
     )
-
-
-def _numbered(table: manifests.Table, path: Path) -> np.ndarray | None:
-    """(N,) int64 groups of a table, -1 alone; says what they are."""
-    if table.groups is None:
-        return None
-    number = {
-        name: place for place, name in enumerate(dict.fromkeys(name for name in table.groups if name is not None))
-    }
-    grouped = np.array([-1 if name is None else number[name] for name in table.groups], np.int64)
-    alone = f", {(grouped < 0).sum():,} stand alone" if (grouped < 0).any() else ""
-    say(f"{path}: the column 'group' holds {len(number):,} groups of {(grouped >= 0).sum():,} images{alone}")
-    return grouped
 
 
 def builtin_source(name: str, reading: Reading = RGB) -> Listed:
@@ -289,7 +293,7 @@ def builtin_source(name: str, reading: Reading = RGB) -> Listed:
 
 def _decoded(source: Listed, in_memory: Literal["auto"] | bool | Callable[[bool], bool], threads: int) -> Listed:
     """Decodes into memory if asked to, or if it fits."""
-    rows = np.sort(permutation(0, 0, len(source))[:_SAMPLE])
+    rows = np.sort(sampled(source, _SAMPLE))
     heights, widths = source.sizes(rows).T
     areas = (heights * widths)[heights > 0]
     one = next((image for row in rows if isinstance(image := _tried(source, row), np.ndarray)), np.empty(0, np.uint8))
@@ -304,10 +308,16 @@ def _decoded(source: Listed, in_memory: Literal["auto"] | bool | Callable[[bool]
         source.bad.add(name, reason)
     source.bad.check()
     rows = np.setdiff1d(np.arange(len(source)), list(bad))
-    source = replace(
-        source, names=source.ids(), targets=source.labels(), grouped=source.groups(), images=images, rows=rows
+    store = None if source.store is None else source.store.at(source.rows)
+    return replace(
+        source,
+        names=source.ids(),
+        targets=source.labels(),
+        grouped=source.groups(),
+        images=images,
+        rows=rows,
+        store=store,
     )
-    return source
 
 
 def _load(source: Listed, threads: int, mean_bytes: float) -> tuple[np.ndarray | list[np.ndarray], dict[int, str]]:

@@ -12,7 +12,9 @@ import numpy as np
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.options import dashed
 from ssl_kit.core.random import permutation, uniform_array
+from ssl_kit.data.sources import Blocks
 
+_BLOCKS = 198  # stream of the shuffle of blocks
 _PARTNER = 199  # stream of the second view, which its own draws do not reach; see ssl_kit/core/random.py
 
 
@@ -52,6 +54,8 @@ class TrainingPlan:
         world_size: number of processes.
         option: that the batch size came from, for messages.
         together: images of a step over all processes, at most, if not `batch_size` for each.
+        blocks: of the source: an epoch shuffles them, then the images within windows of as many as are held; None
+            shuffles all images among each other.
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class TrainingPlan:
         world_size: int = 1,
         option: Literal["batch_size", "contrastive_batch"] = "batch_size",
         together: int | None = None,
+        blocks: Blocks | None = None,
     ):
         if batch_size < 1:
             raise UserError(f"{dashed(option)} {batch_size}: wanted at least 1")
@@ -73,6 +78,7 @@ class TrainingPlan:
                 f"processes); lower {dashed(option)} to at most {count // world_size}, or add images"
             )
         self.count, self.seed, self.rank, self.world_size = count, seed, rank, world_size
+        self.blocks = blocks
         steps = -(-count // together)
         self.steps_per_epoch = min(steps, count // min(2, together))  # an odd count by twos ends in a step of three
         if count // self.steps_per_epoch < world_size:  # the smallest step
@@ -97,13 +103,22 @@ class TrainingPlan:
     def batches(self, start: int = 0) -> Iterator[Planned]:
         """All steps from number `start` on, without end."""
         for epoch in itertools.count(start // self.steps_per_epoch):
-            order = permutation(self.seed, epoch, self.count)
+            order = self._order(epoch)
             for step in range(start - epoch * self.steps_per_epoch, self.steps_per_epoch):
                 begin, end = self._bounds[step : step + 2]
                 whole = Planned(epoch, order[begin:end], _others(order, begin, end))
                 parts = np.array_split(whole.rows, self.world_size)
                 yield whole.part(parts[self.rank], sum(map(len, parts[: self.rank])))
             start = (epoch + 1) * self.steps_per_epoch
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """(N,) every image once; a single window is the shuffle of all."""
+        order = permutation(self.seed, epoch, self.count)
+        if self.blocks is None:
+            return order
+        numbers, of = np.unique(self.blocks.of, return_inverse=True)
+        window = np.argsort(permutation(self.seed, epoch, len(numbers), _BLOCKS)) // self.blocks.held
+        return order[np.argsort(window[of[order]], kind="stable")]
 
 
 def _others(order: np.ndarray, begin: int, end: int) -> Callable[[int], Iterator[int]]:

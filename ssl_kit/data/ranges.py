@@ -21,7 +21,7 @@ from ssl_kit.core.reading import WIDE, Range, Reading
 from ssl_kit.data.decode import samples_of
 from ssl_kit.data.limits import BadImageError
 from ssl_kit.data.samples import Samples, depth, measured
-from ssl_kit.data.sources import Source
+from ssl_kit.data.sources import Source, sampled
 
 _IMAGES, _FIRST = 2_048, 256  # that are looked at; so many tell whether there are deep ones at all
 _CHECKED = 32  # that tell whether they use other values than an encoder knows
@@ -47,7 +47,7 @@ def of_source(source: Source) -> Reading:
 
 def _looked_at(source: Source, most: int) -> list[_Seen]:
     """What images show that are no plain ones of 8 bits, at most so many of them."""
-    rows = permutation(0, 0, len(source))[:most]
+    rows = sampled(source, most)
     reading = source.reading
 
     def look(row: int) -> _Seen | None:

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
+from ssl_kit.core.random import permutation
 from ssl_kit.core.reading import Reading
 from ssl_kit.data.decode import decode, image_size
 from ssl_kit.data.limits import BadImageError
@@ -23,6 +24,40 @@ Stored: TypeAlias = (
 
 _ALL = slice(None)
 _LOOKED_AT = 8  # images that tell how deep all are
+_SAMPLED = 8  # blocks that a sample comes from, where blocks are read whole
+
+
+class Blocks(NamedTuple):
+    """Which images are best read together, because they are read as one: a group of rows of a Parquet file, a shard.
+
+    `of`: (N,) int64 the block of each image. `held`: how many blocks there is room for at a time.
+    """
+
+    of: np.ndarray
+    held: int
+
+
+class Store(Protocol):
+    """Where the images of a source lie that are no files of their own; image i is at place i."""
+
+    def read(self, place: int) -> bytes:
+        """The bytes of an image.
+
+        Raises:
+            BadImageError: they are not there, or too many; OSError: see `open`.
+        """
+
+    def lengths(self, places: np.ndarray) -> np.ndarray:
+        """(P,) int64 bytes of each; where only those of its block are known, its share of them."""
+
+    def stamp(self, place: int) -> str:
+        """What changes when another file takes the place of the one that an image lies in."""
+
+    def at(self, places: np.ndarray) -> Store:
+        """The images at these places alone."""
+
+    @property
+    def blocks(self) -> Blocks | None: ...  # noqa: D102
 
 
 class Source(Protocol):
@@ -33,10 +68,11 @@ class Source(Protocol):
         classes: names, sorted; empty when nothing is labelled.
         reading: which channels and values of the images are taken.
         channels: of the images as they are taken.
-        root: the folder that ids are relative to; None when the images never were files.
+        root: the folder that ids are relative to, or what names the shards; None when the images never were files.
         bad: files that could not be decoded so far; shared by the subsets of a source.
         in_memory: whether `read` gives pixels.
         stack: where all pixels lie in one array (M, H, W, C), that and the place (N,) of each image in it.
+        blocks: which of its images are best read together; None where any order is as good.
     """
 
     name: str
@@ -53,6 +89,9 @@ class Source(Protocol):
 
     @property
     def stack(self) -> tuple[np.ndarray, np.ndarray] | None: ...  # noqa: D102
+
+    @property
+    def blocks(self) -> Blocks | None: ...  # noqa: D102
 
     def __len__(self) -> int: ...
 
@@ -77,8 +116,8 @@ class Source(Protocol):
     def content(self, row: int) -> bytes:
         """These bytes of one image."""
 
-    def shards(self, rows: Rows) -> list[str]:
-        """The file that each image lies in: what lies in one is best read together."""
+    def stamps(self) -> Iterator[str]:
+        """Of each image what changes when another file takes the place of its own: length and time."""
 
     def subset(self, rows: Rows, name: str | None = None) -> Source:
         """The images at `rows`, in that order, none of them copied; bad files are counted together."""
@@ -98,6 +137,7 @@ class Listed:
         rows: (N,) int64, which of them this source has.
         folders: where those of several places lie: the first part of an id -> its folder.
         grouped: (M,) int64 group of each, -1 alone; None where none is known.
+        store: where all of them lie, if they are no files of their own.
     """
 
     name: str
@@ -111,6 +151,7 @@ class Listed:
     images: np.ndarray | Sequence[np.ndarray] | None = field(default=None, repr=False)
     folders: dict[str, Path] | None = None
     grouped: np.ndarray | None = field(default=None, repr=False)
+    store: Store | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -129,6 +170,12 @@ class Listed:
     def stack(self) -> tuple[np.ndarray, np.ndarray] | None:
         """The array of all pixels, if they lie in one, and the place of each image in it."""
         return (self.images, self.rows) if isinstance(self.images, np.ndarray) else None
+
+    @property
+    def blocks(self) -> Blocks | None:
+        """See `Source`."""
+        found = None if self.store is None or self.in_memory else self.store.blocks
+        return None if found is None else found._replace(of=found.of[self.rows])
 
     def ids(self, rows: Rows = _ALL) -> list[str]:
         """See `Source`, here and below."""
@@ -158,6 +205,8 @@ class Listed:
 
     def lengths(self, rows: Rows) -> np.ndarray:
         """See `Source`."""
+        if self.store is not None:
+            return self.store.lengths(self.rows[rows])
         places = self.rows[rows].tolist()
         if self.root is None:
             assert self.images is not None, "without files there are pixels"
@@ -167,21 +216,21 @@ class Listed:
     def content(self, row: int) -> bytes:
         """Empty where it cannot be read."""
         place = int(self.rows[row])
-        found = self._file(self.names[place]) if self.images is None or self.root else self.images[place].tobytes()
+        found = self._file(place) if self.images is None or self.root else self.images[place].tobytes()
         return b"" if isinstance(found, BadImageError) else found
 
     def _stored(self, rows: Rows) -> Iterator[Stored]:
         """One image after the other."""
         for row in self.rows[rows].tolist():
-            yield self._file_or_made(self.names[row]) if self.images is None else self.images[row]
+            yield self._file_or_made(row) if self.images is None else self.images[row]
 
-    def _file_or_made(self, name: str) -> Stored:
+    def _file_or_made(self, place: int) -> Stored:
         """A file; or what a reader of the user's own makes of it, which has no header to ask for a size."""
-        stored = self._file(name)
+        stored = self._file(place)
         if self.reading.function is None or isinstance(stored, BadImageError):
             return stored
         try:
-            return decode(stored, self.reading, name=name).image
+            return decode(stored, self.reading, name=self.names[place]).image
         except BadImageError as error:
             return error
 
@@ -191,17 +240,20 @@ class Listed:
         root = self.folders[head] if self.folders else self.root
         return os.path.join(os.fsencode(root), unescape(rest))
 
-    def _file(self, name: str) -> bytes | BadImageError:
+    def _file(self, place: int) -> bytes | BadImageError:
         try:
-            return read_regular(self._path(name))
+            return read_regular(self._path(self.names[place])) if self.store is None else self.store.read(place)
+        except BadImageError as error:
+            return error
         except OSError as error:
             return BadImageError(error.strerror or str(error))
         except ValueError as error:  # a name with a NUL, out of a table
             return BadImageError(str(error))
 
-    def shards(self, rows: Rows) -> list[str]:
-        """Every image is a file of its own."""
-        return self.ids(rows)
+    def stamps(self) -> Iterator[str]:
+        """See `Source`."""
+        for row in self.rows.tolist():
+            yield self.store.stamp(row) if self.store is not None else file_stamp(self._path(self.names[row]))
 
     def subset(self, rows: Rows, name: str | None = None) -> Listed:
         """A view of these rows."""
@@ -219,6 +271,25 @@ def file_length(path: bytes) -> int:
         return os.stat(path).st_size
     except (OSError, ValueError):  # a name with a NUL, out of a table
         return 0
+
+
+def file_stamp(path: bytes | Path) -> str:
+    """Length and time of change of a file, for comparison; "missing" where there is none."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return "missing"
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def sampled(source: Source, count: int, seed: int = 0, stream: int = 0) -> np.ndarray:
+    """(R,) at most so many rows drawn by the seed, in that order; where blocks are read whole, of a few of them."""
+    order = permutation(seed, 0, len(source), stream)
+    blocks = source.blocks
+    if blocks is not None:
+        first = list(dict.fromkeys(blocks.of[order[: 64 * _SAMPLED]].tolist()))[:_SAMPLED]
+        order = order[np.isin(blocks.of[order], first)]
+    return order[:count]
 
 
 def size_of(stored: Stored) -> tuple[int, int]:

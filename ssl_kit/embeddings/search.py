@@ -32,6 +32,7 @@ from ssl_kit.core.machine import available_cores, available_memory
 from ssl_kit.core.named import find_encoder, is_builtin, manifest_of
 from ssl_kit.core.reading import GREY, Reading, reading_in
 from ssl_kit.core.sealed import Entries, fingerprint
+from ssl_kit.data import shards
 from ssl_kit.data.decode import decode
 from ssl_kit.data.given import images_in, pixels_given
 from ssl_kit.data.limits import BadImageError
@@ -356,7 +357,7 @@ def picture(info: Entries, name: str, size: tuple[int, int] | None) -> np.ndarra
 
 def read_file(info: Entries, name: str) -> bytes | None:
     """The file behind an id, of a built-in set a PNG; None when it is not there any more, or never was a file below its
-    root."""
+    root, or in the shards that this names."""
     root, path = info.get("source_root"), unescape(name)  # escapes can hide dots and slashes
     if root is None:
         source = _builtin(info.get("source"))
@@ -366,7 +367,7 @@ def read_file(info: Entries, name: str) -> bytes | None:
     try:
         return read_regular(os.path.join(unescape(root), path))
     except (OSError, ValueError):  # a NUL is no OSError
-        return None
+        return shards.image(os.fsdecode(unescape(root)), name)
 
 
 def _png(source: Source, name: str) -> bytes | None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +24,6 @@ from torch import Tensor, nn
 from ssl_kit.core.console import progress, say, warn
 from ssl_kit.core.files import DamagedError
 from ssl_kit.core.named import BASELINES
-from ssl_kit.data.listing import unescape
 from ssl_kit.data.loader import ViewLoader
 from ssl_kit.data.sources import Source, pixels
 from ssl_kit.embeddings.embeddings import Embeddings, chosen_precision, embed, forward
@@ -205,15 +203,8 @@ def fingerprint(source: Source) -> str:
             digest.update(str(image.shape).encode())
             digest.update(np.ascontiguousarray(image).data)
     else:
-        assert source.root is not None, "a source without files has its images in memory"
-        root = os.fsencode(source.root)
-        for name in source.ids():
-            try:
-                status = os.stat(os.path.join(root, unescape(name)))
-            except OSError:  # listed in a manifest, not there: decoding will skip it
-                digest.update(b"missing ")
-            else:
-                digest.update(f"{status.st_size} {status.st_mtime_ns} ".encode())
+        for stamp in source.stamps():
+            digest.update(f"{stamp} ".encode())
     return digest.hexdigest()
 
 

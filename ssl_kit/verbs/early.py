@@ -308,7 +308,7 @@ def _looked(verb: str, typed: Typed, places: dict[str, list[str]]) -> str:
     for name in ("csv", "html"):
         for path in typed.named.get(name, []) if verb == "duplicates" else ():
             check_output(path)
-    out = typed.last("out")
+    out = next(iter(places.pop("out", [])), None) or typed.last("out")
     if out is not None:
         read = places.get("data") or places.get("labelled") or ([] if images is None else [images])
         _check_out(verb, out, read, typed)

@@ -33,7 +33,7 @@ class Settings:
 
     Args:
         encoder: run folder or encoder folder.
-        data: folders (searched recursively), a .csv or .parquet manifest with a `path` column, or a built-in set.
+        data: folders (searched recursively), a .csv or .parquet manifest with a `path` column, shards, a built-in set.
         out: folder to write: Parquet parts with id, label and embedding, skipped.csv and manifest.json.
         dtype: how vectors are stored; float16 halves the bytes.
         normalise: store vectors of Euclidean length 1.

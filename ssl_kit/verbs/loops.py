@@ -114,7 +114,9 @@ class ViewLoader:
         return self._batches(first)
 
     def _plan(self) -> TrainingPlan:
-        return TrainingPlan(len(self.source), self.batch_size, self.seed, rank(), world_size())
+        return TrainingPlan(
+            len(self.source), self.batch_size, self.seed, rank(), world_size(), blocks=self.source.blocks
+        )
 
     def _batches(self, first: int) -> Iterator[tuple[list[Tensor], Tensor]]:
         plan = self._plan()

@@ -35,7 +35,7 @@ _ALLOW = (
 )
 _ORDER = (
     *("views", "pretrain", "evaluate", "report", "finetune", "embed", "index", "search", "duplicates", "export"),
-    *("recipes", "doctor"),
+    *("pack", "recipes", "doctor"),
 )
 _WIDEST = 110  # columns of a line
 

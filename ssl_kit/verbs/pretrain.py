@@ -66,7 +66,7 @@ class Settings:
     """How to train, and where.
 
     Args:
-        data: folders (searched recursively), a .csv or .parquet manifest with a `path` column, or a built-in set.
+        data: folders (searched recursively), a .csv or .parquet manifest with a `path` column, shards, a built-in set.
         method: the method and its settings, {class_path, init_args}; SimCLR by default.
         views: what may happen to an image; see `ssl-kit views` for a picture of it.
         run: folder to write, by default runs/DATA.

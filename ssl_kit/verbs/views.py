@@ -37,7 +37,7 @@ class Settings:
     """Whose views to draw, and where.
 
     Args:
-        data: folder (searched recursively), .csv or .parquet manifest with a `path` column, or a built-in set.
+        data: folder (searched recursively), .csv or .parquet manifest with a `path` column, shards, or a built-in set.
         out: the picture to write.
         method: that would see them, as in a recipe; SimCLR by default.
         views: what may happen to an image, as in a recipe.

@@ -55,7 +55,7 @@ MISTAKES = {
     "pretrain imags": "did you mean",
     "pretrain table.txt": "table.txt is a file; wanted a folder",
     "pretrain s3://bucket": "addresses are not read yet",
-    "pretrain shards-{0..9}.tar": "tar shards are not read yet",
+    "pretrain shards-{0..9}.tar": "10 of 10 files are not there",
     "pretrain digits:half": "a built-in set has the parts train and test",
     "pretrain": "no DATA was given: name a folder",
     "pretrain digits --run run": "run holds a run already; go on with --resume",
