@@ -12,7 +12,21 @@ from importlib import import_module
 from typing import Any
 
 __version__ = "0.2.0"
-_VERBS = ("doctor", "duplicates", "embed", "evaluate", "export", "finetune", "index", "pack", "pretrain", "search")
+_VERBS = (
+    *(
+        "doctor",
+        "drift",
+        "duplicates",
+        "embed",
+        "evaluate",
+        "export",
+        "finetune",
+        "index",
+        "pack",
+        "pretrain",
+        "search",
+    ),
+)
 _HOMES = {
     **dict.fromkeys((*_VERBS, "load_run", "Run"), "ssl_kit.api"),
     "Index": "ssl_kit.embeddings.search",

@@ -30,6 +30,7 @@ from ssl_kit.embeddings.search import Image, Index, Neighbour, has_index
 from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.encoders.network import Network, register
 from ssl_kit.verbs import doctor as verbs_doctor
+from ssl_kit.verbs import drift as verbs_drift
 from ssl_kit.verbs import duplicates as verbs_duplicates
 from ssl_kit.verbs import embed as verbs_embed
 from ssl_kit.verbs import evaluate as verbs_evaluate
@@ -64,7 +65,8 @@ def quiet_of(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-doctor, duplicates, embed = map(quiet_of, (verbs_doctor.doctor, verbs_duplicates.duplicates, verbs_embed.embed))
+doctor, drift = map(quiet_of, (verbs_doctor.doctor, verbs_drift.drift))
+duplicates, embed = map(quiet_of, (verbs_duplicates.duplicates, verbs_embed.embed))
 evaluate, export, finetune = map(quiet_of, (verbs_evaluate.evaluate, verbs_export.export, verbs_finetune.finetune))
 index, pack, search = map(quiet_of, (verbs_index.index, verbs_pack.pack, verbs_search.search))
 report, views = map(quiet_of, (verbs_report.report, verbs_views.views))

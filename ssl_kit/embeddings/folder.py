@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +21,9 @@ from ssl_kit.core.files import MANIFEST, unreplaced, verify_file
 from ssl_kit.core.named import FORMAT
 from ssl_kit.core.parquet import batches, contents, types
 from ssl_kit.core.sealed import Entries
+
+if TYPE_CHECKING:
+    from ssl_kit.embeddings.embeddings import Embeddings
 
 PART_ROWS = 65_536
 
@@ -231,3 +234,17 @@ def find_ids(folder: Path, info: Entries, ids: Sequence[str]) -> dict[str, int]:
             break
         start += len(column)
     return found
+
+
+def check_comparable(a: Embeddings, b: Embeddings, emb: str, other: str | None) -> None:
+    """Whether two folders, named for the message, hold features of images by one encoder.
+
+    Raises:
+        UserError: they were made by something else than `embed`, or differ in encoder, layers or preprocessing.
+    """
+    made = a.info.get("preprocessing")
+    if not isinstance(made, dict) or not isinstance(made.get("channels"), int):
+        raise UserError(f"{emb} does not say how its images were prepared: give embeddings that `ssl-kit embed` wrote")
+    for name in ("encoder_sha256", "layers", "preprocessing"):
+        if a.info.get(name) != b.info.get(name):
+            raise UserError(f"{emb} and {other} differ in {name}: embed both with one encoder and the same --layers")

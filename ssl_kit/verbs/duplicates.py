@@ -28,6 +28,7 @@ from ssl_kit.data.limits import BadImageError
 from ssl_kit.data.listing import unescape
 from ssl_kit.embeddings.embeddings import Embeddings
 from ssl_kit.embeddings.exact import normalised, search, solver
+from ssl_kit.embeddings.folder import check_comparable
 from ssl_kit.embeddings.search import encoded, load_encoder, picture, read_file
 from ssl_kit.evaluation.alignment import correlations, distances, thumbnail
 from ssl_kit.evaluation.duplicates import Around, Limits, apart, edits, groups, isolation, limits, pairs_above
@@ -110,7 +111,7 @@ def duplicates(settings: Settings) -> Entries:
         check_output(name)
     a = Embeddings.load(settings.emb)
     b = Embeddings.load(settings.other) if settings.other is not None else a
-    _comparable(a, b, settings.emb, settings.other)
+    check_comparable(a, b, settings.emb, settings.other)
     if len(a) < 2:
         raise UserError(f"{settings.emb} holds {len(a)} vectors; at least 2 are wanted")
     cosines, rows = _neighbours(a, b)
@@ -142,16 +143,6 @@ def duplicates(settings: Settings) -> Entries:
     again = f"{typed(again, settings, 'threshold', 'outliers', 'encoder')} --html duplicates.html --csv duplicates.csv"
     next_command(f"open {shlex.quote(settings.html)}" if settings.html else again, own=not settings.html)
     return record | {"csv": settings.csv, "html": settings.html}
-
-
-def _comparable(a: Embeddings, b: Embeddings, emb: str, other: str | None) -> None:
-    """Both must be features of images by one encoder."""
-    made = a.info.get("preprocessing")
-    if not isinstance(made, dict) or not isinstance(made.get("channels"), int):
-        raise UserError(f"{emb} does not say how its images were prepared: give embeddings that `ssl-kit embed` wrote")
-    for name in ("encoder_sha256", "layers", "preprocessing"):
-        if a.info.get(name) != b.info.get(name):
-            raise UserError(f"{emb} and {other} differ in {name}: embed both with one encoder and the same --layers")
 
 
 def _neighbours(a: Embeddings, b: Embeddings) -> tuple[np.ndarray, np.ndarray]:

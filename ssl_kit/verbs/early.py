@@ -293,7 +293,7 @@ def _looked(verb: str, typed: Typed, places: dict[str, list[str]]) -> str:
     elsewhere = typed.last("encoder") if "encoder" not in places else None
     if elsewhere is not None and not FUNCTION.fullmatch(elsewhere):
         find_encoder(elsewhere)
-    for folder in map(Path, [*places.get("emb", []), *places.get("other", [])]):
+    for folder in map(Path, [one for name in ("emb", "other", "old", "new") for one in places.get(name, [])]):
         if verb != "search" or not (folder / RUN).is_file():  # of a run it makes the embeddings
             manifest_of(folder)
     for run in places.get("runs", []):
@@ -306,7 +306,7 @@ def _looked(verb: str, typed: Typed, places: dict[str, list[str]]) -> str:
     if (images := typed.last("images")) is not None:
         check_data(images)
     for name in ("csv", "html"):
-        for path in typed.named.get(name, []) if verb == "duplicates" else ():
+        for path in typed.named.get(name, []) if verb in ("duplicates", "drift") else ():
             check_output(path)
     out = next(iter(places.pop("out", [])), None) or typed.last("out")
     if out is not None:

@@ -34,8 +34,8 @@ _ALLOW = (
     "code of this module may be run: classes of a recipe, functions of options; may be repeated",
 )
 _ORDER = (
-    *("views", "pretrain", "evaluate", "report", "finetune", "embed", "index", "search", "duplicates", "export"),
-    *("pack", "recipes", "doctor"),
+    *("views", "pretrain", "evaluate", "report", "finetune", "embed", "index", "search", "duplicates", "drift"),
+    *("export", "pack", "recipes", "doctor"),
 )
 _WIDEST = 110  # columns of a line
 
