@@ -33,8 +33,7 @@ from ssl_kit.data.decode import decode
 from ssl_kit.data.listing import folder_of_images, unescape
 from ssl_kit.data.opening import open_source
 from ssl_kit.data.sources import pixels
-from ssl_kit.evaluation.alignment import correlations, thumbnail
-from ssl_kit.evaluation.duplicates import EDITS, edits
+from ssl_kit.evaluation.alignment import EDITS, correlations, edits, thumbnail
 from ssl_kit.verbs.duplicates import duplicates
 from ssl_kit.verbs.embed import embed
 from ssl_kit.verbs.pretrain import pretrain

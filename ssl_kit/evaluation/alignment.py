@@ -9,14 +9,18 @@ Letters: M pairs, S = 32 pixels of a thumbnail's side, C channels.
 
 from __future__ import annotations
 
+import io
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from ssl_kit.core.random import uniform_array
 from ssl_kit.core.reading import eight_bits
 
 SIDE = 32  # pixels of a thumbnail
+EDITS = ("jpeg", "crop", "brightness")
+_STREAM_EDITS = 100_011  # of core/random.py
 _CROPS = (0.95, 0.9, 0.85)  # kept part of a side that an alignment tries, at 3 x 3 places
 _LEAST_KEPT = 0.8  # part of a side that an alignment may end with
 _COARSE = 0.2  # correlation at 8 x 8 pixels below which no alignment is tried; crops of lines and of noise have 0.3
@@ -36,6 +40,32 @@ def thumbnail(image: np.ndarray) -> np.ndarray:
     made = [Image.fromarray(plane.squeeze(2) if plane.shape[2] == 1 else plane) for plane in planes]
     small = [np.asarray(one.resize((SIDE, SIDE), Image.Resampling.BILINEAR)) for one in made]
     return np.concatenate([one.reshape(SIDE, SIDE, -1) for one in small], axis=2)
+
+
+def edits(image: np.ndarray, number: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Near-copies of (H, W, C) uint8 or uint16: JPEG (quality 50), 90 % of each side, 5 % brighter or darker.
+
+    Args:
+        image: to copy; JPEG is left out where C is neither 1 nor 3.
+        number: of the image; with `seed` it says where the crop lies and whether the copy is brighter.
+        seed: of the run.
+    """
+    top, left, sign = uniform_array(seed, 0, np.array([number]), _STREAM_EDITS, 3)[0]
+    height, width = image.shape[:2]
+    kept_h, kept_w = max(1, round(0.9 * height)), max(1, round(0.9 * width))
+    y, x = int(top * (height - kept_h + 1)), int(left * (width - kept_w + 1))
+    factor = 1.05 if sign < 0.5 else 0.95
+    made = {
+        "crop": np.ascontiguousarray(image[y : y + kept_h, x : x + kept_w]),
+        "brightness": np.rint(np.clip(image * np.float32(factor), 0, np.iinfo(image.dtype).max)).astype(image.dtype),
+    }
+    if image.shape[2] in (1, 3):
+        data = io.BytesIO()
+        shown = eight_bits(image)  # a JPEG has no more
+        Image.fromarray(shown if image.shape[2] == 3 else shown[:, :, 0]).save(data, "JPEG", quality=50)
+        decoded = np.asarray(Image.open(data)).reshape(image.shape)
+        made["jpeg"] = decoded if image.dtype == np.uint8 else decoded.astype(image.dtype) * 257
+    return made
 
 
 def correlations(first: np.ndarray, second: np.ndarray) -> np.ndarray:

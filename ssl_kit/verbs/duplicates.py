@@ -30,8 +30,8 @@ from ssl_kit.embeddings.embeddings import Embeddings
 from ssl_kit.embeddings.exact import normalised, search, solver
 from ssl_kit.embeddings.folder import check_comparable
 from ssl_kit.embeddings.search import encoded, load_encoder, picture, read_file
-from ssl_kit.evaluation.alignment import correlations, distances, thumbnail
-from ssl_kit.evaluation.duplicates import Around, Limits, apart, edits, groups, isolation, limits, pairs_above
+from ssl_kit.evaluation.alignment import correlations, distances, edits, thumbnail
+from ssl_kit.evaluation.duplicates import Around, Limits, apart, groups, isolation, limits, pairs_above
 
 K = 32  # neighbours of each image that are looked at; larger groups are found link by link
 _BLOCK = 4_096  # queries searched, or pairs compared, between two steps of the progress bar

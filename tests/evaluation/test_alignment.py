@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ssl_kit.evaluation.alignment import SIDE, correlations, distances, thumbnail
-from ssl_kit.evaluation.duplicates import EDITS, edits
+from ssl_kit.evaluation.alignment import EDITS, SIDE, correlations, distances, edits, thumbnail
 
 
 def photograph(number, height=48, width=60):

@@ -5,13 +5,11 @@ import pytest
 from PIL import Image
 
 from ssl_kit.embeddings.exact import search
-from ssl_kit.evaluation.alignment import thumbnail
+from ssl_kit.evaluation.alignment import EDITS, edits, thumbnail
 from ssl_kit.evaluation.duplicates import (
-    EDITS,
     Around,
     apart,
     by_chance,
-    edits,
     groups,
     isolation,
     limits,

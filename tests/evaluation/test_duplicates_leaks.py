@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from ssl_kit.data.opening import open_source
+from ssl_kit.data.opening import open_labelled, open_source
+from ssl_kit.data.sources import pixels
 from ssl_kit.evaluation.duplicates import find_leaks
 
 
@@ -67,3 +68,15 @@ def test_images_that_are_all_alike_or_all_flat_are_not_leaks():
     assert len(find_leaks(open_source(ones[:60]), open_source(ones[60:])).test_ids) <= 1
     flat = np.full((20, 32, 32, 3), 200, np.uint8)
     assert find_leaks(open_source(flat[:10]), open_source(flat[10:])).test_ids == []
+
+
+def test_what_lies_at_one_place_of_an_empty_canvas_is_no_copy_and_a_copy_still_is():
+    """Digits of 28 px on 64 px of black: without the second look dozens are called copies."""
+    train, test = open_labelled("mnist64")
+    known = np.stack([pixels(train, row) for row in range(len(train))])
+    asked = np.stack([pixels(test, row) for row in range(len(test))])
+    for row, kind in enumerate(list(ALTERED) * 5):
+        asked[row] = ALTERED[kind](known[100 * row])
+    found = find_leaks(open_source(known), open_source(asked))
+    pairs = dict(zip(map(int, found.test_ids), map(int, found.train_ids), strict=True))
+    assert pairs == {row: 100 * row for row in range(20)}

@@ -17,7 +17,7 @@ from ssl_kit.core.files import write_sealed
 from ssl_kit.core.sealed import read_sealed
 from ssl_kit.embeddings import exact
 from ssl_kit.encoders.encoder import Encoder
-from ssl_kit.evaluation.duplicates import edits
+from ssl_kit.evaluation.alignment import edits
 from ssl_kit.report.page import write_report
 from ssl_kit.report.read import read_run
 from ssl_kit.verbs import manual
