@@ -113,6 +113,7 @@ def _run(arguments: list[str]) -> int:
 
     prepare()
     common, rest = _common(rest)
+    rest = _gone_on(rest) if verb == "pretrain" else rest
     doing = look(verb, rest, _own_recipe(rest) if _resumes(rest) else None) if "--help-all" not in common else ""
     if verb == "pretrain":
         from ssl_kit.core.process import processes_asked
@@ -297,6 +298,16 @@ def _joined(rest: list[str], settings: type) -> list[str]:
         if len(values) > 1:
             rest = [*kept, f"--{name}={','.join(values)}"]
     return rest
+
+
+def _gone_on(rest: list[str]) -> list[str]:
+    """With `--resume` where torchrun has started this job anew."""
+    from ssl_kit.core.named import restarted
+
+    run = _taken(rest, ("--run",))[1]
+    if not run or not restarted(Path(run[-1])):
+        return rest
+    return [*(one for one in rest if one not in ("--overwrite", "--overwrite=true")), "--resume"]
 
 
 def _resumes(rest: list[str]) -> bool:

@@ -16,6 +16,7 @@ from pathlib import Path
 from ssl_kit.core.errors import DamagedError, UserError
 from ssl_kit.core.files import MANIFEST, NotOursError, entries, read_manifest, settle
 from ssl_kit.core.owned import RUN, check_ours, our_files
+from ssl_kit.core.process import is_first, job
 from ssl_kit.core.sealed import LARGE_JSON, Entries, read_object
 
 TABLES = (".csv", ".tsv", ".parquet")  # endings of manifests
@@ -204,6 +205,19 @@ def _nearest(path: Path) -> str:
 def default_run(data: str) -> Path:
     """Where a run goes that was given no place."""
     return Path("runs", Path(data.split(maxsplit=1)[0] if data.split() else "").name or "run")
+
+
+def restarted(folder: Path) -> bool:
+    """Whether torchrun has started the processes of this very job anew (--max-restarts): its run then goes on.
+
+    An agent starts its processes anew without ending itself. Only the first process has the number of the one that the
+    record was written under; where it is another's, that process refuses, and the others end with it.
+    """
+    now, count = job(), os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
+    if now is None or not count.isdigit() or not int(count) or not (folder / RUN).is_file():
+        return False
+    begun = read_object(folder / RUN).get("job")
+    return isinstance(begun, dict) and (begun == now if is_first() else begun.get("id") == now["id"])
 
 
 def check_run(folder: Path, resume: bool, overwrite: bool) -> None:

@@ -15,7 +15,7 @@ from ssl_kit.core.errors import UserError
 from ssl_kit.core.machine import Precision, Switch, keep_memory, lightning_precision
 from ssl_kit.core.named import default_run
 from ssl_kit.core.owned import check_place
-from ssl_kit.core.process import Signals
+from ssl_kit.core.process import Signals, job
 from ssl_kit.core.reading import Function, reading_of
 from ssl_kit.core.sealed import Entries
 from ssl_kit.core.settings import verb
@@ -368,6 +368,7 @@ def _begin(record: RunRecord, settings: Settings, source: Source, learner: Metho
         data=facts,
         seed=settings.seed,
         versions=versions(),
+        job=job(),
         verdict={"state": "unknown", "reason": "nothing was measured yet"},
     )
     save_recipe(settings.folder / "recipe.yaml", resolved_recipe(settings, learner))

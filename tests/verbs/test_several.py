@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from ssl_kit import cli
 from ssl_kit.core.console import result, say, warn
 from ssl_kit.core.errors import UserError
+from ssl_kit.core.named import restarted
 from ssl_kit.core.process import LOST
 from ssl_kit.data import opening
 from ssl_kit.data.listing import Skipped
@@ -466,6 +467,41 @@ def test_the_command_line_starts_its_processes_and_torchrun_goes_on(labelled_fol
     assert told.count(" trains ") == told.count("verdict: ") == 1 and told.count("resumed at step") == begun
     assert_alike(run, alone / "run")
     assert "ssl-kit pretrain --run" in json.loads((run / "run.json").read_text())["command"]
+
+
+def test_torchrun_starts_a_dead_process_anew_and_the_run_goes_on_by_itself(labelled_folder, alone, tmp_path):
+    run, limit = tmp_path / "run", time.monotonic() + 300
+    elastic = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "--max-restarts", "3")
+    elastic += ("-m", "ssl_kit", "--")
+    for _ in range(5):  # a run that ended before a process could be killed is no trial
+        agent = real(labelled_folder, "--run", run, *MAE, "--batch-size", 12, program=elastic)
+        while not (run / "metrics.csv").exists() and agent.poll() is None and time.monotonic() < limit:
+            time.sleep(0.01)
+        children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        told, errors = agent.communicate(timeout=300)
+        assert agent.returncode == 0, errors
+        if told.count(" trains ") == 2:
+            break
+        shutil.rmtree(run)
+    assert told.count(" trains ") == 2 and told.count("verdict: ") == 1  # begun twice, ended once
+    assert_alike(run, alone / "run")
+
+
+def test_a_run_of_another_job_is_not_taken_for_ones_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    (tmp_path / "run.json").write_text(json.dumps({"job": {"id": "none", "agent": os.getppid()}}))
+    for count, number, agent, own in (
+        *((1, 0, 0, True), (0, 0, 0, False), (1, 0, 1, False)),
+        *((1, 1, 1, True), (2, 0, 0, True)),  # whose agent is on another machine
+    ):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(count))
+        monkeypatch.setenv("RANK", str(number))
+        monkeypatch.setattr("os.getppid", lambda agent=agent, before=os.getppid(): before + agent)
+        assert restarted(tmp_path) == own
+        monkeypatch.undo()
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert not restarted(tmp_path / "nothing")
 
 
 def test_a_mistake_is_told_once(labelled_folder, tmp_path):
