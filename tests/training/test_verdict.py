@@ -21,13 +21,15 @@ def judged(logged=None, now=None, start=None, **options):
     return verdict(rows, **{"dim": 128, "chance_loss": CHANCE, "contrastive": True} | options)
 
 
-def by_crops(now, start=0.05, pixels=0.2, knn=None, **options):
+def by_crops(now, start=0.05, pixels=0.2, pca=0.1, knn=None, **options):
     """Of crops that find each other, among 512; with kNN that fell to `knn` where it is given."""
     rows = [{**row, "crops_top1": value} for row, value in ((START, start), (NOW, now))]
     if knn is None:
         del rows[0]["knn_top1"]
     rows[1]["knn_top1"] = knn or 0
-    return verdict([rows[0] | {"crops_pixels": pixels, "knn_pixels": 0.9}, LOGGED, rows[1]], dim=128, **options)
+    return verdict(
+        [rows[0] | {"crops_pixels": pixels, "crops_pca": pca, "knn_pixels": 0.9}, LOGGED, rows[1]], dim=128, **options
+    )
 
 
 def test_a_healthy_run_is_learning():
@@ -135,10 +137,14 @@ def test_less_than_pixels_or_their_pca_know_is_a_verdict_of_its_own(pixels, pca,
 def test_without_labels_and_where_knn_does_not_judge_crops_of_one_image_must_find_each_other(options):
     told = by_crops(0.3, **options)
     assert told.state == "learning"
-    assert told.reason.endswith("crop to crop 0.300 against 0.050 at the start, above raw pixels (0.200)")
+    assert told.reason.endswith(
+        "crop to crop 0.300 against 0.050 at the start, above raw pixels (0.200); what it knows of classes only labels tell"
+    )
     assert by_crops(0.08, **options).state == "unknown"
-    assert by_crops(0.12, **options).state == BELOW
+    told = by_crops(0.12, **options)
+    assert told.state == BELOW and told.reason.endswith("below raw pixels (0.200)")
     assert by_crops(0.2, **options).state == "learning"
+    assert by_crops(0.3, pca=0.36, **options).state == BELOW  # what PCA knows is what pixels know
     assert by_crops(0.12, cropped=64, **options).state == "unknown"
 
 
