@@ -27,7 +27,7 @@ from ssl_kit.core.errors import UserError
 from ssl_kit.core.options import options, underscored
 from ssl_kit.core.process import FULL, imports_set_aside, is_first, lost, prepare, printable, protect, refusal, terminal
 from ssl_kit.core.sealed import Entries, read_object
-from ssl_kit.verbs.manual import VERBS, WITH_RECIPE, overview, plain_types, verb_help, verbs
+from ssl_kit.verbs.manual import VERBS, WITH_RECIPE, overview, plain_types, rewrapped, verb_help, verbs
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -202,7 +202,7 @@ def _parse(verb: str, settings: type, rest: list[str], everything: bool) -> Entr
     except (ArgumentError, ValueError, TypeError) as error:
         raise UserError(_explained(error, parser, verb)) from error
     if everything:
-        print(plain_types(parser.format_help()))
+        print(rewrapped(plain_types(parser.format_help())))
         raise SystemExit(0)
     configs, named = [], None
     for recipe in read:

@@ -88,11 +88,12 @@ def test_options_are_spelt_one_way():
     assert found == [("cli.py", "--method.class_path"), ("options.py", "--max_bad")]
 
 
-def test_all_options_are_told_in_the_same_words(capsys):
+def test_all_options_are_told_in_the_same_words_and_width(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):
         cli.main(["pretrain", "--help-all"])
     text = capsys.readouterr().out
-    assert "--views.flip-x" in text and "--trainer.max-steps" in text
+    assert "--views.flip-x" in text and "--trainer.max-steps" in text and max(map(len, text.splitlines())) == 80
     assert not re.search(r"(?<![\w-])--[a-z][\w.-]*_|typing|Literal|<class|Union|NoneType", text)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import threading
 import time
@@ -9,7 +10,7 @@ import time
 import pytest
 
 from ssl_kit import cli
-from ssl_kit.verbs import manual
+from ssl_kit.verbs import early, manual
 from ssl_kit.verbs.monitor import kept
 
 SMALL = ["--method.encoder.args={channels: [8, 8, 8, 8]}", "--batch_size=16", "--trainer.max_steps=2"]
@@ -93,6 +94,14 @@ def test_quiet_prints_the_result_and_no_next_command(verb, place, labelled_folde
     printed = capfd.readouterr()
     assert printed.out.strip() and "next:" not in printed.out and printed.err == ""
     assert "\x1b" not in printed.out and "┃" not in printed.out and "│" not in printed.out
+
+
+@pytest.mark.parametrize("verb", ["views", "embed", "index", "evaluate", "recipes", "doctor"])
+def test_the_next_command_can_be_typed_as_it_stands(verb, place, labelled_folder, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([verb, *command_lines(place, labelled_folder, tmp_path)[verb]]) == 0
+    program, again, *words = shlex.split(capfd.readouterr().out.splitlines()[-1].removeprefix("next: "))
+    assert program == "ssl-kit" and early.look(again, words) and not any(word.isupper() for word in words)
 
 
 def test_numbers_that_json_lacks_are_null(capsys, monkeypatch):

@@ -120,7 +120,7 @@ def doctor(settings: Settings) -> Entries:
     for name, choice in chosen.items():
         result(f"{name}: {choice.value} ({choice.reason})")
     speed = _speed(chosen, settings.seconds) if settings.seconds else []
-    next_command("ssl-kit pretrain DATA", own=False)
+    next_command("ssl-kit pretrain digits --minutes 1", own=False)
     return {
         "versions": installed,
         "machine": machine,

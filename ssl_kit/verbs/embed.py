@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from ssl_kit.core.console import if_interrupted, next_command, result
+from ssl_kit.core.console import if_interrupted, next_command, result, retyped, say
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import MANIFEST, read_manifest
 from ssl_kit.core.named import check_free, find_encoder, is_embeddings, is_free
@@ -23,7 +24,8 @@ from ssl_kit.data.listing import escape_path
 from ssl_kit.data.opening import open_source, places
 from ssl_kit.data.sources import Source
 from ssl_kit.embeddings.embeddings import Precision, Storage
-from ssl_kit.embeddings.store import Embedded, embed_to, former, parse_shard
+from ssl_kit.embeddings.folder import read_rows
+from ssl_kit.embeddings.store import Embedded, Shard, embed_to, former, parse_shard
 from ssl_kit.encoders.encoder import Encoder
 
 
@@ -125,7 +127,9 @@ def embed(settings: Settings) -> Entries:
     record |= {"layers": settings.layers, "encoder_sha256": loaded.sha256, "embedded": done.images}
     record |= {"seconds": round(seconds, 3), "images_per_second": round(done.images / max(seconds, 1e-9), 1)}
     return record | (
-        _completed(folder, settings.out, done, record) if done.complete else _waiting(folder, done, record, source)
+        _completed(folder, settings.out, done, record)
+        if done.complete
+        else _waiting(folder, done, record, source, part)
     )
 
 
@@ -158,19 +162,22 @@ def _completed(folder: Path, out: str, done: Embedded, record: Entries) -> Entri
         )
     if manifest["skipped"]:
         result(f"{folder / 'skipped.csv'}: {manifest['skipped']:,} images could not be decoded")
-    next_command(f"ssl-kit search {shlex.quote(out)} IMAGE.jpg -k 12")
+    if manifest["rows"]:
+        first = read_rows(folder, manifest, np.zeros(1, np.int64), "id")[0]
+        next_command(shlex.join(["ssl-kit", "search", out, first, "-k", "12"]))
     return {name: manifest[name] for name in ("rows", "dims", "skipped")} | {"bytes": size}
 
 
-def _waiting(folder: Path, done: Embedded, record: Entries, source: Source) -> Entries:
+def _waiting(folder: Path, done: Embedded, record: Entries, source: Source, part: Shard | None) -> Entries:
     """Says which parts are still to come."""
     rate = f"{record['images_per_second']:,.0f} images/s"
     result(
         f"{folder}: {done.parts - done.missing:,} of {done.parts:,} parts of {len(source):,} images are there ({rate})"
     )
-    next_command(
-        "the other shards; where their folders are apart, copy them into one and give this command again", own=False
-    )
+    say("wanting: the other shards; where their folders are apart, copy them into one and give this command again")
+    if part is not None:
+        other = (part.number + 1) % part.total
+        next_command(f"{retyped('ssl-kit embed', 'shard')} --shard {other}/{part.total}", own=False)
     return {"parts": done.parts, "missing": done.missing}
 
 

@@ -18,7 +18,7 @@ from ssl_kit.core.files import append_line, write_csv
 from ssl_kit.core.locking import lock
 from ssl_kit.core.machine import full_float32
 from ssl_kit.core.named import ASKED, BASELINES, check_names, find_encoder, results_folder
-from ssl_kit.core.owned import check_place, record_in
+from ssl_kit.core.owned import RUN, check_place, record_in
 from ssl_kit.core.reading import Function, Reading
 from ssl_kit.core.sealed import Entries, read_object
 from ssl_kit.core.settings import verb
@@ -32,7 +32,9 @@ from ssl_kit.evaluation.catalog import AS_IT_CAME, EVALUATIONS, ONLY, resolve
 from ssl_kit.evaluation.duplicates import Leaks, find_leaks
 from ssl_kit.evaluation.features import feature_sets, pretrained_names
 from ssl_kit.evaluation.result import Result
+from ssl_kit.report.head import next_step, verdict
 from ssl_kit.report.page import write_report
+from ssl_kit.report.read import read_run
 from ssl_kit.verbs.pictures import Pictures
 from ssl_kit.verbs.record import settle
 from ssl_kit.verbs.scoring import (
@@ -150,12 +152,19 @@ def evaluate(settings: Settings) -> Entries:
         scored, record = _one(one, folder, opened, options)
         done.append(scored)
         records.append(record)
-    next_command(f"ssl-kit embed {shlex.quote(asked[0].name)} DATA --out EMB")
+    next_command(_next(asked[0], folders[0], settings.labelled))
     if len(done) == 1:
         return records[0]
     rows = spread(done, settings.seed)
     print_spread(rows, [scored.name for scored in done])
     return {"runs": records, "spread": rows, "seconds": round(time.perf_counter() - started, 3)}
+
+
+def _next(asked: _Asked, folder: Path, labelled: str) -> str:
+    """What the report names for a run; for any other encoder, its embeddings of these images, to search in."""
+    if asked.module is None and (folder / RUN).is_file():
+        return next_step(run := read_run(folder), verdict(run)).command
+    return shlex.join(["ssl-kit", "embed", asked.name, labelled, "--out", str(folder / "embeddings")])
 
 
 class _Asked(NamedTuple):

@@ -8,6 +8,8 @@ import time
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
+import numpy as np
+
 from ssl_kit.core.console import if_interrupted, next_command, table, warn
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import MANIFEST, atomic_file, read_manifest, verify_file, write_sealed
@@ -49,7 +51,9 @@ class Settings:
 def index(settings: Settings) -> Entries:
     """Build a search index of an embeddings folder, measure its recall and sign it."""
     made = make_index(settings.emb, settings.key, settings.recall, settings.mapped)
-    next_command(f"ssl-kit search {shlex.quote(settings.emb)} IMAGE.jpg -k 12")
+    folder = Path(settings.emb)
+    first = read_rows(folder, manifest_of(folder), np.zeros(1, np.int64), "id")[0]
+    next_command(shlex.join(["ssl-kit", "search", settings.emb, first, "-k", "12"]))
     return made
 
 

@@ -125,4 +125,23 @@ def plain_types(text: str) -> str:
     """What the parser of all options says of itself, in the words and the spelling of everything else."""
     inside = r"((?:[^()]|\([^()]*\))*)"
     text = re.sub(rf"\s*\((?:required,\s+)?type:\s{inside}\)", lambda found: _default_in(found[1]), text)
-    return re.sub(r"--[a-z][\w.]*", lambda found: found[0].replace("_", "-"), text)
+    text = re.sub(r"--[a-z][\w.]*", lambda found: found[0].replace("_", "-"), text)
+    return re.sub(r"\Ausage: (ssl-kit \w+)\s.*?(\n\n|\Z)", r"usage: \1 [options]\2", text, flags=re.DOTALL)
+
+
+def rewrapped(text: str) -> str:
+    """The same at the width of all other help: argparse knows the terminal, but not what `plain_types` changes."""
+    lines: list[str] = []
+    for line in text.splitlines():
+        if not lines or not re.match(r" {8,}\S", line) or not lines[-1].startswith("  "):
+            lines.append(line)
+        elif re.search(r"\w-$", lines[-1]):  # a word that was broken at its hyphen
+            lines[-1] += line.strip()
+        else:
+            named = "  " in lines[-1].strip()  # the text beside the name has begun
+            lines[-1] += f"{' ' if named else '  '}{line.strip()}"
+    made: list[str] = []
+    for line in lines:
+        entry = re.fullmatch(r"  (\S.*?)  +(\S.*)", line)
+        made += _rows([(entry[1], entry[2])]) if entry else _wrapped(line, "  ") or [""]
+    return "\n".join(made)

@@ -11,6 +11,7 @@ import ast
 import difflib
 import importlib
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +90,7 @@ def recipes(settings: Settings) -> Entries:
         state = "verified" if one["verified"] else "unverified"
         result(f"{name}: {one['for']}")
         result(f"    {one['takes']}; {state}: {one['measured']}")
-    next_command("ssl-kit pretrain DATA -c RECIPE", own=False)
+    next_command(f"ssl-kit pretrain digits -c {shlex.quote(next(iter(told)))} --minutes 1", own=False)
     return {"recipes": told}
 
 

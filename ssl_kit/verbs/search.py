@@ -103,7 +103,8 @@ def search(settings: Settings) -> Entries:
     if settings.html is not None:
         next_command(f"open {shlex.quote(settings.html)}", own=False)
     else:
-        again = typed(f"ssl-kit search {shlex.quote(settings.emb)} IMAGE.jpg", settings, "k", "encoder", "trust_index")
+        again = shlex.join(["ssl-kit", "search", settings.emb, *map(str, names)])
+        again = typed(again, settings, "k", "encoder", "trust_index")
         next_command(f"{again} --html neighbours.html")
     return {"emb": settings.emb, "queries": queries, "skipped": skipped, "html": settings.html}
 

@@ -88,9 +88,9 @@ def test_every_verb_takes_it_and_the_encoder_notes_its_name(scans, capsys):
     again = "--reader rawscans:read --allow rawscans\n"
     assert capsys.readouterr().out.endswith(f"next: ssl-kit evaluate run list.csv {again}")
     assert cli.main(["evaluate", "run", "list.csv", "--only", "knn", "--baselines", "none", *allowed]) == 0
-    assert capsys.readouterr().out.endswith(f"next: ssl-kit embed run DATA --out EMB {again}")
+    assert capsys.readouterr().out.endswith(f"next: ssl-kit search run 00.raw --html neighbours.html {again}")
     assert cli.main(["embed", "run", "list.csv", "--out", "EMB", *allowed]) == 0
-    assert capsys.readouterr().out.endswith(f"IMAGE.jpg -k 12 {again}")
+    assert capsys.readouterr().out.endswith(f"next: ssl-kit search EMB 00.raw -k 12 {again}")
     assert cli.main(["search", "EMB", "03.raw"]) == 2
     said = capsys.readouterr()
     assert "give --reader rawscans:read" in said.out + said.err and "next:" not in said.out

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -321,8 +322,8 @@ def test_the_verb_writes_a_folder_and_says_what_is_next(tmp_path, encoder_folder
         str(encoder_folder.parent), str(photos), out=str(out), max_bad=0.1, normalise=True, dtype="float16"
     )
     json.dumps(said)
-    text = capsys.readouterr().out
-    assert text.rstrip().endswith(f"next: ssl-kit search '{out}' IMAGE.jpg -k 12") and "images/s" in text
+    text, first = capsys.readouterr().out, Embeddings.load(out).ids[0]
+    assert text.rstrip().endswith(f"next: ssl-kit search '{out}' {shlex.quote(first)} -k 12") and "images/s" in text
     saved = Embeddings.load(out)
     assert said["rows"] == len(saved) == 13 and said["skipped"] == 1 and said["dims"] == 16
     assert np.allclose(np.linalg.norm(saved.vectors, axis=1), 1, atol=1e-3)

@@ -44,7 +44,10 @@ def test_the_record_and_the_text_say_the_same(capsys):
     for row in (memory, files):
         assert row["limit"] == ("loader" if row["loader"] < row["step"] else "step")
         assert f"{row['images']}: the {row['limit']} limits training" in printed.err
-    assert f"device: {device.value} ({device.reason})" in printed.err and "next: ssl-kit pretrain DATA" in printed.err
+    assert (
+        f"device: {device.value} ({device.reason})" in printed.err
+        and "next: ssl-kit pretrain digits --minutes 1" in printed.err
+    )
 
 
 def test_without_time_nothing_is_measured(capsys, monkeypatch):

@@ -223,7 +223,8 @@ def test_the_next_command_asks_the_same(indexed, labelled_folder, tmp_path, caps
     shutil.copytree(indexed, moved)
     options = ["-k", "3", "--encoder", run, "--trust-index"]
     assert cli.main(["search", moved, str(labelled_folder / "a" / "003.png"), *options]) == 0
-    wanted = f"next: ssl-kit search {moved} IMAGE.jpg --encoder {run} --trust-index --k 3 --html neighbours.html"
+    again = f"{labelled_folder}/a/003.png --encoder {run} --trust-index --k 3"
+    wanted = f"next: ssl-kit search {moved} {again} --html neighbours.html"
     assert capsys.readouterr().out.splitlines()[-1] == wanted
     page = str(tmp_path / "my page.html")
     assert cli.main(["search", moved, "a/003.png", "--html", page]) == 0
@@ -262,7 +263,7 @@ def test_a_run_is_embedded_once_and_again_when_its_encoder_is_another(labelled_f
         assert cli.main(command) == 0
         said = capsys.readouterr().out.splitlines()
         assert [line for line in said if line.startswith("next:")] == said[-1:]
-        assert said[-1].startswith(f"next: ssl-kit search '{run}/embeddings' IMAGE.jpg")
+        assert said[-1].startswith(f"next: ssl-kit search '{run}/embeddings' '{photos / '003.png'}'")
     assert len(embedded) == 1 and len(Index.load(run / "embeddings")) == 30
     torch.manual_seed(1)
     other = Encoder("resnet18_small", {"channels": [4, 4, 8, 8]}, (16, 16)).save(tmp_path / "other")
