@@ -110,7 +110,7 @@ def test_mistakes_about_data_are_one_line(capsys, tmp_path):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("x")
     assert ".txt" in mistake(capsys, "pretrain", str(tmp_path / "texts"), "--run", str(tmp_path / "r2"))
-    assert "shards" in mistake(capsys, "pretrain", "a.tar", "--run", str(tmp_path / "r3"))
+    assert "a.tar" in mistake(capsys, "pretrain", "a.tar", "--run", str(tmp_path / "r3"))
 
 
 def test_fewer_images_than_a_batch(capsys, labelled_folder, tmp_path):

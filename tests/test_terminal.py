@@ -44,7 +44,9 @@ def command_lines(place, images, out):
         "index": [emb],
         "search": [emb, str(images / "a" / "003.png"), "-k", "3", "--html", str(out / "found.html")],
         "duplicates": [emb, "--csv", str(out / "d.csv")],
+        "drift": [emb, emb, "--csv", str(out / "drift.csv")],
         "export": [run, "--out", str(out / "model"), "--images", str(images)],
+        "pack": [str(images), str(out / "packed")],
         "recipes": [],
         "doctor": ["--seconds", "0"],
     }
@@ -126,6 +128,8 @@ INTERRUPTED = {
     "index": ("ssl_kit.verbs.index.build_index", " are kept; the same command makes their index"),
     "search": ("ssl_kit.verbs.search._answers", "nothing was written"),
     "duplicates": ("ssl_kit.verbs.duplicates._neighbours", "nothing was written"),
+    "drift": ("ssl_kit.verbs.drift.shift", "nothing was written"),
+    "pack": ("ssl_kit.verbs.pack._Packing._complete", "finished shards are kept; the same command goes on"),
     "report": ("ssl_kit.report.page.write_report", "nothing was written"),
     "export": ("ssl_kit.verbs.export._compared", "nothing was written"),
     "views": ("ssl_kit.verbs.views._grid", "nothing was written"),

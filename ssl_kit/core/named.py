@@ -16,7 +16,7 @@ from pathlib import Path
 from ssl_kit.core.errors import DamagedError, UserError
 from ssl_kit.core.files import MANIFEST, NotOursError, entries, read_manifest, settle
 from ssl_kit.core.owned import RUN, check_ours, our_files
-from ssl_kit.core.process import is_first, job
+from ssl_kit.core.process import is_first
 from ssl_kit.core.sealed import LARGE_JSON, Entries, read_object
 
 TABLES = (".csv", ".tsv", ".parquet")  # endings of manifests
@@ -205,6 +205,12 @@ def _nearest(path: Path) -> str:
 def default_run(data: str) -> Path:
     """Where a run goes that was given no place."""
     return Path("runs", Path(data.split(maxsplit=1)[0] if data.split() else "").name or "run")
+
+
+def job() -> dict[str, object] | None:
+    """What tells this job of torchrun from others: its id, which may be "none", and the agent that started us."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return None if name is None else {"id": name, "agent": os.getppid()}
 
 
 def restarted(folder: Path) -> bool:

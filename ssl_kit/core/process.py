@@ -56,12 +56,6 @@ def started() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def job() -> dict[str, object] | None:
-    """What tells this job of torchrun from others: its id, which may be "none", and the agent that started us."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID")
-    return None if name is None else {"id": name, "agent": os.getppid()}
-
-
 def on_this_machine() -> int:
     """How many of them share this machine's cores and memory."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

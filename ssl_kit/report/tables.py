@@ -19,11 +19,8 @@ from ssl_kit.report.scale import Scale
 
 Record: TypeAlias = Entries  # a line of results.jsonl
 FEATURES = {
-    ENCODER: "this encoder",
-    "random_init": "same network, untrained",
-    "pixels": "raw pixels",
-    "pca": "PCA of pixels",
-    "patches": "k-means of patches",
+    **{ENCODER: "this encoder", "random_init": "same network, untrained"},
+    **{"pixels": "raw pixels", "pca": "PCA of pixels", "patches": "k-means of patches"},
     "scratch": "same network, trained on the labels",
 }
 CROPS = "crops"  # the evaluation that needs no label

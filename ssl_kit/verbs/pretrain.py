@@ -13,9 +13,9 @@ import pytorch_lightning as pl
 from ssl_kit.core.console import detail, if_interrupted, result, say
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.machine import Precision, Switch, keep_memory, lightning_precision
-from ssl_kit.core.named import default_run
+from ssl_kit.core.named import default_run, job
 from ssl_kit.core.owned import check_place
-from ssl_kit.core.process import Signals, job
+from ssl_kit.core.process import Signals
 from ssl_kit.core.reading import Function, reading_of
 from ssl_kit.core.sealed import Entries
 from ssl_kit.core.settings import verb
