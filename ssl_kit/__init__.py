@@ -14,7 +14,7 @@ from typing import Any
 __version__ = "0.2.0"
 _VERBS = (
     *("doctor", "drift", "duplicates", "embed", "evaluate", "export", "finetune"),
-    *("index", "pack", "pretrain", "search"),
+    *("index", "pack", "plan", "pretrain", "search"),
 )
 _HOMES = {
     **dict.fromkeys((*_VERBS, "load_run", "Run"), "ssl_kit.api"),

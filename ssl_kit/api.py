@@ -38,6 +38,7 @@ from ssl_kit.verbs import export as verbs_export
 from ssl_kit.verbs import finetune as verbs_finetune
 from ssl_kit.verbs import index as verbs_index
 from ssl_kit.verbs import pack as verbs_pack
+from ssl_kit.verbs import plan as verbs_plan
 from ssl_kit.verbs import pretrain as verbs_pretrain
 from ssl_kit.verbs import report as verbs_report
 from ssl_kit.verbs import search as verbs_search
@@ -68,7 +69,8 @@ def quiet_of(function: Callable[..., Any]) -> Callable[..., Any]:
 doctor, drift = map(quiet_of, (verbs_doctor.doctor, verbs_drift.drift))
 duplicates, embed = map(quiet_of, (verbs_duplicates.duplicates, verbs_embed.embed))
 evaluate, export, finetune = map(quiet_of, (verbs_evaluate.evaluate, verbs_export.export, verbs_finetune.finetune))
-index, pack, search = map(quiet_of, (verbs_index.index, verbs_pack.pack, verbs_search.search))
+index, pack = map(quiet_of, (verbs_index.index, verbs_pack.pack))
+plan, search = map(quiet_of, (verbs_plan.plan, verbs_search.search))
 report, views = map(quiet_of, (verbs_report.report, verbs_views.views))
 _pretrain = quiet_of(verbs_pretrain.pretrain)
 

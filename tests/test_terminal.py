@@ -47,6 +47,7 @@ def command_lines(place, images, out):
         "drift": [emb, emb, "--csv", str(out / "drift.csv")],
         "export": [run, "--out", str(out / "model"), "--images", str(images)],
         "pack": [str(images), str(out / "packed")],
+        "plan": [str(images), *SMALL[:2], "--images", "1e6"],
         "recipes": [],
         "doctor": ["--seconds", "0"],
     }
@@ -130,6 +131,7 @@ INTERRUPTED = {
     "duplicates": ("ssl_kit.verbs.duplicates._neighbours", "nothing was written"),
     "drift": ("ssl_kit.verbs.drift.shift", "nothing was written"),
     "pack": ("ssl_kit.verbs.pack._Packing._complete", "finished shards are kept; the same command goes on"),
+    "plan": ("ssl_kit.verbs.plan._kept", "nothing was written"),
     "report": ("ssl_kit.report.page.write_report", "nothing was written"),
     "export": ("ssl_kit.verbs.export._compared", "nothing was written"),
     "views": ("ssl_kit.verbs.views._grid", "nothing was written"),

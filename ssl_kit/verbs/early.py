@@ -303,7 +303,7 @@ def _looked(verb: str, typed: Typed, places: dict[str, list[str]]) -> str:
     check_names(_several(typed, "baselines"), ASKED, "--baselines")
     if "only" in typed.named:
         check_names(_several(typed, "only"), evaluations(), "--only")
-    if (images := typed.last("images")) is not None:
+    if (images := typed.last("images") if verb != "plan" else None) is not None:  # there a number
         check_data(images)
     for name in ("csv", "html"):
         for path in typed.named.get(name, []) if verb in ("duplicates", "drift") else ():

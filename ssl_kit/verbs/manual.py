@@ -16,7 +16,7 @@ from pathlib import Path
 from ssl_kit.core.options import Option, dashed, options, parsed
 
 VERBS = Path(__file__).parent
-WITH_RECIPE = ("pretrain", "views")  # verbs that take -c
+WITH_RECIPE = ("pretrain", "views", "plan")  # verbs that take -c
 _COMMON = (
     ("--json", "print one JSON document on stdout; everything else goes to stderr"),
     ("--quiet", "print results and warnings only"),
@@ -35,7 +35,7 @@ _ALLOW = (
 )
 _ORDER = (
     *("views", "pretrain", "evaluate", "report", "finetune", "embed", "index", "search", "duplicates", "drift"),
-    *("export", "pack", "recipes", "doctor"),
+    *("export", "pack", "plan", "recipes", "doctor"),
 )
 _WIDEST = 110  # columns of a line
 

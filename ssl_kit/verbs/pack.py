@@ -198,14 +198,14 @@ def _ends(settings: Settings, source: Source, most: int) -> list[int]:
     if settings.keep:
         taken = source.lengths(slice(None)) + BLOCK // 2 + beside
     else:
-        found = [len(_made(settings, source, int(row))[0]) for row in sampled(source, _TRIED)]
+        found = [len(packed_image(settings, source, int(row))[0]) for row in sampled(source, _TRIED)]
         mean = float(np.mean([length for length in found if length] or [1]))
         taken = np.full(len(source), mean + BLOCK // 2 + beside)
     number = (np.cumsum(taken) - taken) // most
     return [*(np.flatnonzero(np.diff(number)) + 1).tolist(), len(source)]
 
 
-def _made(settings: Settings, source: Source, row: int) -> tuple[bytes, str]:
+def packed_image(settings: Settings, source: Source, row: int) -> tuple[bytes, str]:
     """The bytes of an image as it is packed, and their ending; of a bad one none, and why."""
     try:
         return _stored(settings, source, row)
@@ -316,7 +316,7 @@ class _Packing:
         """Writes a shard, then its record: which of its images are where."""
         labels = self.source.labels(slice(rows.start, rows.stop))
         packed, offsets, sizes, skipped = list[int](), list[int](), list[int](), list[list[str]]()
-        start = lambda row: pool.submit(_made, self.settings, self.source, row)
+        start = lambda row: pool.submit(packed_image, self.settings, self.source, row)
         with atomic_file(self.folder / name) as temporary, open(temporary, "wb") as file:
             for row, (data, ending) in zip(rows, in_order(start, rows, ahead), strict=True):
                 if not data:
