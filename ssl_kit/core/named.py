@@ -23,6 +23,7 @@ TABLES = (".csv", ".tsv", ".parquet")  # endings of manifests
 BASELINES = ("pixels", "pca", "random_init")  # of every score
 ASKED = (*BASELINES, "patches", "scratch")  # baselines that may be asked for
 TAR = ".tar"  # ending of shards
+ADDRESSES = ("s3://", "gs://", "https://", "http://")  # where shards are read
 ZIPPED = re.compile(r"\.(t[bgx]z2?|tzst|tar\.\w+)$", re.IGNORECASE)  # endings of tars that are compressed
 _RANGE = re.compile(r"\{(\d{1,9})\.\.(\d{1,9})\}")
 _MOST_SHARDS = 100_000
@@ -43,7 +44,10 @@ def check_data(name: str) -> None:
     if name.startswith("pipe:") or path.is_fifo():
         raise UserError(f"{name}: a pipe cannot be read at any place of it; save it as a .tar file and name that")
     if "://" in name:
-        raise UserError(f"{name}: addresses are not read yet; wanted a folder, a .csv or .parquet, or 'mnist5k'")
+        if not name.startswith(ADDRESSES):
+            raise UserError(f"{name}: wanted a folder, or shards at {', '.join(ADDRESSES)}")
+        expanded(name)
+        return
     if ZIPPED.search(path.name):
         raise UserError(f"{name} is compressed and cannot be read at any place of it; unpack it to .tar or a folder")
     if (shards := expanded(name)) != [name] and not path.exists():

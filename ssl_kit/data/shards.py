@@ -2,6 +2,7 @@
 
     shards/                    a folder of .tar, as `ssl-kit pack` or anybody else wrote them, or of .parquet
     shards/train-{000..012}.tar
+    s3://bucket/shards         or gs:// or https://, copied when needed: see remote.py
     000000.tar 000001.tar ...  samples of a WebDataset, or any tar of images; folders in it are classes
     train.parquet              a column of bytes, or of {bytes, path} as Hugging Face writes it: see rowgroups.py
 
@@ -9,7 +10,8 @@
 cache folder, under the length and time of the file.
 
 Images come in the order of their shards. Local ones are read by `pread`, any of them as quickly as its neighbour, so
-that an epoch shuffles all images among each other, as it does those of a folder.
+that an epoch shuffles all images among each other, as it does those of a folder. Of those that lie elsewhere it
+shuffles the shards, then the images within windows of a few shards.
 """
 
 from __future__ import annotations
@@ -26,29 +28,23 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ssl_kit.core.console import detail, say, spoken, warn
 from ssl_kit.core.errors import DamagedError, UserError
 from ssl_kit.core.files import MANIFEST, atomic_file
 from ssl_kit.core.named import TAR, check_data, expanded
-from ssl_kit.core.parquet import batches, contents
 from ssl_kit.core.process import cache_folder
 from ssl_kit.core.reading import Reading
 from ssl_kit.core.sealed import LARGE_JSON, read_sealed
-from ssl_kit.data import rowgroups
+from ssl_kit.data import remote, rowgroups
 from ssl_kit.data.labels import encode, folder_labels, numbered
 from ssl_kit.data.limits import BadImageError
 from ssl_kit.data.listing import MAX_FILE_BYTES, Skipped, list_images
-from ssl_kit.data.manifests import check_list
 from ssl_kit.data.sources import Blocks, Listed, Store, file_stamp
-from ssl_kit.data.tar import Members, read_at, walk
+from ssl_kit.data.tar import Members, is_size, read_at, read_index, walk, write_index
 
 INDEX = "index.parquet"
 FORMAT = "ssl_kit shards 1"  # in the manifest beside the index
-_NEEDED = ("id", "shard", "offset", "size")
-_COLUMNS = (*_NEEDED, "label", "text", "group")
 _OPEN = 256  # shards that are open at a time
 _KEPT_FROM = 64 * 2**20  # bytes of a shard whose walk is kept: of smaller ones it is over at once
 _CACHE = "shards-1"  # folder of what is kept; the number is that of its format
@@ -94,13 +90,19 @@ class Tars:
     def _opened(self, shard: int) -> BinaryIO:
         """One of the files; whoever reads from one keeps it open, even when it is no longer among those kept."""
         with self._lock:
-            file = self._open.get(shard)
-            if file is None:
-                file = self._open[shard] = open(self.files[shard], "rb", buffering=0)  # noqa: SIM115
-                if len(self._open) > _OPEN:
-                    self._open.popitem(last=False)
-            self._open.move_to_end(shard)
-            return file
+            if (file := self._open.get(shard)) is not None:
+                self._open.move_to_end(shard)
+                return file
+        file = _opened_at(self.files[shard])  # others read on while one is copied
+        with self._lock:
+            self._open[shard] = file
+            if len(self._open) > (2 * remote.HELD + 2 if self._far else _OPEN):
+                self._open.popitem(last=False)
+        return file
+
+    @property
+    def _far(self) -> bool:
+        return any(map(remote.is_far, self.files[:1]))
 
     def lengths(self, places: np.ndarray) -> np.ndarray:
         """See `Store`."""
@@ -108,7 +110,8 @@ class Tars:
 
     def stamp(self, place: int) -> str:
         """See `Store`."""
-        return f"{file_stamp(self.files[self.shard[place]])} {self.offset[place]}"
+        path = self.files[self.shard[place]]
+        return f"{remote.far(path)[2:] if self._far else file_stamp(path)} {self.offset[place]}"
 
     def at(self, places: np.ndarray) -> Tars:
         """See `Store`."""
@@ -116,8 +119,17 @@ class Tars:
 
     @property
     def blocks(self) -> Blocks | None:
-        """None: see the top of this file."""
-        return None
+        """None where they lie here: see the top of this file."""
+        return Blocks(self.shard, remote.HELD) if self._far else None
+
+
+def _opened_at(path: Path) -> BinaryIO:
+    while True:
+        try:
+            return open(remote.fetched(path), "rb", buffering=0)
+        except FileNotFoundError:  # a copy that another process has just made room with
+            if not remote.is_far(path):
+                raise
 
 
 def source(names: Sequence[str], files: Sequence[Path], reading: Reading, max_bad: float, labelled: bool) -> Listed:
@@ -131,7 +143,8 @@ def source(names: Sequence[str], files: Sequence[Path], reading: Reading, max_ba
     bad = Skipped(count + len(read.skipped), max_bad)
     for member, why in read.skipped:
         bad.add(member, why)
-    root = Path(names[0] if len(names) == 1 else os.path.commonpath([file.absolute().parent for file in files]))
+    named = len(names) == 1 and not remote.is_far(files[0])
+    root = Path(names[0] if named else os.path.commonpath([file.absolute().parent for file in files]))
     rows, grouped = np.arange(count), numbered(read.groups, name)
     return Listed(name, read.ids, labels, classes, reading, root, bad, rows, grouped=grouped, store=read.store)
 
@@ -171,6 +184,9 @@ def found(names: Sequence[str]) -> list[Path]:
 
 def _files(name: str) -> list[Path]:
     path = Path(name)
+    if "://" in name:
+        check_data(name)
+        return remote.found(name, (INDEX, MANIFEST))
     if not path.exists():
         several = expanded(name)
         if several == [name]:
@@ -188,6 +204,8 @@ def _is_shard(path: Path) -> bool:
 
 def in_folder(folder: Path) -> list[Path]:
     """The shards directly in a folder, by name; none where it holds images of its own."""
+    if remote.is_far(folder / INDEX):
+        return remote.files_in(folder)
     with os.scandir(os.fsencode(folder)) as entries:
         names = sorted(os.fsdecode(one.name) for one in entries if not one.name.startswith(b".") and one.is_file())
     tars = [folder / name for name in names if name.lower().endswith(TAR)]
@@ -262,13 +280,13 @@ def _unique(names: list[str], counts: Sequence[int], paths: Sequence[Path]) -> l
 def _walked(path: Path) -> Members:
     """What a tar without an index holds; kept for the next time where it is large and in order."""
     try:
-        status = path.stat()
-        kept = _kept_at(path, status) if status.st_size >= _KEPT_FROM else None
+        size, time = remote.far(path)[2:] if remote.is_far(path) else _size_and_time(path)
+        kept = _kept_at(path, size, time) if size >= _KEPT_FROM or remote.is_far(path) else None
         if kept is not None and kept.is_file():
             with suppress(DamagedError, UserError):
                 return read_index(kept)[path.name]
         detail(f"{path}: no index, it is walked once")
-        members = walk(path)
+        members = walk(remote.fetched(path))
     except OSError as error:
         return Members(broken=error.strerror or str(error))
     if kept is not None and not members.broken and not members.skipped:
@@ -279,72 +297,15 @@ def _walked(path: Path) -> Members:
     return members
 
 
-def _kept_at(path: Path, status: os.stat_result) -> Path | None:
+def _size_and_time(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _kept_at(path: Path, size: int, time: int) -> Path | None:
     folder = cache_folder()
-    said = f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
+    said = f"{path.resolve()}\0{size}\0{time}"
     return folder / _CACHE / f"{hashlib.sha256(os.fsencode(said)).hexdigest()}.parquet" if folder else None
-
-
-def write_index(path: Path, shards: Sequence[tuple[str, Members]]) -> None:
-    """Where the images of shards lie, as a Parquet file; equal shards give equal bytes."""
-    gathered = {
-        "id": [name for _, members in shards for name in members.names],
-        "shard": [name for name, members in shards for _ in members.names],
-        **{
-            column: [value for _, members in shards for value in getattr(members, kept)]
-            for column, kept in {"offset": "offsets", "size": "sizes", "label": "labels", "group": "groups"}.items()
-        },
-        "text": [text for _, members in shards for text in (members.texts or [None] * len(members.names))],
-    }
-    kinds = {name: pa.int64() if name in ("offset", "size") else pa.string() for name in gathered}
-    arrays = {name: pa.array(values, kinds[name]) for name, values in gathered.items()}
-    table = pa.table(
-        {name: array for name, array in arrays.items() if name in _NEEDED or array.null_count < len(array)}
-    )
-    words = [name for name in ("shard", "label", "text", "group") if name in table.column_names]
-    pq.write_table(table, path, compression="zstd", use_dictionary=words, write_statistics=False)
-
-
-def read_index(path: Path) -> dict[str, Members]:
-    """What an index says of each shard, by its name.
-
-    Raises:
-        DamagedError: it is none; UserError: it says more than its bytes can mean.
-    """
-    inside = contents(path, _COLUMNS)
-    if not set(_NEEDED) <= set(inside.names):
-        raise DamagedError(f"{path} has the columns {inside.names[:9]}; wanted {', '.join(_NEEDED)}")
-    check_list(path, inside, "id")
-    found: dict[str, Members] = {}
-    for batch in batches(path, inside):
-        columns = {name: batch[name].to_pylist() for name in batch.schema.names}
-        whole = [value for name in ("offset", "size") for value in columns[name]]
-        if not all(map(_is_size, whole)) or not all(
-            isinstance(one, str) for n in ("id", "shard") for one in columns[n]
-        ):
-            raise DamagedError(f"{path} holds an id, a shard, an offset or a size that is none")
-        nothing = [None] * len(batch)
-        for shard, name, offset, size, label, text, group in zip(
-            *(columns[name] for name in ("shard", "id", "offset", "size")),
-            *(map(_text, columns.get(name, nothing)) for name in ("label", "text", "group")),
-            strict=True,
-        ):
-            members = found.setdefault(shard, Members())
-            members.names.append(name)
-            members.offsets.append(offset)
-            members.sizes.append(size)
-            members.labels.append(label)
-            members.texts.append(text)
-            members.groups.append(group)
-    return found
-
-
-def _is_size(value: object) -> bool:
-    return isinstance(value, int) and 0 <= value < 2**62
-
-
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) else None
 
 
 def _indexes(paths: Sequence[Path]) -> dict[Path, Members]:
@@ -359,8 +320,9 @@ def _indexes(paths: Sequence[Path]) -> dict[Path, Members]:
             warn(f"{error}; its shards are walked instead")
             continue
         for path in paths:
-            if path.parent == folder and path.name in listed and path.is_file():
-                if path.stat().st_size <= lengths.get(path.name, 2**62):
+            far = remote.is_far(path)
+            if path.parent == folder and path.name in listed and (far or path.is_file()):
+                if (remote.far(path).size if far else path.stat().st_size) <= lengths.get(path.name, 2**62):
                     found[path] = listed[path.name]
                 else:
                     warn(f"{path} is another file than {INDEX} was made of; it is walked instead")
@@ -373,13 +335,14 @@ def lengths_of(folder: Path) -> dict[str, int]:
         said = read_sealed(folder / MANIFEST, LARGE_JSON)
         shards = said.get("shards") if said.get("format") == FORMAT else None
         if isinstance(shards, dict):
-            return {name: length for name, length in shards.items() if _is_size(length)}
+            return {name: length for name, length in shards.items() if is_size(length)}
     return {}
 
 
 def _say_missing(paths: Sequence[Path], indexed: dict[Path, Members]) -> None:
     """Warns of shards that the folder of an index should have, and has not."""
     for folder in dict.fromkeys(path.parent for path in indexed):
-        missing = [name for name in lengths_of(folder) if not (folder / name).is_file()]
+        there = {path.name for path in remote.files_in(folder)} if remote.is_far(folder / INDEX) else set()
+        missing = [name for name in lengths_of(folder) if name not in there and not (folder / name).is_file()]
         if missing:
             warn(f"{folder}: {len(missing):,} shards are missing, first {missing[0]}: their images are left out")

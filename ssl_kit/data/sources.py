@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
+from ssl_kit.core.errors import UserError
 from ssl_kit.core.random import permutation
 from ssl_kit.core.reading import Reading
 from ssl_kit.data.decode import decode, image_size
@@ -245,6 +246,8 @@ class Listed:
             return read_regular(self._path(self.names[place])) if self.store is None else self.store.read(place)
         except BadImageError as error:
             return error
+        except UserError:  # a shard that cannot be reached: no image is bad because of that
+            raise
         except OSError as error:
             return BadImageError(error.strerror or str(error))
         except ValueError as error:  # a name with a NUL, out of a table

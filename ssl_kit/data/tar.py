@@ -7,6 +7,8 @@ memory that a long name promises.
 
 A sample of a WebDataset is what shares a name up to its first dot: `a/7.jpg`, `a/7.cls`. Links, sparse files and all
 that is hidden (`._7.jpg` of a Mac) are no images.
+
+What is found lies in an index, a Parquet file with the columns id, shard, offset, size, and perhaps label, text, group.
 """
 
 from __future__ import annotations
@@ -14,22 +16,28 @@ from __future__ import annotations
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from ssl_kit.core.errors import DamagedError
+from ssl_kit.core.parquet import batches, contents
 from ssl_kit.core.sealed import parse_json
 from ssl_kit.data.labels import text_of
 from ssl_kit.data.listing import ARRAY, BEGINNING, EXTENSIONS, MAX_FILE_BYTES, SIGNATURES, escape
-from ssl_kit.data.manifests import LABELS
+from ssl_kit.data.manifests import LABELS, check_list
 
 BLOCK = 512  # bytes: members begin at multiples of it (POSIX.1-1988, ustar)
 _WINDOW = 8 * 2**20
 _SIDE = 2**16  # bytes of a file that says the class, and of one that gives a long name
 _LONGEST = 4_096  # bytes of a name: no path has more
 _TEXT = 100  # bytes of a `.txt` that may be a class; captions are longer
+_NEEDED = ("id", "shard", "offset", "size")  # columns of an index
+_COLUMNS = (*_NEEDED, "label", "text", "group")
 _SIDES = ("cls", "json", "txt")  # in the order in which they are believed
 
 
@@ -238,3 +246,64 @@ def _leave_out_masks(found: Members) -> None:
     found.offsets = [offset for offset, kept in zip(found.offsets, keep, strict=True) if kept]
     found.sizes = [size for size, kept in zip(found.sizes, keep, strict=True) if kept]
     found.names = [name for name, kept in zip(found.names, keep, strict=True) if kept]
+
+
+def write_index(path: Path, shards: Sequence[tuple[str, Members]]) -> None:
+    """Where the images of shards lie, as a Parquet file; equal shards give equal bytes."""
+    gathered = {
+        "id": [name for _, members in shards for name in members.names],
+        "shard": [name for name, members in shards for _ in members.names],
+        **{
+            column: [value for _, members in shards for value in getattr(members, kept)]
+            for column, kept in {"offset": "offsets", "size": "sizes", "label": "labels", "group": "groups"}.items()
+        },
+        "text": [text for _, members in shards for text in (members.texts or [None] * len(members.names))],
+    }
+    kinds = {name: pa.int64() if name in ("offset", "size") else pa.string() for name in gathered}
+    arrays = {name: pa.array(values, kinds[name]) for name, values in gathered.items()}
+    table = pa.table(
+        {name: array for name, array in arrays.items() if name in _NEEDED or array.null_count < len(array)}
+    )
+    words = [name for name in ("shard", "label", "text", "group") if name in table.column_names]
+    pq.write_table(table, path, compression="zstd", use_dictionary=words, write_statistics=False)
+
+
+def read_index(path: Path) -> dict[str, Members]:
+    """What an index says of each shard, by its name.
+
+    Raises:
+        DamagedError: it is none; UserError: it says more than its bytes can mean.
+    """
+    inside = contents(path, _COLUMNS)
+    if not set(_NEEDED) <= set(inside.names):
+        raise DamagedError(f"{path} has the columns {inside.names[:9]}; wanted {', '.join(_NEEDED)}")
+    check_list(path, inside, "id")
+    found: dict[str, Members] = {}
+    for batch in batches(path, inside):
+        columns = {name: batch[name].to_pylist() for name in batch.schema.names}
+        whole = [value for name in ("offset", "size") for value in columns[name]]
+        if not all(map(is_size, whole)) or not all(isinstance(one, str) for n in ("id", "shard") for one in columns[n]):
+            raise DamagedError(f"{path} holds an id, a shard, an offset or a size that is none")
+        nothing = [None] * len(batch)
+        for shard, name, offset, size, label, text, group in zip(
+            *(columns[name] for name in ("shard", "id", "offset", "size")),
+            *(map(_text, columns.get(name, nothing)) for name in ("label", "text", "group")),
+            strict=True,
+        ):
+            members = found.setdefault(shard, Members())
+            members.names.append(name)
+            members.offsets.append(offset)
+            members.sizes.append(size)
+            members.labels.append(label)
+            members.texts.append(text)
+            members.groups.append(group)
+    return found
+
+
+def is_size(value: object) -> bool:
+    """Whether a value of a record can be a number of bytes."""
+    return isinstance(value, int) and 0 <= value < 2**62
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None

@@ -227,7 +227,7 @@ def test_builtin_sets(tmp_path, monkeypatch):
         ("a.tar.gz", "is compressed"),
         ("a.tgz", "is compressed"),
         ("pipe:curl -s http://x/a.tar", "a pipe cannot be read"),
-        ("s3://bucket/photos", "not read yet"),
+        ("ftp://host/x.tar", "wanted a folder, or shards at s3://"),
     ],
 )
 def test_what_is_not_there_or_cannot_be_read_is_refused_by_name(tmp_path, monkeypatch, name, told):

@@ -54,7 +54,7 @@ MISTAKES = {
     "pretrain nowhere": "no such folder or file: nowhere",
     "pretrain imags": "did you mean",
     "pretrain table.txt": "table.txt is a file; wanted a folder",
-    "pretrain s3://bucket": "addresses are not read yet",
+    "pretrain ftp://host/x.tar": "wanted a folder, or shards at s3://",
     "pretrain shards-{0..9}.tar": "10 of 10 files are not there",
     "pretrain digits:half": "a built-in set has the parts train and test",
     "pretrain": "no DATA was given: name a folder",
@@ -188,7 +188,7 @@ def test_the_verbs_say_the_same(place, monkeypatch, capsys):
 SAME = (
     "pretrain nowhere",
     "pretrain table.txt",
-    "pretrain s3://bucket",
+    "pretrain ftp://host/x.tar",
     "pretrain",
     "pretrain digits --run run",
     "pretrain digits --run none --resume",
