@@ -51,7 +51,7 @@ def given_up(folder: Path | str) -> bool:
     if fcntl is None:
         return False
     try:
-        handle = os.open(Path(folder) / LOCK, os.O_RDONLY | os.O_NOFOLLOW)
+        handle = os.open(Path(folder) / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe would wait
     except FileNotFoundError:  # a copy: what is in it is not written on
         return True
     except OSError:

@@ -50,7 +50,7 @@ def check_data(name: str) -> None:
         return
     if ZIPPED.search(path.name):
         raise UserError(f"{name} is compressed and cannot be read at any place of it; unpack it to .tar or a folder")
-    if (shards := expanded(name)) != [name] and not path.exists():
+    if not path.exists() and (shards := expanded(name)) != [name]:
         missing = [one for one in shards if not Path(one).is_file()]
         if missing:
             raise UserError(f"{name}: {len(missing):,} of {len(shards):,} files are not there, first {missing[0]}")

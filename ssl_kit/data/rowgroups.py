@@ -9,7 +9,6 @@ to a gigabyte: a dictionary may hold one value that stands for any number of row
 
 from __future__ import annotations
 
-import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ import pyarrow.parquet as pq
 from ssl_kit.core.errors import DamagedError, UserError
 from ssl_kit.core.parquet import Contents, contents, is_text, schema
 from ssl_kit.core.parquet import opened as opened_file
+from ssl_kit.core.sealed import parse_json
 from ssl_kit.data.labels import text_of
 from ssl_kit.data.limits import BadImageError
 from ssl_kit.data.listing import ARRAY, BEGINNING, SIGNATURES, escape
@@ -100,7 +100,7 @@ def opened(paths: Sequence[Path]) -> Read:
             Parquet file.
     """
     each = [_said(path) for path in paths]
-    names = [name or "" for said in each for name in said.names]
+    names = [name or "" for said in each for name in _numbered(said.names)]
     if not all(names):
         ids = [[f"{row:0{len(str(len(said.labels)))}d}" for row in range(len(said.labels))] for said in each]
         names = [name for one in ids for name in one]
@@ -122,6 +122,13 @@ def opened(paths: Sequence[Path]) -> Read:
     return Read(names, labels, None if all(group is None for group in groups) else groups, counts, store)
 
 
+def _numbered(names: list[str | None]) -> list[str | None]:
+    """Names of rows; behind their numbers where one comes again, as `image.png` of every row does."""
+    if None in names or len(set(names)) == len(names):
+        return names
+    return [f"{row:0{len(str(len(names)))}d}/{name}" for row, name in enumerate(names)]
+
+
 class _Said(NamedTuple):
     """What a file says: names, labels and groups of its rows; rows and bytes of its groups; its largest page."""
 
@@ -138,13 +145,14 @@ def _said(path: Path) -> _Said:
     column = image_column(path)
     if column is None:
         raise UserError(f"{path} has no column of images; wanted one of bytes, or of {{bytes, path}}")
-    columns, top = schema(path), column.removesuffix(".bytes") if "." in column else column
+    columns = schema(path)
+    top = column if column in columns.names else column.removesuffix(".bytes")
     plain = {name.strip().lower(): name for name in columns.names if name != top}
     label, group = (next((plain[name] for name in usual if name in plain), None) for usual in (_CLASSES, GROUPS))
-    if label is not None and pa.types.is_nested(columns.field(label).type):
-        label = None
-    nested = pa.types.is_struct(columns.field(top).type)
-    named = f"{top}.path" if nested and columns.field(top).type.get_field_index("path") >= 0 else None
+    label, group = (name if name is not None and _says(path, columns, name) else None for name in (label, group))
+    type_ = columns.field(top).type
+    beside = type_.field("path").type if pa.types.is_struct(type_) and type_.get_field_index("path") >= 0 else None
+    named = f"{top}.path" if beside is not None and is_text(beside) else None
     inside = contents(path, [name for name in (column, named, label, group) if name])
     check_list(path, inside, column)
     page = inside.columns[column].largest
@@ -161,6 +169,12 @@ def _said(path: Path) -> _Said:
     labels = [_named(one, classes) for one in words[label]]
     names = [None if name is None else escape(name.encode("utf-8", "surrogateescape")) for name in words[named]]
     return _Said(column, names, labels, words[group], rows, sizes, page)
+
+
+def _says(path: Path, columns: pa.Schema, name: str) -> bool:
+    """Whether a column says something of each image: no list, and no image itself, such as a mask."""
+    type_ = columns.field(name).type
+    return not pa.types.is_nested(type_) and not (_is_bytes(type_) and _begins(path, name))
 
 
 def _words(path: Path, inside: Contents, name: str) -> list[str | None]:
@@ -190,12 +204,12 @@ def _words(path: Path, inside: Contents, name: str) -> list[str | None]:
 def _class_names(columns: pa.Schema, label: str) -> list[str]:
     """The names of classes that Hugging Face keeps beside the columns (`ClassLabel`)."""
     with suppress(ValueError, KeyError, TypeError, AttributeError):
-        told = json.loads((columns.metadata or {})[b"huggingface"])["info"]["features"][label]
+        told = parse_json((columns.metadata or {})[b"huggingface"], Path("huggingface"))["info"]["features"][label]
         names = told.get("names", [])
         if isinstance(names, dict):
             names = list(names.values())
         if all(isinstance(name, str) for name in names):
-            return list(names)
+            return [name.encode("utf-8", "replace").decode() for name in names]  # JSON may escape half a character
     return []
 
 

@@ -39,15 +39,16 @@ from ssl_kit.core.sealed import LARGE_JSON, read_sealed
 from ssl_kit.data import remote, rowgroups
 from ssl_kit.data.labels import encode, folder_labels, numbered
 from ssl_kit.data.limits import BadImageError
-from ssl_kit.data.listing import MAX_FILE_BYTES, Skipped, list_images
+from ssl_kit.data.listing import MAX_FILE_BYTES, Skipped, escape_path, list_images
 from ssl_kit.data.sources import Blocks, Listed, Store, file_stamp
 from ssl_kit.data.tar import Members, is_size, read_at, read_index, walk, write_index
 
 INDEX = "index.parquet"
 FORMAT = "ssl_kit shards 1"  # in the manifest beside the index
+_ONE = "shard"  # what the shard is called in what is kept of it
 _OPEN = 256  # shards that are open at a time
 _KEPT_FROM = 64 * 2**20  # bytes of a shard whose walk is kept: of smaller ones it is over at once
-_CACHE = "shards-1"  # folder of what is kept; the number is that of its format
+_CACHE = "shards-2"  # folder of what is kept; the number is that of its format
 
 
 class Opened(NamedTuple):
@@ -212,7 +213,12 @@ def in_folder(folder: Path) -> list[Path]:
     if INDEX in names and tars:
         return tars
     tables = [] if tars else [folder / name for name in names if name.lower().endswith(".parquet")]
-    found = tars or ([path for path in tables[:1] if _is_shard(path)] and [path for path in tables if _is_shard(path)])
+    try:
+        found = tars or [path for path in tables if _is_shard(tables[0]) and _is_shard(path)]
+    except DamagedError:
+        if not list_images(folder).ids:
+            raise
+        found = []  # something else beside images
     if found and list_images(folder).ids:
         say(f"{folder}: {len(found):,} {found[0].suffix} files beside the images are not read; name them to read them")
         return []
@@ -272,7 +278,7 @@ def _unique(names: list[str], counts: Sequence[int], paths: Sequence[Path]) -> l
     twice = Counter(names).most_common(1)[0][0]
     say(f"{twice!r} lies in several shards: ids begin with the names of the shards")
     common = Path(os.path.commonpath([path.resolve().parent for path in paths]))
-    before = [path.resolve().relative_to(common).with_suffix("").as_posix() for path in paths]
+    before = [escape_path(path.resolve().relative_to(common).with_suffix("").as_posix()) for path in paths]
     of = np.repeat(np.arange(len(paths)), counts).tolist()
     return [f"{before[shard]}/{name}" for shard, name in zip(of, names, strict=True)]
 
@@ -284,7 +290,7 @@ def _walked(path: Path) -> Members:
         kept = _kept_at(path, size, time) if size >= _KEPT_FROM or remote.is_far(path) else None
         if kept is not None and kept.is_file():
             with suppress(DamagedError, UserError):
-                return read_index(kept)[path.name]
+                return read_index(kept).get(_ONE, Members())
         detail(f"{path}: no index, it is walked once")
         members = walk(remote.fetched(path))
     except OSError as error:
@@ -293,7 +299,7 @@ def _walked(path: Path) -> Members:
         with suppress(OSError, UserError):
             kept.parent.mkdir(mode=0o700, exist_ok=True)
             with atomic_file(kept) as temporary:
-                write_index(temporary, [(path.name, members)])
+                write_index(temporary, [(_ONE, members)])
     return members
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import tarfile
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ssl_kit.core.errors import DamagedError
-from ssl_kit.core.parquet import batches, contents
+from ssl_kit.core.parquet import batches, contents, is_text, types
 from ssl_kit.core.sealed import parse_json
 from ssl_kit.data.labels import text_of
 from ssl_kit.data.listing import ARRAY, BEGINNING, EXTENSIONS, MAX_FILE_BYTES, SIGNATURES, escape
@@ -33,6 +34,7 @@ from ssl_kit.data.manifests import LABELS, check_list
 
 BLOCK = 512  # bytes: members begin at multiples of it (POSIX.1-1988, ustar)
 _WINDOW = 8 * 2**20
+_EXTENDED, _MORE = 482, 504  # bytes that say whether the map of a sparse file goes on, in its header and after it
 _SIDE = 2**16  # bytes of a file that says the class, and of one that gives a long name
 _LONGEST = 4_096  # bytes of a name: no path has more
 _TEXT = 100  # bytes of a `.txt` that may be a class; captions are longer
@@ -93,10 +95,20 @@ class _Window:
 
 def read_at(handle: int, offset: int, length: int) -> bytes:
     """So many bytes of an open file, fewer only where it ends; threads may share the handle."""
-    data = os.pread(handle, length, offset)
-    while 0 < len(data) < length and (more := os.pread(handle, length - len(data), offset + len(data))):
+    data = _pread(handle, length, offset)
+    while 0 < len(data) < length and (more := _pread(handle, length - len(data), offset + len(data))):
         data += more
     return data
+
+
+def _seek_and_read(handle: int, length: int, offset: int) -> bytes:
+    with _SEEKING:
+        os.lseek(handle, offset, os.SEEK_SET)
+        return os.read(handle, length)
+
+
+_SEEKING = threading.Lock()
+_pread = getattr(os, "pread", _seek_and_read)  # Windows has none
 
 
 def walk(path: Path) -> Members:
@@ -106,17 +118,14 @@ def walk(path: Path) -> Members:
         OSError: it cannot be opened.
     """
     found, sides = Members(), dict[bytes, dict[str, str]]()
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        window = _Window(handle)
+    with open(path, "rb", buffering=0) as file:
+        window = _Window(file.fileno())
         seen = set[bytes]()
         try:
             for member in _members(window):
                 _take(member, window, found, sides, seen)
         except _Broken as error:
             found.broken = str(error)
-    finally:
-        os.close(handle)
     _leave_out_masks(found)
     for name in found.names:
         said = sides.get(_stem(name), sides.get(_sample(name), {}))
@@ -177,6 +186,8 @@ def _members(window: _Window) -> Iterator[Member]:
             what = "no tar file" if position == 0 else "damaged" if len(block) == BLOCK else "cut off"
             raise _Broken(f"{what} at byte {position:,}") from error
         first = position + BLOCK
+        if head.type == tarfile.GNUTYPE_SPARSE:
+            first += BLOCK * _further(window, block[_EXTENDED], first)
         if size < 0:
             raise _Broken(f"a member of {size:,} bytes at byte {position:,}")
         takes = size if head.isreg() or head.type not in tarfile.SUPPORTED_TYPES or head.type in b"LKxgX" else 0
@@ -196,6 +207,15 @@ def _members(window: _Window) -> Iterator[Member]:
             raise _Broken(f"it ends inside the member at byte {first - BLOCK:,}")
 
 
+def _further(window: _Window, more: int, position: int) -> int:
+    """Blocks of the map of a sparse file of GNU tar, that follow its header."""
+    count = 0
+    while more:
+        block = window.at(position + count * BLOCK, BLOCK)
+        count, more = count + 1, block[_MORE] if len(block) == BLOCK else 0
+    return count
+
+
 def _records(data: bytes) -> dict[str, bytes]:
     """Of a PAX header: "LENGTH KEY=VALUE\\n", the length counting itself (POSIX.1-2001)."""
     found = dict[str, bytes]()
@@ -203,7 +223,7 @@ def _records(data: bytes) -> dict[str, bytes]:
         digits = data.split(b" ", 1)[0]
         length = int(digits) if digits.isdigit() and len(digits) < 9 else 0
         key, equals, value = data[len(digits) + 1 : length - 1].partition(b"=")
-        if not equals or length > len(data):
+        if not equals or not 0 < length <= len(data):  # one of length 0 would come again for ever
             raise _Broken("a header of names that makes no sense")
         found[key.decode("utf-8", "replace")] = value
         data = data[length:]
@@ -231,7 +251,8 @@ def _said(kind: str, data: bytes) -> str | None:
         return None
     plain = {str(key).strip().lower(): value for key, value in told.items()} if isinstance(told, dict) else {}
     value = next((plain[name] for name in LABELS if name in plain), None)
-    return text_of(value) if isinstance(value, str | int | float) else None
+    text = text_of(value) if isinstance(value, str | int | float) else None
+    return None if text is None else text.encode("utf-8", "replace").decode()  # JSON may escape half a character
 
 
 def _leave_out_masks(found: Members) -> None:
@@ -278,6 +299,9 @@ def read_index(path: Path) -> dict[str, Members]:
     if not set(_NEEDED) <= set(inside.names):
         raise DamagedError(f"{path} has the columns {inside.names[:9]}; wanted {', '.join(_NEEDED)}")
     check_list(path, inside, "id")
+    for name, type_ in types(path, inside).items():  # a list of a few bytes stands for as many values as it likes
+        if not (pa.types.is_integer(type_) if name in ("offset", "size") else is_text(type_)):
+            raise DamagedError(f"{path}: the column {name!r} holds {str(type_)[:60]!r}; wanted what `pack` writes")
     found: dict[str, Members] = {}
     for batch in batches(path, inside):
         columns = {name: batch[name].to_pylist() for name in batch.schema.names}

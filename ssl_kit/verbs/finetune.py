@@ -223,11 +223,11 @@ def from_scratch(encoder: Path, train: Source, folder: Path, seed: int) -> Encod
     settings = Settings(str(encoder), train.name, epochs=epochs, batch_size=batch_size, seed=seed)
     say(f"scratch: the same network is trained on the labels, {settings.epochs:,} epochs of {len(fitted):,} images")
     network, place = loaded.fresh(seed), folder / "finetuning" / "scratch"
-    with Signals() as signals:
+    with lock(folder), record_in(folder), Signals() as signals:
         parts = train.subset(fitted), train.subset(held)
         _train(network, parts, len(train.classes), place, "scratch", settings, signals)
-    network.set_code(0)
-    network.save(made, of)
+        network.set_code(0)
+        network.save(made, of)
     return network
 
 
@@ -350,7 +350,8 @@ def _train(
     found = newest(folder) if settings.resume else None
     trainer.fit(learner, datamodule=data, ckpt_path=str(found) if found is not None else None)
     if checkpoints.stopped is not None:
-        result(f"stopped at step {trainer.global_step:,} of {name}; go on with --resume")
+        further = "go on with --resume" if name != "scratch" else "the same command trains it anew"
+        result(f"stopped at step {trainer.global_step:,} of {name}; {further}")
         raise SystemExit(128 + checkpoints.stopped)
     guard.look(trainer.global_step)
     best.restore(network)

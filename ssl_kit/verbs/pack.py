@@ -42,13 +42,14 @@ from ssl_kit.core.settings import verb
 from ssl_kit.data.limits import BadImageError
 from ssl_kit.data.listing import EXTENSIONS, escape_path, write_skipped
 from ssl_kit.data.opening import open_source, places
-from ssl_kit.data.shards import FORMAT, INDEX, write_index
+from ssl_kit.data.shards import FORMAT, INDEX, lengths_of, write_index
 from ssl_kit.data.sources import Source, pixels, sampled, size_of
 from ssl_kit.data.tar import BLOCK, Members
 
 SKIPPED = "skipped.csv"
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _TRIED = 64  # images that are packed to tell how large all are
+_JPEG_SIDE = 65_500  # pixels, as libjpeg has it
 _LISTED = 2**16  # ids that are hashed at a time
 
 
@@ -120,7 +121,7 @@ def pack(settings: Settings) -> Entries:
     began = time.perf_counter()
     with lock(folder), if_interrupted(lambda: "finished shards are kept; the same command goes on"):
         packing = _Packing(settings, source, folder, _planned(settings, source, folder, most))
-        made = packing.run() if not (folder / MANIFEST).is_file() else 0
+        made = packing.run() if not packing.is_complete() else 0
         packing.tidy()
     return _told(settings, folder, made, time.perf_counter() - began)
 
@@ -235,6 +236,10 @@ def _stored(settings: Settings, source: Source, row: int) -> tuple[bytes, str]:
     if image.dtype != np.uint8 or image.shape[2] not in (1, 3):
         what = f"{8 * image.itemsize} bits and {image.shape[2]} channels"
         raise UserError(f"{name!r} has {what}, which no JPEG holds: give --raw, or --keep")
+    if max(image.shape[:2]) > _JPEG_SIDE:
+        raise BadImageError(
+            f"{max(image.shape[:2]):,} pixels wide or high; no JPEG has more than {_JPEG_SIDE:,}: give --raw"
+        )
     colours = "RGB" if image.shape[2] == 3 else "GRAY"
     return simplejpeg.encode_jpeg(image, quality=settings.quality, colorspace=colours, colorsubsampling="420"), ".jpg"
 
@@ -282,6 +287,11 @@ class _Packing:
         self.ends: list[int] = plan["ends"]
         self.sha256 = fingerprint(plan)
         self.names = [f"{number:06d}.tar" for number in range(len(self.ends))]
+
+    def is_complete(self) -> bool:
+        """Whether the manifest is there, and every shard that it lists."""
+        shards, there = lengths_of(self.folder), {one.name: one.stat().st_size for one in self.folder.glob("*.tar")}
+        return bool(shards) and all(there.get(name) == length for name, length in shards.items())
 
     def run(self) -> int:
         """Makes what is missing, then the index and the manifest; returns how many images were packed."""

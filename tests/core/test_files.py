@@ -30,7 +30,7 @@ from ssl_kit.core.files import (
     write_json,
     write_sealed,
 )
-from ssl_kit.core.locking import lock
+from ssl_kit.core.locking import given_up, lock
 
 
 def child(work):
@@ -200,6 +200,7 @@ def test_a_lock_that_is_no_file_is_told_in_one_line(tmp_path, kind):
     with pytest.raises(UserError, match=r"\.lock cannot be opened"), lock(tmp_path / "run"):
         pass
     assert os.path.lexists(path) and not (tmp_path / "x").exists()
+    assert given_up(tmp_path / "run") == (kind != "link")  # a pipe is not waited for
 
 
 def test_what_is_in_a_lock_file_of_somebody_else_stays(tmp_path):

@@ -19,6 +19,7 @@ from stripes import make, pattern, png
 
 from ssl_kit.core.errors import UserError
 from ssl_kit.data import rowgroups, shards, sources
+from ssl_kit.data import tar as walking
 from ssl_kit.data.fingerprint import fingerprint
 from ssl_kit.data.limits import BadImageError
 from ssl_kit.data.loader import ViewLoader
@@ -176,6 +177,7 @@ HOSTILE = {  # members behind two good ones -> what is said, in a warning or as 
     "long name of a gigabyte": (head("x", 2**30, tarfile.GNUTYPE_LONGNAME).tobuf(), "a name of 1,073,741,824 bytes"),
     "pax of a gigabyte": (head("x", 2**30, tarfile.XHDTYPE).tobuf(), "a name of 1,073,741,824 bytes"),
     "pax without sense": (head("x", 9, tarfile.XHDTYPE).tobuf() + b"99999 a=b".ljust(512, b"\0"), "makes no sense"),
+    "pax whose length is 0": (head("x", 6, tarfile.XHDTYPE).tobuf() + b"0 b=c\n".ljust(512, b"\0"), "makes no sense"),
     "pax of a negative size": (
         head("x", 12, tarfile.XHDTYPE).tobuf() + b"12 size=-99\n".ljust(512, b"\0") + tarfile.TarInfo("3.png").tobuf(),
         "a member of -99 bytes",
@@ -263,8 +265,10 @@ def test_an_index_is_believed_only_as_far_as_it_can_be_true(forms, tmp_path, cap
     assert len(source) == 199 and all(isinstance(one, BadImageError) for one in source.read([0, 1, 2]))
     assert isinstance(source.read([3])[0], bytes)
     columns["offset"][0] = -1
-    pq.write_table(pa.table(columns), index)
-    assert len(open_source(tmp_path / "packed", in_memory=False)) == 200  # from the tars
+    lists = columns | {"offset": [0] * 200, "text": [[7] * 9] * 200}  # few bytes may stand for any number of values
+    for made in (columns, lists):
+        pq.write_table(pa.table(made), index)
+        assert len(open_source(tmp_path / "packed", in_memory=False)) == 200  # from the tars
     pq.write_table(table, index)
     tar(tmp_path / "packed" / "000000.tar", [(f"{row}.png", png(row) + bytes(2**14)) for row in range(9)])
     other = open_source(tmp_path / "packed", in_memory=False)
@@ -288,6 +292,15 @@ def test_the_walk_of_a_large_shard_is_kept(forms, tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert open_source(path).ids() == ["1.png", "2.png"]  # another file
+    monkeypatch.setattr(shards, "_KEPT_FROM", 0)
+    odd = tmp_path / os.fsdecode(b"\xff.tar")
+    tar(odd, [*GOOD, ("1.json", b'{"label": "\\ud800"}')])  # half a character
+    assert [open_source(odd).classes for _ in range(2)] == [("?",)] * 2
+    for _ in range(2):
+        with pytest.raises(UserError, match="0 image"):
+            open_source(
+                tar(tmp_path / "none.tar", []) if not (tmp_path / "none.tar").exists() else tmp_path / "none.tar"
+            )
 
 
 def test_an_epoch_of_blocks_shows_every_image_once_and_holds_few_blocks_at_a_time():
@@ -341,6 +354,45 @@ def test_columns_of_bytes_and_rows_without_names(tmp_path):
     make(tmp_path / "list", ["1.png", "2.png"])
     pq.write_table(paths, tmp_path / "list" / "list.parquet")
     assert open_source(tmp_path / "list" / "list.parquet").ids() == ["1.png", "2.png"]
+
+
+def test_odd_shards_are_read_all_the_same(tmp_path):
+    images = [png(1), png(2)]
+    write = lambda name, **columns: pq.write_table(pa.table(columns), tmp_path / name) or tmp_path / name
+    flat = write(
+        "flat.parquet", **{"image.bytes": images, "image.path": ["a", "b"], "label": images, "group": [[1], [2]]}
+    )
+    assert open_source(flat).ids() == ["0", "1"] and not open_source(flat).classes  # masks are no classes
+    same = write("same.parquet", image=[{"bytes": one, "path": "image.png"} for one in images])
+    assert open_source(same).ids() == ["0/image.png", "1/image.png"]
+    parts = write("parts.parquet", image=[{"bytes": one, "path": [1, 2]} for one in images])
+    assert open_source(parts).ids() == ["0", "1"]
+    told = pa.table({"image": images, "label": [0, 1]}).replace_schema_metadata({"huggingface": "[" * 100_000})
+    pq.write_table(told, tmp_path / "told.parquet")
+    assert open_source(tmp_path / "told.parquet").classes == ("0", "1")
+    for name in (b"\xff.tar", b"b.tar"):
+        tar(tmp_path / "odd" / os.fsdecode(name), GOOD)
+    assert open_source(tmp_path / "odd").ids() == ["b/1.png", "b/2.png", "%FF/1.png", "%FF/2.png"]
+    beside = tmp_path / "beside{2..1}"
+    make(beside, ["1.png", "2.png"])
+    (beside / "features.parquet").write_bytes(b"no table")
+    assert open_source(beside).ids() == ["1.png", "2.png"]
+
+
+def test_what_follows_a_sparse_file_is_read(tmp_path):
+    sparse = head("disk", 512, tarfile.GNUTYPE_SPARSE).tobuf()
+    data = broken(sparse, 482, b"\x01") + bytes(512) + b"x" * 512  # its map goes on for a block, then 512 bytes of it
+    path = tar(tmp_path / "x.tar", GOOD, end=False)
+    path.write_bytes(
+        path.read_bytes() + data + head("3.png", len(png(3))).tobuf() + png(3).ljust(512, b"\0") + bytes(1024)
+    )
+    assert open_source(path).ids() == ["1.png", "2.png", "3.png"]
+
+
+def test_shards_are_read_where_there_is_no_pread(forms, monkeypatch):
+    wanted = open_source(forms / "foreign.tar", in_memory=False).read([7, 3])
+    monkeypatch.setattr(walking, "_pread", walking._seek_and_read)  # as on Windows
+    assert open_source(forms / "foreign.tar", in_memory=False).read([7, 3]) == wanted
 
 
 def test_hostile_parquet_files_take_no_memory(tmp_path, monkeypatch):

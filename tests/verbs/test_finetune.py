@@ -85,6 +85,9 @@ def test_the_network_trained_on_the_labels_stands_beside_a_run_and_is_made_once(
     assert "the same network trained on the labels" in (tmp_path / "run" / "report.html").read_text()
     run.evaluate(str(coloured), **given)
     assert "is trained on the labels" not in capsys.readouterr().out
+    with lock(tmp_path / "run"), pytest.raises(UserError, match="in use"):  # before it is trained
+        run.evaluate(str(coloured), seed=1, **given)
+    assert "best of" not in capsys.readouterr().out
     with pytest.raises(UserError, match="is of no run"):
         ssl_kit.evaluate(str(shutil.copytree(tmp_path / "run" / "encoder", tmp_path / "alone")), str(coloured), **given)
 

@@ -166,3 +166,14 @@ def test_training_is_the_same_to_the_bit(photos, tmp_path):
         with open(run / "metrics.csv", encoding="utf-8") as file:
             losses.append([row["loss"] for row in csv.DictReader(file) if row.get("loss")])
     assert losses[0] and losses[0] == losses[1]
+
+
+def test_a_shard_that_is_gone_is_made_again_and_what_no_jpeg_holds_is_left_out(photos, tmp_path):
+    out = tmp_path / "out"
+    pack(str(photos), str(out))
+    before = contents(out)
+    (out / "000000.tar").unlink()
+    assert pack(str(photos), str(out))["packed"] and contents(out) == before
+    Image.fromarray(np.zeros((1, 65_501, 3), np.uint8)).save(photos / "wide.png")
+    assert pack(str(photos), str(tmp_path / "wide"), max_bad=0.5)["skipped"] == 2  # and the broken one
+    assert 'wide.png,"65,501 pixels' in (tmp_path / "wide" / "skipped.csv").read_text()
