@@ -8,13 +8,13 @@ from ssl_kit.core.options import dashed
 # Options that mean the same in every verb -> least and largest value; (: and ): the bound itself is too much
 _RANGES = {
     **dict.fromkeys(("batch_size", "contrastive_batch", "threads", "channels", "image_size", "patience"), "[1, inf)"),
-    **dict.fromkeys(("count", "views_per_image", "layers"), "[1, inf)"),
+    **dict.fromkeys(("count", "views_per_image", "layers", "unfamiliar"), "[1, inf)"),
     **dict.fromkeys(("epochs", "minutes", "lr"), "(0, inf)"),
     **dict.fromkeys(("evaluate_every", "checkpoint_minutes", "weight_decay", "warmup_epochs"), "[0, inf)"),
     **dict.fromkeys(("mixup", "cutmix", "lora", "epoch", "outliers", "freeze"), "[0, inf)"),
     **dict.fromkeys(("fraction", "layer_decay", "recall"), "(0, 1]"),
     "limit": "[2, inf)",
-    "ema": "(0, 1)",
+    **dict.fromkeys(("ema", "level"), "(0, 1)"),
     "smoothing": "[0, 1)",
     "max_bad": "[0, 1]",
     "threshold": "[-1, 1]",

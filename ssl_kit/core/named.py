@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from ssl_kit.core.errors import DamagedError, UserError
@@ -214,7 +215,12 @@ def default_run(data: str) -> Path:
 def job() -> dict[str, object] | None:
     """What tells this job of torchrun from others: its id, which may be "none", and the agent that started us."""
     name = os.environ.get("TORCHELASTIC_RUN_ID")
-    return None if name is None else {"id": name, "agent": os.getppid()}
+    if name is None:
+        return None
+    agent, since = os.getppid(), ""
+    with suppress(OSError):  # in a container each agent may have the same number
+        since = Path(f"/proc/{agent}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
+    return {"id": name, "agent": f"{agent} {since}"}
 
 
 def restarted(folder: Path) -> bool:

@@ -261,6 +261,8 @@ def joined() -> Iterator[None]:
         store: dist.Store = dist.FileStore(meeting, count)
     else:
         store, number, count = next(rendezvous("env://", timeout=PATIENCE))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun's store still holds where those of a former try were
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     words = store.clone()
     # on a machine with GPUs each kind of tensor has its own carrier
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

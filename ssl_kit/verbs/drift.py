@@ -67,8 +67,6 @@ def drift(settings: Settings) -> Entries:
     """
     for name in filter(None, (settings.csv, settings.html)):
         check_output(name)
-    if not 0 < settings.level < 1:
-        raise UserError(f"--level {settings.level:g}: wanted a number between 0 and 1, such as 0.01")
     old, new = Embeddings.load(settings.old), Embeddings.load(settings.new)
     check_comparable(old, new, settings.old, settings.new)
     for part, name in ((old, settings.old), (new, settings.new)):

@@ -160,10 +160,12 @@ def evaluate(settings: Settings) -> Entries:
     return {"runs": records, "spread": rows, "seconds": round(time.perf_counter() - started, 3)}
 
 
-def _next(asked: _Asked, folder: Path, labelled: str) -> str:
+def _next(asked: _Asked, folder: Path, labelled: Any) -> str:
     """What the report names for a run; for any other encoder, its embeddings of these images, to search in."""
     if asked.module is None and (folder / RUN).is_file():
         return next_step(run := read_run(folder), verdict(run)).command
+    if not isinstance(labelled, str):  # what a program holds no command can name
+        return shlex.join(["ssl-kit", "report", str(folder)])
     return shlex.join(["ssl-kit", "embed", asked.name, labelled, "--out", str(folder / "embeddings")])
 
 

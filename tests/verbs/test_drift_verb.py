@@ -59,3 +59,5 @@ def test_what_cannot_be_compared_is_named(folders):
         drift(old, str(folders / "by another"))
     with pytest.raises(UserError, match="--level 2"):
         drift(old, str(folders / "same"), level=2)
+    with pytest.raises(UserError, match="--unfamiliar -1"):
+        drift(old, str(folders / "same"), unfamiliar=-1)
