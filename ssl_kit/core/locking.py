@@ -70,6 +70,7 @@ def _held(path: Path, wait: bool) -> int:
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
             if not stat.S_ISREG(os.fstat(handle).st_mode):
+                os.close(handle)
                 raise OSError(errno.EINVAL, "no regular file")
         except OSError as error:
             raise UserError(
