@@ -21,7 +21,7 @@ from ssl_kit.data import ranges
 from ssl_kit.data.decode import of_pillow
 from ssl_kit.data.labels import encode
 from ssl_kit.data.limits import BadImageError, short
-from ssl_kit.data.listing import Skipped, escape_path
+from ssl_kit.data.listing import Ids, Skipped, escape_path
 from ssl_kit.data.samples import Samples, of_array, pixels_of
 from ssl_kit.data.sources import Listed
 
@@ -72,7 +72,7 @@ def of_arrays(images: np.ndarray, names: Labels | None, reading: Reading, name: 
         odd = images.shape[3] not in (1, 3, 4, reading.channels)
         wanted = f"; wanted (N, H, W, C), or (N, C, H, W) of {reading.channels} channels" if odd else ""
         raise UserError(f"{name} of shape {given}: {error}{wanted}") from error
-    return Listed(name, ids, labels, classes, reading, None, Skipped(len(ids), 0.0), np.arange(len(ids)), images)
+    return Listed(name, Ids(ids), labels, classes, reading, None, Skipped(len(ids), 0.0), np.arange(len(ids)), images)
 
 
 def channels_last(images: np.ndarray, channels: int, torch: bool = False) -> np.ndarray:
@@ -115,7 +115,7 @@ def joined(sources: Sequence[Listed], max_bad: float) -> Listed:
     name = " ".join(source.name for source in sources)
     bad, rows = Skipped(len(ids), max_bad), np.arange(len(ids))
     groups = _groups_of_all(sources)
-    return Listed(name, ids, labels, classes, sources[0].reading, root, bad, rows, None, folders, groups)
+    return Listed(name, Ids(ids), labels, classes, sources[0].reading, root, bad, rows, None, folders, groups)
 
 
 def _groups_of_all(sources: Sequence[Listed]) -> np.ndarray | None:
@@ -257,7 +257,9 @@ def _of_files(paths: list[Path], labels: Labels | None, reading: Reading, max_ba
     if len(set(ids)) < len(ids):
         raise UserError(f"{Counter(ids).most_common(1)[0][0]!r} is listed more than once; wanted each file once")
     targets, classes = encode([None] * len(ids) if labels is None else list(labels), "files")
-    return Listed("files", ids, targets, classes, reading, Path.cwd(), Skipped(len(ids), max_bad), np.arange(len(ids)))
+    return Listed(
+        "files", Ids(ids), targets, classes, reading, Path.cwd(), Skipped(len(ids), max_bad), np.arange(len(ids))
+    )
 
 
 class _Items(Sequence[np.ndarray]):
@@ -329,7 +331,9 @@ def _of_items(items: Items, labels: Labels | None, reading: Reading, measure: bo
         images = np.stack(images)
     targets, classes = encode(list(labels) if labels is not None else _named(items, lazy.picked, found), name)
     count = np.arange(len(items))
-    return Listed(name, numbers(len(items)), targets, classes, reading, None, Skipped(len(items), 0.0), count, images)
+    return Listed(
+        name, Ids(numbers(len(items))), targets, classes, reading, None, Skipped(len(items), 0.0), count, images
+    )
 
 
 def _picked(items: Items) -> tuple[str, str | None] | None:

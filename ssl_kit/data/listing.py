@@ -13,9 +13,14 @@ import re
 import stat
 import threading
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from ssl_kit.core.console import say, warn
 from ssl_kit.core.errors import UserError
@@ -39,16 +44,51 @@ SIGNATURES = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|\0\0\0\x0cjP  |....ftypavi[fs]", re.DOTALL
 )
 BEGINNING = 128  # bytes
+_PART, _FEW = 2**16, 16  # ids that are Python's at a time; that are made so one by one
 _ESCAPE = re.compile(r"%(?=[0-9A-Fa-f]{2})")
 _ESCAPED = re.compile(rb"%([0-9A-Fa-f]{2})")
 MAX_FILE_BYTES = 2 * 2**30  # more than the largest image that is decoded takes uncompressed
+
+
+class Ids(Sequence[str]):
+    """Ids of images as an Arrow array: 8 bytes and the letters of each, where a `str` of Python takes 50 more.
+
+    Attributes:
+        array: (N,) of `pa.large_string`, whose letters may take more than 2 GiB.
+    """
+
+    def __init__(self, ids: Iterable[str] | pa.Array = ()):
+        self.array = ids if isinstance(ids, pa.Array) else pa.array(ids, pa.large_string())
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, row: int) -> str:  # type: ignore[override]
+        return str(self.array[row].as_py())
+
+    def __iter__(self) -> Iterator[str]:
+        for start in range(0, len(self), _PART):
+            yield from self.array.slice(start, _PART).to_pylist()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(str.__eq__, self, other))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def at(self, rows: np.ndarray) -> Ids:
+        """Those of the images at `rows` (R,) int64."""
+        return Ids(self.array.take(pa.array(rows)))
+
+    def texts(self, rows: np.ndarray) -> list[str]:
+        """Those of the images at `rows` (R,) int64 as Python's; for a few, Arrow's own call costs more than they do."""
+        return [self[row] for row in rows.tolist()] if len(rows) < _FEW else self.at(rows).array.to_pylist()
 
 
 @dataclass
 class Listing:
     """What was found under a folder: sorted ids of images, and what else was seen, for messages."""
 
-    ids: list[str] = field(default_factory=list)
+    ids: Ids = field(default_factory=Ids)
     others: Counter[str] = field(default_factory=Counter)  # extension -> number of files that are no images
     links: int = 0  # further names of files or folders that are listed already
     unreadable: list[str] = field(default_factory=list)  # folders that could not be listed
@@ -72,7 +112,10 @@ class _Walk:
     def __init__(self, root: bytes) -> None:
         self.root = root
         self.listing = Listing()
-        self.files: list[tuple[bool, str, tuple[int, int]]] = []  # came by a link?, id, (device, inode)
+        self.ids: list[pa.Array] = []  # of the images of each folder, (n,)
+        self.known: list[np.ndarray] = []  # which file each of them is: (n, 2) uint64 number and device
+        self.by_link: list[np.ndarray] = []  # (n,) bool
+        self.images: set[bytes] = set()  # endings of images that were met, as they are spelled
         self.folders: set[tuple[int, int]] = set()
         self.linked: list[bytes] = []  # links to folders, relative to root
 
@@ -83,14 +126,16 @@ class _Walk:
             self.tree(self.linked.pop(), by_link=True)
 
     def result(self) -> Listing:
-        listing, seen = self.listing, set()
-        for _, name, identity in sorted(self.files):
-            if identity in seen:
-                listing.links += 1
-            else:
-                seen.add(identity)
-                listing.ids.append(name)
-        listing.ids.sort()
+        listing = self.listing
+        if not self.ids:
+            return listing
+        ids, by_link, known = pa.concat_arrays(self.ids), np.concatenate(self.by_link), np.concatenate(self.known)
+        order = np.asarray(pc.sort_indices(ids))  # by the bytes of UTF-8, which is how Python sorts text
+        first = order[np.argsort(by_link[order], kind="stable")]  # real names before links
+        same = first[np.lexsort(known[first].T)]  # the names of one file together, in that order
+        again = same[1:][(known[same[1:]] == known[same[:-1]]).all(axis=1)]
+        listing.links += len(again)
+        listing.ids = Ids(ids.take(pa.array(order[~np.isin(order, again)] if len(again) else order)))
         return listing
 
     def tree(self, top: bytes, *, by_link: bool) -> None:
@@ -112,17 +157,20 @@ class _Walk:
 
     def folder(self, relative: bytes, entries: list[os.DirEntry[bytes]], device: int, by_link: bool) -> list[bytes]:
         """Takes in one folder's files; returns its real sub-folders, last first."""
-        inside = []
+        inside, names, numbers = list[bytes](), list[bytes](), list[int]()
         prefix = relative + b"/" if relative else b""
         for entry in entries:
-            if entry.name.startswith(b"."):
+            name = entry.name
+            if name.startswith(b"."):
                 continue
             if entry.is_symlink():
-                self.link(prefix + entry.name, entry)
+                self.link(prefix + name, entry)
             elif entry.is_dir(follow_symlinks=False):
-                inside.append(prefix + entry.name)
-            elif entry.is_file(follow_symlinks=False):
-                self.file(prefix + entry.name, entry, (device, entry.inode()), by_link)
+                inside.append(prefix + name)
+            elif entry.is_file(follow_symlinks=False) and self.is_image(entry):
+                names.append(prefix + name)
+                numbers.append(entry.inode())
+        self.take(names, device, numbers, by_link)
         return inside[::-1]
 
     def link(self, relative: bytes, entry: os.DirEntry[bytes]) -> None:
@@ -132,7 +180,8 @@ class _Walk:
             self.listing.others["(broken link)"] += 1
             return
         if stat.S_ISREG(status.st_mode):
-            self.file(relative, entry, (status.st_dev, status.st_ino), True)
+            if self.is_image(entry):
+                self.take([relative], status.st_dev, [status.st_ino], True)
         elif stat.S_ISDIR(status.st_mode):
             target = os.path.realpath(entry.path)
             if os.path.commonpath([target, os.path.realpath(os.path.dirname(entry.path))]) == target:
@@ -140,14 +189,43 @@ class _Walk:
             else:
                 self.linked.append(relative)
 
-    def file(self, relative: bytes, entry: os.DirEntry[bytes], identity: tuple[int, int], by_link: bool) -> None:
-        extension = os.path.splitext(entry.name)[1].decode("utf-8", "replace").lower()
-        if extension in EXTENSIONS or _begins(entry.path, SIGNATURES if extension != ".npy" else ARRAY):
-            self.files.append((by_link, escape(relative), identity))
-        else:
-            shape = _SHAPE.match(_beginning(entry.path)) if extension == ".npy" else None
-            told = f" of shape {shape[1].decode()}" if shape else ""
-            self.listing.others[f"{extension}{told}" or "(no extension)"] += 1
+    def take(self, names: list[bytes], device: int, numbers: list[int], by_link: bool) -> None:
+        """Takes in images of one device, and the numbers that it has for their files."""
+        if not names:
+            return
+        try:
+            inodes = np.array(numbers, np.uint64)
+        except OverflowError:  # Windows' ReFS has 128 bits
+            inodes = np.array([hash(str(number)) for number in numbers], np.int64).astype(np.uint64)
+        self.ids.append(_escaped(names))
+        self.known.append(np.stack([inodes, np.full(len(names), device, np.uint64)], axis=1))
+        self.by_link.append(np.full(len(names), by_link))
+
+    def is_image(self, entry: os.DirEntry[bytes]) -> bool:
+        """Whether a file is one, by its ending or else its first bytes; what is none is counted."""
+        dot = entry.name.rfind(b".")
+        ending = entry.name[dot:] if dot >= 0 else b""
+        if ending in self.images:
+            return True
+        extension = ending.decode("utf-8", "replace").lower()
+        if extension in EXTENSIONS:
+            self.images.add(ending)
+            return True
+        if _begins(entry.path, SIGNATURES if extension != ".npy" else ARRAY):
+            return True
+        shape = _SHAPE.match(_beginning(entry.path)) if extension == ".npy" else None
+        told = f" of shape {shape[1].decode()}" if shape else ""
+        self.listing.others[f"{extension}{told}" or "(no extension)"] += 1
+        return False
+
+
+def _escaped(names: list[bytes]) -> pa.Array:
+    """The ids of paths; nearly always they are what the bytes say in UTF-8."""
+    with suppress(pa.ArrowInvalid):
+        ids = pa.array(names, pa.large_binary()).cast(pa.large_string())
+        if not pc.any(pc.match_substring(ids, "%")).as_py():
+            return ids
+    return pa.array(map(escape, names), pa.large_string())
 
 
 def _begins(path: bytes, pattern: re.Pattern[bytes]) -> bool:

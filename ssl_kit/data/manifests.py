@@ -19,7 +19,7 @@ from ssl_kit.core.errors import UserError
 from ssl_kit.core.named import TABLES, TAR
 from ssl_kit.core.random import uniform_array
 from ssl_kit.data.labels import Part, part_of, text_of
-from ssl_kit.data.listing import escape
+from ssl_kit.data.listing import Ids, escape
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -52,7 +52,7 @@ class Table(NamedTuple):
     the columns that mean nothing here, where none holds labels.
     """
 
-    ids: list[str]
+    ids: Ids
     labels: list[str | None]
     parts: list[str | None] | None
     groups: list[str | None] | None = None
@@ -88,7 +88,7 @@ def read_table(path: Path) -> Table:
         labels.append(words.setdefault(label, label) if label else None)
         parts.append(words.setdefault(part, part) if part else None)
         groups.append(words.setdefault(group, group) if group else None)
-    return Table(list(ids), labels, parts if found.part else None, groups if found.group else None, found.others)
+    return Table(Ids(ids), labels, parts if found.part else None, groups if found.group else None, found.others)
 
 
 class _Columns(NamedTuple):

@@ -311,7 +311,7 @@ def _decoded(source: Listed, in_memory: Literal["auto"] | bool | Callable[[bool]
     store = None if source.store is None else source.store.at(source.rows)
     return replace(
         source,
-        names=source.ids(),
+        names=source.names.at(source.rows),
         targets=source.labels(),
         grouped=source.groups(),
         images=images,

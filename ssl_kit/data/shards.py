@@ -39,7 +39,7 @@ from ssl_kit.core.sealed import LARGE_JSON, read_sealed
 from ssl_kit.data import remote, rowgroups
 from ssl_kit.data.labels import encode, folder_labels, numbered
 from ssl_kit.data.limits import BadImageError
-from ssl_kit.data.listing import MAX_FILE_BYTES, Skipped, escape_path, list_images
+from ssl_kit.data.listing import MAX_FILE_BYTES, Ids, Skipped, escape_path, list_images
 from ssl_kit.data.sources import Blocks, Listed, Store, file_stamp
 from ssl_kit.data.tar import Members, is_size, read_at, read_index, walk, write_index
 
@@ -147,7 +147,7 @@ def source(names: Sequence[str], files: Sequence[Path], reading: Reading, max_ba
     named = len(names) == 1 and not remote.is_far(files[0])
     root = Path(names[0] if named else os.path.commonpath([file.absolute().parent for file in files]))
     rows, grouped = np.arange(count), numbered(read.groups, name)
-    return Listed(name, read.ids, labels, classes, reading, root, bad, rows, grouped=grouped, store=read.store)
+    return Listed(name, Ids(read.ids), labels, classes, reading, root, bad, rows, grouped=grouped, store=read.store)
 
 
 def image(name: str, id_: str) -> bytes | None:

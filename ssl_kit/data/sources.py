@@ -16,7 +16,7 @@ from ssl_kit.core.random import permutation
 from ssl_kit.core.reading import Reading
 from ssl_kit.data.decode import decode, image_size
 from ssl_kit.data.limits import BadImageError
-from ssl_kit.data.listing import Skipped, read_regular, unescape
+from ssl_kit.data.listing import Ids, Skipped, read_regular, unescape
 
 Rows: TypeAlias = np.ndarray | Sequence[int] | slice  # positions in a source, or a mask of them
 Stored: TypeAlias = (
@@ -142,7 +142,7 @@ class Listed:
     """
 
     name: str
-    names: list[str] = field(repr=False)
+    names: Ids = field(repr=False)
     targets: np.ndarray = field(repr=False)
     classes: tuple[str, ...]
     reading: Reading
@@ -180,7 +180,7 @@ class Listed:
 
     def ids(self, rows: Rows = _ALL) -> list[str]:
         """See `Source`, here and below."""
-        return [self.names[row] for row in self.rows[rows].tolist()]
+        return self.names.texts(self.rows[rows])
 
     def labels(self, rows: Rows = _ALL) -> np.ndarray:
         """(R,) int64."""

@@ -39,7 +39,7 @@ from ssl_kit.core.random import Key
 from ssl_kit.core.reading import RGB
 from ssl_kit.core.sealed import Entries
 from ssl_kit.core.settings import verb
-from ssl_kit.data.listing import Skipped
+from ssl_kit.data.listing import Ids, Skipped
 from ssl_kit.data.loader import ViewLoader
 from ssl_kit.data.sources import Listed, Source, pixels
 from ssl_kit.encoders.encoder import Encoder
@@ -189,7 +189,7 @@ def _sources(subject: Subject, folder: Path) -> tuple[Source, Source | None]:
         smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float32)
         image[...] = (smooth + generator.normal(0, 8, smooth.shape)).clip(0, 255)
     names, unknown = [f"{number}.jpg" for number in range(_IMAGES)], np.full(_IMAGES, -1)
-    stored = Listed(subject.name, names, unknown, (), RGB, None, Skipped(_IMAGES, 0.0), np.arange(_IMAGES), images)
+    stored = Listed(subject.name, Ids(names), unknown, (), RGB, None, Skipped(_IMAGES, 0.0), np.arange(_IMAGES), images)
     if not subject.files:
         return stored, None
     for name, image in zip(names, images, strict=True):

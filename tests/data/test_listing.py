@@ -5,8 +5,10 @@ import socket
 import time
 
 import numpy as np
+import pyarrow as pa
 from stripes import make, pixels, png
 
+from ssl_kit.data import listing
 from ssl_kit.data.listing import escape, list_images, unescape
 from ssl_kit.data.opening import open_source
 
@@ -77,9 +79,9 @@ def test_listing_takes_images_only_and_each_once(tmp_path, monkeypatch):
         monkeypatch.chdir(root)  # the address of a socket has at most 108 bytes
         server.bind("socket.jpg")
         began = time.perf_counter()
-        listing = list_images(root)
+        found = list_images(root)
     assert time.perf_counter() - began < 1
-    assert listing.ids == [
+    assert found.ids == [
         "a/1.png",
         "a/2.png",
         "b/3.png",
@@ -88,9 +90,9 @@ def test_listing_takes_images_only_and_each_once(tmp_path, monkeypatch):
         "elsewhere/4.png",
         "elsewhere/deep/5.png",
     ]
-    assert listing.others == {".txt": 3, "(no extension)": 1, "(broken link)": 2}
-    assert listing.links == 6  # loop, up, 0 link.png, 0 linked, twice, z hard link.png
-    assert list_images(root / "loop").ids == listing.ids  # a root that is a link
+    assert found.others == {".txt": 3, "(no extension)": 1, "(broken link)": 2}
+    assert found.links == 6  # loop, up, 0 link.png, 0 linked, twice, z hard link.png
+    assert list_images(root / "loop").ids == found.ids  # a root that is a link
 
 
 def test_listing_does_not_depend_on_the_order_of_creation(tmp_path):
@@ -110,3 +112,15 @@ def test_an_unreadable_folder_is_reported(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(os, "scandir", refusing)
     assert len(open_source(tmp_path)) == 2
     assert "1 folders cannot be read, first 'b'" in capsys.readouterr().err
+
+
+def test_ids_are_arrow_and_read_as_text(tmp_path):
+    """Also where a device numbers its files in more than 64 bits, as Windows' ReFS does."""
+    walk = listing._Walk(os.fsencode(tmp_path))
+    walk.take([b"b.png", b"100%41.png"], 1, [2**64 + 1, 2**65 + 1], False)
+    walk.take([b"again.png", b"a.png"], 1, [2**64 + 1, 2**65], True)
+    found = walk.result()
+    assert found.links == 1 and found.ids.array.type == pa.large_string()
+    assert found.ids == ["100%2541.png", "a.png", "b.png"] and found.ids != ["a.png"] * 3
+    rows = np.arange(3).repeat(9)[::-1]
+    assert found.ids.texts(rows) == [found.ids[row] for row in rows] and found.ids.texts(rows[:2]) == ["b.png"] * 2
