@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from record import ROOT, tell
+from record import ROOT, commit_now, tell
 
 KEPT, PICTURE = ROOT / "docs" / "numbers" / "growth.jsonl", ROOT / "docs" / "pictures" / "growth.png"
 MILLION, LESS = (10_000, 100_000, 1_000_000), (10_000, 30_000, 100_000)
@@ -260,6 +260,7 @@ def main() -> None:
         print(json.dumps(one(arguments.one[0], int(arguments.one[1]), arguments.folder)))
         return
     kept = [json.loads(line) for line in KEPT.read_text().splitlines()] if KEPT.exists() and not arguments.quick else []
+    commit = "" if arguments.quick else commit_now()
     for step, (_, sizes) in STEPS.items():
         for count in (1_000, 10_000) if arguments.quick else sizes:
             known = any((one["step"], one["images"]) == (step, count) for one in kept)
@@ -268,11 +269,11 @@ def main() -> None:
             images(arguments.folder, count)
             command = [sys.executable, __file__, str(arguments.folder), "--one", step, str(count)]
             made = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
-            kept.append(json.loads(made))
+            kept.append(json.loads(made) | {"commit": commit})
             print(made, flush=True)
             if not arguments.quick:
                 with open(KEPT, "a") as file:
-                    file.write(made + "\n")
+                    file.write(json.dumps(kept[-1]) + "\n")
     if not arguments.quick:
         draw(kept)
     tell(rows_of(kept), arguments.json)
