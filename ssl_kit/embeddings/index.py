@@ -9,12 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 import torch  # noqa: F401  before faiss, always: two OpenMP runtimes, and this order is the one that works
 
 import faiss  # isort: skip
 
+from ssl_kit.core.console import say
 from ssl_kit.core.errors import DamagedError, UserError
 from ssl_kit.core.random import permutation
 from ssl_kit.embeddings.exact import normalised, search
@@ -25,6 +27,8 @@ _QUERIES = 1_000  # half of them tune nprobe, half measure the recall
 _PER_LIST = 64  # training vectors for each list; FAISS asks for at least 39
 _TRAINING = 65_536  # training vectors, at least
 _MARGIN = 0.2  # of what is missing to 1, aimed at above the wanted recall: 500 tuning queries may flatter by 0.01
+_PAIRS = 10**10  # of a query and a vector that a CPU compares: a minute or two; every image with 100,000
+_LISTED = 0.99  # of the 10 nearest that are found in lists beyond
 _K_FACTORS = (64, 32, 16, 8, 4)  # candidates per result that the codes may pass on to the exact refinement
 _STREAM_QUERIES = 100_006  # of core/random.py
 SEARCHED_ROWS = 16_384  # of a gallery at once, and always the same ones: BLAS rounds by the shape of a product
@@ -296,6 +300,36 @@ def _found(index: faiss.Index | Gallery, directions: np.ndarray, k: int) -> tupl
     if isinstance(index, faiss.IndexFlat):
         index = _gallery_of(index)
     return _exactly(index, directions, k) if isinstance(index, Gallery) else index.search(directions, k)
+
+
+Finder: TypeAlias = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
+
+
+def finder(gallery: np.ndarray, asked: int, device: str = "cpu") -> tuple[Finder, float]:
+    """What finds neighbours of many queries, and the fraction of the 10 nearest that it finds; the others are near too.
+
+    Up to 10^10 pairs of a query and a vector on a CPU, and always on another device, it is `exact.search`. Of more the
+    time would grow with their product: then those of a few lists are compared, 99 % of the nearest by held-out queries.
+
+    Args:
+        gallery: (N, D) unit vectors.
+        asked: queries in all.
+        device: that compares.
+
+    Returns:
+        A function of unit vectors (Q, D) and K, which gives cosines and rows (Q, K) as `exact.search` does; a row of
+        -1, with the cosine -1, where the lists held fewer.
+    """
+    if device != "cpu" or len(gallery) * asked <= _PAIRS:
+        return lambda queries, k: search(gallery, queries, k, device=device), 1.0
+    built = build_index(gallery, lists_key(len(gallery), "Flat"), _LISTED)
+    say(f"neighbours: {built.recall:.1%} of the nearest are found, by {built.key}; to compare all would take hours")
+
+    def find(queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        cosines, rows = built.index.search(queries, min(k, len(gallery)))
+        return np.where(rows < 0, np.float32(-1), cosines), rows
+
+    return find, built.recall
 
 
 def _gallery_of(index: faiss.IndexFlat) -> Gallery:

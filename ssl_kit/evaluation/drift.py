@@ -13,7 +13,8 @@ import torch
 from scipy.stats import rankdata
 
 from ssl_kit.core.random import permutation
-from ssl_kit.embeddings.exact import normalised, search
+from ssl_kit.embeddings.exact import normalised
+from ssl_kit.embeddings.index import finder
 from ssl_kit.evaluation.health import sample_rows
 from ssl_kit.evaluation.linear import curvature, fit_logistic, spanned
 
@@ -115,9 +116,7 @@ def classifier_test(
     return float(found[0]), _p(found)
 
 
-def unfamiliarity(
-    old: np.ndarray, new: np.ndarray, device: torch.device | str = "cpu"
-) -> tuple[np.ndarray, np.ndarray]:
+def unfamiliarity(old: np.ndarray, new: np.ndarray, device: str = "cpu") -> tuple[np.ndarray, np.ndarray]:
     """(M,) how far new images are from the old ones, and (M,) the share of old images that are as far from the others.
 
     Far is 1 - mean cosine to the 10 nearest old images, in [0, 2]; a share of 0 means that no old image is as far.
@@ -129,8 +128,9 @@ def unfamiliarity(
     """
     gallery, asked = normalised(old), normalised(new)
     around = min(AROUND, len(old) - 1)
-    usual = np.sort(1 - search(gallery, gallery, around + 1, device=device)[0][:, 1:].mean(axis=1))  # itself is first
-    far = 1 - search(gallery, asked, around, device=device)[0].mean(axis=1)
+    find, _ = finder(gallery, len(gallery) + len(asked), device)
+    usual = np.sort(1 - find(gallery, around + 1)[0][:, 1:].mean(axis=1))  # itself is first
+    far = 1 - find(asked, around)[0].mean(axis=1)
     return far, 1 - np.searchsorted(usual, far, side="left") / len(usual)
 
 

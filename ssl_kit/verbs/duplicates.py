@@ -27,8 +27,9 @@ from ssl_kit.data.decode import decode
 from ssl_kit.data.limits import BadImageError
 from ssl_kit.data.listing import unescape
 from ssl_kit.embeddings.embeddings import Embeddings
-from ssl_kit.embeddings.exact import normalised, search, solver
+from ssl_kit.embeddings.exact import normalised, solver
 from ssl_kit.embeddings.folder import check_comparable
+from ssl_kit.embeddings.index import finder
 from ssl_kit.embeddings.search import encoded, load_encoder, picture, read_file
 from ssl_kit.evaluation.alignment import correlations, distances, edits, thumbnail
 from ssl_kit.evaluation.duplicates import Around, Limits, apart, groups, isolation, limits, pairs_above
@@ -39,8 +40,7 @@ _DEVICE_BLOCK = 65_536  # queries searched by an accelerator, to which each sear
 _PLANTED = 300  # images that are copied to find the limits
 _ENCODED = 64  # planted copies that are encoded together
 _SAME = 1 - 1e-4  # cosine of equal pictures; bfloat16 and the order of a batch move it by less
-_SHOWN = 200  # groups and leaks on the page of pictures
-_PIXELS = (160, 160)  # of a picture on the page
+_SHOWN, _PIXELS = 200, (160, 160)  # groups and leaks on the page of pictures, and pixels of each
 _IN_REPORT, _OF_GROUP = 12, 6  # groups and outliers in the run's report, images of a group there
 _KINDS = ("file", "pixels", "near", "features")
 _STREAM_SAMPLE = 100_012  # of core/random.py
@@ -114,11 +114,11 @@ def duplicates(settings: Settings) -> Entries:
     check_comparable(a, b, settings.emb, settings.other)
     if len(a) < 2:
         raise UserError(f"{settings.emb} holds {len(a)} vectors; at least 2 are wanted")
-    cosines, rows = _neighbours(a, b)
+    cosines, rows, recall = _neighbours(a, b)
     limit, planted = _limits(Path(settings.emb), a, settings.threshold, settings.encoder)
     found, chance = _same_pictures(a, b, cosines, rows, limit)
     limited = planted | {"cosine": limit.cosine, "correlation": limit.correlation, "by_chance": chance}
-    record = {"emb": settings.emb, "other": settings.other, "limits": limited}
+    record = {"emb": settings.emb, "other": settings.other, "limits": limited, "neighbours_found": round(recall, 4)}
     record |= (
         _grouped(a, found, isolation(cosines, rows), settings.outliers)
         if settings.other is None
@@ -145,17 +145,18 @@ def duplicates(settings: Settings) -> Entries:
     return record | {"csv": settings.csv, "html": settings.html}
 
 
-def _neighbours(a: Embeddings, b: Embeddings) -> tuple[np.ndarray, np.ndarray]:
-    """(N, K) cosines and rows in `b` of each image of `a`, exactly, best first."""
+def _neighbours(a: Embeddings, b: Embeddings) -> tuple[np.ndarray, np.ndarray, float]:
+    """(N, K) cosines and rows in `b` of each image of `a`, best first; and the share of them that is found."""
     gallery = normalised(b.vectors)
     queries = gallery if a is b else normalised(a.vectors)
     made, device = [], solver()
     block = _BLOCK if device == "cpu" else _DEVICE_BLOCK
+    find, recall = finder(gallery, len(queries), device)
     with progress(len(queries), "neighbours") as bar:
         for start in range(0, len(queries), block):
-            made.append(search(gallery, queries[start : start + block], K, device=device))
+            made.append(find(queries[start : start + block], K))
             bar.advance(bar.task_ids[0], len(made[-1][0]))
-    return np.concatenate([scores for scores, _ in made]), np.concatenate([rows for _, rows in made])
+    return np.concatenate([scores for scores, _ in made]), np.concatenate([rows for _, rows in made]), recall
 
 
 def _limits(folder: Path, a: Embeddings, threshold: float | None, encoder: str | None) -> tuple[Limits, Entries]:
@@ -229,7 +230,8 @@ def _apart(
     around = back = Around(asked, rows[asked])
     if a is not b:
         asked = np.unique(pairs[:, 1])
-        back = Around(asked, search(normalised(a.vectors), normalised(b.vectors[asked]), K, device=solver())[1])
+        find, _ = finder(normalised(a.vectors), len(asked), solver())
+        back = Around(asked, find(normalised(b.vectors[asked]), K)[1])
         _look(b, around.neighbours, seen[1])
     _look(a, back.neighbours, seen[0])
     return apart(pairs, around, back, lambda wanted: _compared(distances, wanted, seen), limit.sure, within=a is b)

@@ -11,10 +11,11 @@ from PIL import Image
 import ssl_kit
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import DamagedError
+from ssl_kit.embeddings import index as indexing
 from ssl_kit.embeddings import search as searching
 from ssl_kit.embeddings.embeddings import Embeddings
 from ssl_kit.embeddings.exact import normalised, search
-from ssl_kit.embeddings.index import Gallery, build_index, default_key, fast_key, search_index
+from ssl_kit.embeddings.index import Gallery, build_index, default_key, fast_key, finder, search_index
 from ssl_kit.embeddings.search import Index
 from ssl_kit.embeddings.signing import read_index, write_index
 from ssl_kit.verbs.embed import embed
@@ -164,3 +165,18 @@ def test_mapped_is_remembered(indexed, images, tmp_path):
     loaded = Index.load(folder)
     assert str(folder) in Path("/proc/self/maps").read_text()
     assert loaded.search(images / "train" / "red" / "07.png", k=1)[0][0].id == "red/07.png"
+
+
+def test_many_queries_of_many_vectors_are_answered_from_lists(monkeypatch):
+    gallery = normalised(mixture(6_000))
+    gallery[5_000:5_050] = gallery[:50]
+    exact, all_found = finder(gallery, len(gallery))
+    assert all_found == 1 and np.array_equal(exact(gallery, 5)[1], search(gallery, gallery, 5)[1])
+    monkeypatch.setattr(indexing, "_PAIRS", 10**7)
+    find, recall = finder(gallery, len(gallery))
+    rows, wanted = find(gallery, 11)[1], search(gallery, gallery, 11)[1]
+    found = np.mean([len(np.intersect1d(*pair)) for pair in zip(rows, wanted, strict=True)]) / 11
+    assert 0.97 < recall < 1 and abs(found - recall) < 0.02
+    assert {(row, row + 5_000) for row in range(50)} <= {(row, int(one)) for row in range(50) for one in rows[row, :2]}
+    lost = find(gallery[:1], 6_000)  # lists that are not visited
+    assert lost[1].min() == -1 and lost[0].min() == -1 and lost[0][0, 0] == pytest.approx(1)
