@@ -190,8 +190,8 @@ STEPS = {
     "pack": (packing, LESS),
     "embed": (embedding, LESS),
     "index": (index, MILLION),
-    "duplicates": (duplicates, LESS),
-    "drift": (drift, LESS),
+    "duplicates": (duplicates, MILLION),
+    "drift": (drift, MILLION),
 }
 
 
@@ -222,9 +222,9 @@ def rows_of(kept: list[dict[str, Any]]) -> list[dict[str, Any]]:
         last = float(np.diff(cpu)[-1] / np.diff(sizes)[-1])
         row: dict[str, Any] = {"id": f"growth/{step.replace(' ', '_')}", "what": (work.__doc__ or "").strip()}
         row |= {"images": " ".join(f"{one['images']:,}" for one in found)}
-        row |= {"processor s": " ".join(f"{one['cpu']:.3g}" for one in found)}
-        row |= {"clock s": " ".join(f"{one['seconds']:.3g}" for one in found), "grown MiB": found[-1]["grown_mib"]}
-        row |= {"load": " ".join(f"{one['load']:.0f}" for one in found)}
+        row |= {"cpu_s": " ".join(f"{one['cpu']:.3g}" for one in found)}
+        row |= {"clock_s": " ".join(f"{one['seconds']:.3g}" for one in found), "grown_mib": found[-1]["grown_mib"]}
+        row |= {"most_s": found[-1]["cpu"], "load": " ".join(f"{one['load']:.0f}" for one in found)}
         rows.append(
             {**row, "exponent": round(float(np.polyfit(sizes, cpu, 1)[0]), 2), "last": round(last, 2), "bar": BAR}
         )
