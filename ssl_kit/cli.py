@@ -23,6 +23,7 @@ from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from ssl_kit import core
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.options import options, underscored
 from ssl_kit.core.process import FULL, imports_set_aside, is_first, lost, prepare, printable, protect, refusal, terminal
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 def run() -> NoReturn:
     """What the command runs: `main`, then the end of the process with its exit code."""
     protect()
+    core.light = sys.argv[1:2] == ["index"]
+    if core.light:
+        os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # the usual one keeps what was freed
     code: list[int] = []
     atexit.register(_end_at_once, code)  # the first to be registered is the last to be called
     try:

@@ -26,8 +26,8 @@ from ssl_kit.core.sealed import SEAL, read_json, read_sealed, sealed
 from ssl_kit.embeddings.exact import normalised
 from ssl_kit.embeddings.folder import part_names
 from ssl_kit.embeddings.index import Gallery, build_index, search_index
-from ssl_kit.embeddings.search import FILE, Index, index_signature, vectors_fingerprint
-from ssl_kit.embeddings.signing import write_index
+from ssl_kit.embeddings.search import Index
+from ssl_kit.embeddings.signing import FILE, index_signature, vectors_fingerprint, write_index
 
 ROWS, DIM = 600, 16
 KEYS = (

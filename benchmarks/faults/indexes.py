@@ -23,8 +23,8 @@ from ssl_kit.core.files import MANIFEST, sha256, write_sealed
 from ssl_kit.core.sealed import read_sealed
 from ssl_kit.embeddings.embeddings import Embeddings
 from ssl_kit.embeddings.index import build_index, search_index
-from ssl_kit.embeddings.search import FILE, Index
-from ssl_kit.embeddings.signing import read_index, write_index
+from ssl_kit.embeddings.search import Index
+from ssl_kit.embeddings.signing import FILE, read_index, write_index
 from ssl_kit.encoders.encoder import RECORD, Encoder
 from ssl_kit.verbs.embed import embed
 from ssl_kit.verbs.index import index

@@ -59,7 +59,7 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
     """
     target = Path(path)
     may_write(target)
-    with _said_when_full(target), _beside(target, ".tmp") as temporary:
+    with _said_when_full(target), beside(target, ".tmp") as temporary:
         yield temporary
         sync(temporary)
         os.chmod(temporary, 0o644)
@@ -101,7 +101,7 @@ def atomic_folder(
     """
     target = Path(path)
     _check_place(target)
-    with _said_when_full(target), _beside(target, ".tmp", folder=True) as temporary:
+    with _said_when_full(target), beside(target, ".tmp", folder=True) as temporary:
         yield temporary
         if manifest is not None:
             write_manifest(temporary, manifest)
@@ -172,7 +172,7 @@ def _put_in_place(made: Path, target: Path) -> None:
     if not os.path.lexists(target):
         os.replace(made, target)
     elif not _exchanged(made, target):
-        with _beside(target, ".old", folder=True) as retired:
+        with beside(target, ".old", folder=True) as retired:
             try:
                 os.replace(target, retired / target.name)
                 os.replace(made, target)  # a writer killed before this line leaves no target: see `settle`
@@ -208,7 +208,7 @@ def settle(path: Path | str) -> None:
 
 
 @contextmanager
-def _beside(target: Path, suffix: str, *, folder: bool = False) -> Iterator[Path]:
+def beside(target: Path, suffix: str, *, folder: bool = False) -> Iterator[Path]:
     """A new file or folder beside `target`, locked; removed at the end if it still has its temporary name."""
     target.parent.mkdir(parents=True, exist_ok=True)
     _sweep(target)

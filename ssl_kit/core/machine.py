@@ -12,13 +12,13 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from typing import Generic, Literal, NamedTuple, TypeVar
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, TypeVar
 
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.process import cores, on_this_machine
+
+if TYPE_CHECKING:  # imported where it is used: `ssl-kit index` does without it
+    from torch import nn
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -44,6 +44,8 @@ class Choice(NamedTuple, Generic[T]):
 
 def choose_device() -> Choice[str]:
     """Lightning's accelerator name."""
+    import torch
+
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
         more = (
@@ -62,6 +64,8 @@ def use_gpu(devices: object, deterministic: bool) -> None:
         devices: of Lightning's Trainer; a list names the GPU of each process of this machine.
         deterministic: likewise; cuBLAS asks once, at its first product, whether its sums must repeat.
     """
+    import torch
+
     place = int(os.environ.get("LOCAL_RANK", "0"))
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -74,6 +78,8 @@ def choose_precision(wanted: Precision, device: str) -> Choice[str]:
     Raises:
         UserError: no such precision, or one that `device` would train as another.
     """
+    import torch
+
     if wanted not in ("auto", *_LIGHTNING):
         raise UserError(f"precision {wanted!r} is not one of auto, {', '.join(_LIGHTNING)}")
     if wanted == "float16" and device == "cpu":
@@ -92,6 +98,8 @@ def choose_precision(wanted: Precision, device: str) -> Choice[str]:
 
 def _bfloat16(device: str) -> Choice[str]:
     """It was asked for. Where it is emulated it is slow, and as exact."""
+    import torch
+
     emulated = not (fast_bfloat16() if device == "cpu" else device != "cuda" or torch.cuda.is_bf16_supported(False))
     if emulated and device == "cuda" and not torch.cuda.is_bf16_supported():
         raise UserError("precision bfloat16: this GPU cannot compute it; give float16 or float32, or auto")
@@ -120,6 +128,8 @@ def convolves(network: nn.Module) -> bool:
 
 
 def _convolutions(network: nn.Module) -> list[nn.Conv2d]:
+    from torch import nn
+
     return [module for module in network.modules() if isinstance(module, nn.Conv2d)]
 
 
@@ -133,6 +143,8 @@ def choose_tf32(wanted: Switch, device: str) -> Choice[bool]:
 
     Only what is left in float32 is concerned: everything in a float32 run, the losses beside bfloat16.
     """
+    import torch
+
     has = device == "cuda" and torch.cuda.get_device_capability()[0] >= 8
     if not has:
         if wanted == "on":
@@ -147,6 +159,8 @@ def choose_tf32(wanted: Switch, device: str) -> Choice[bool]:
 
 def use_tf32(on: bool) -> None:
     """Sets it for products and convolutions."""
+    import torch
+
     torch.set_float32_matmul_precision("high" if on else "highest")
     torch.backends.cudnn.allow_tf32 = on
 
@@ -154,6 +168,8 @@ def use_tf32(on: bool) -> None:
 @contextmanager
 def full_float32() -> Iterator[None]:
     """Inside, float32 products have all their bits, whatever `use_tf32` says; nothing waits for the device."""
+    import torch
+
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -190,6 +206,8 @@ def choose_compile(wanted: Switch, device: str, steps: int | None, minutes: floa
 
 def _no_compiler(device: str) -> str:
     """Why nothing can be compiled for a device; empty when a small function just was."""
+    import torch
+
     try:
         torch.compile(lambda values: values.sin() + 1)(torch.zeros(8, device=device))
     except RuntimeError as error:  # all that Dynamo and its backends raise
@@ -213,6 +231,8 @@ def compile_blocks(network: nn.Module) -> None:
     For each shape that comes, as it is: code for any shape is slower. (MAE leaves tokens out and the VAE stops before
     the classifier, so the network as a whole is not what runs.) State dicts, copies and exports are as before.
     """
+    from torch import nn
+
     many_shapes()
     for child in network.children():
         for part in child.children() if isinstance(child, nn.Sequential) else (child,):
@@ -223,6 +243,8 @@ def compile_blocks(network: nn.Module) -> None:
 @contextmanager
 def eager() -> Iterator[None]:
     """Inside, compiled modules run as they were written: shapes that come once are not worth compiling for."""
+    import torch
+
     if "torch._dynamo" not in sys.modules:  # nothing was compiled, and it takes a second to import
         yield
         return
@@ -271,6 +293,8 @@ def available_memory() -> int:
 
 def peak_memory() -> dict[str, int]:
     """Bytes that this process has held at most, as far as known: `host`, and `device` for its GPU's tensors."""
+    import torch
+
     peak = {}
     with suppress(OSError):  # getrusage would count what started this process, too
         status = Path("/proc/self/status").read_text().split("VmHWM:")
@@ -334,5 +358,7 @@ def cycles_freed() -> Iterator[None]:
 
 def fast_bfloat16() -> bool:
     """Whether this CPU has bfloat16 instructions (avx512_bf16 or amx_bf16 on x86, bf16 on Arm)."""
+    import torch
+
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "amx_tile", "bf16"))

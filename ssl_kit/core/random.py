@@ -13,11 +13,13 @@ A *stream* separates uses of one key (crop of view 0, mask of MAE, ...): streams
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:  # `ssl-kit index` does without it
+    import torch
+    from torch import Tensor
 
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: consecutive counters land far apart
 _MIX1 = 0xBF58476D1CE4E5B9
@@ -70,6 +72,8 @@ def uniform(key: Key, stream: int, count: int, device: torch.device | str | None
 
     The parts of the hash that are the same for the whole batch are computed on the host, so no sync is needed.
     """
+    import torch
+
     index = key.index.to(device) if device is not None else key.index
     with np.errstate(over="ignore"):
         state = _mix(np.uint64(key.seed & 0xFFFFFFFFFFFFFFFF) + np.uint64(_GOLDEN))

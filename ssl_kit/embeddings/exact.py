@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
+import faiss
 import numpy as np
-import torch  # before faiss, always: two OpenMP runtimes, and this order is the one that works
-import torch.nn.functional as F
-from torch import Tensor
 
-import faiss  # isort: skip
-
-from ssl_kit.core.machine import full_float32
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 Metric: TypeAlias = Literal["ip", "l2"]
 
@@ -32,11 +30,15 @@ _NORMALISED_ROWS = 4_096  # at once: they stay in the cache; 1,000,000 x 256 tak
 
 def solver() -> str:
     """Where evaluation searches and solves: a GPU if there is one, but Apple's, which have no float64."""
+    import torch
+
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def to_device(array: np.ndarray, device: torch.device | str) -> Tensor:
     """The same numbers on a device; to a GPU through pinned memory, so that the host goes on while they travel."""
+    import torch
+
     found = torch.from_numpy(array)
     return found.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else found.to(device)
 
@@ -78,8 +80,8 @@ def search(
     queries = np.ascontiguousarray(queries, dtype=np.float32)
     assert k >= 1 and len(gallery) and gallery.shape[1] == queries.shape[1], (k, gallery.shape, queries.shape)
     k = min(k, len(gallery))
-    if torch.device(device).type != "cpu":
-        nearness, ids = by_torch(gallery, queries, k, metric, torch.device(device))
+    if str(device).partition(":")[0] != "cpu":
+        nearness, ids = by_torch(gallery, queries, k, metric, device)
         return (nearness if metric == "ip" else -nearness), ids
     # one more than wanted: which of several equal scores FAISS keeps at the end of the list is its own affair
     more = min(k + 1, len(gallery))
@@ -99,7 +101,7 @@ def search(
 
 
 def by_torch(
-    gallery: np.ndarray, queries: np.ndarray, k: int, metric: Metric, device: torch.device
+    gallery: np.ndarray, queries: np.ndarray, k: int, metric: Metric, device: torch.device | str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Nearness (Q, k), larger is nearer, and ids (Q, k) int64, best first; equal ones by the lower id.
 
@@ -116,6 +118,11 @@ def by_torch(
         metric: as for `search`.
         device: any that torch knows, the CPU too.
     """
+    import torch
+    import torch.nn.functional as F
+
+    from ssl_kit.core.machine import full_float32
+
     count = len(gallery)
     assert k <= count < 2**_ID_BITS, (k, count)
     size = -(-min(count, max(_TILE, 4 * k)) // _EVEN) * _EVEN  # what is kept of a tile is a small part of it
@@ -150,6 +157,8 @@ def _keys(near: Tensor, first: int) -> Tensor:
     Bits of a float read as an integer have the order of the floats, but for the sign; -0 becomes 0 before. `near` is
     overwritten.
     """
+    import torch
+
     bits = near.add_(0.0).view(torch.int32)
     bits ^= (bits >> 31) & (2**31 - 1)
     ids = torch.arange(first, first + near.shape[1], device=near.device)
@@ -158,6 +167,8 @@ def _keys(near: Tensor, first: int) -> Tensor:
 
 def _read(keys: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Nearness float32 and ids int64 of keys, in their shape."""
+    import torch
+
     bits = (keys >> (_ID_BITS + 1)).int()
     bits ^= (bits >> 31) & (2**31 - 1)
     return bits.view(torch.float32).numpy(), (2**_ID_BITS - 1 - (keys & (2 ** (_ID_BITS + 1) - 1))).numpy()

@@ -9,17 +9,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
+import faiss
 import numpy as np
-import torch  # noqa: F401  before faiss, always: two OpenMP runtimes, and this order is the one that works
-
-import faiss  # isort: skip
 
 from ssl_kit.core.console import say
 from ssl_kit.core.errors import DamagedError, UserError
 from ssl_kit.core.random import permutation
 from ssl_kit.embeddings.exact import normalised, search
+from ssl_kit.embeddings.signing import can_be_stacked
+
+if TYPE_CHECKING:
+    from ssl_kit.embeddings.filling import Filling
 
 _EXACT_BYTES = 250e6  # read by one exact query; 5 GB/s from memory make that 50 ms
 _SHARE = 0.5  # of the available memory that an index may take
@@ -31,6 +33,8 @@ _PAIRS = 10**10  # of a query and a vector that a CPU compares: a minute or two;
 _LISTED = 0.99  # of the 10 nearest that are found in lists beyond
 _K_FACTORS = (64, 32, 16, 8, 4)  # candidates per result that the codes may pass on to the exact refinement
 _STREAM_QUERIES = 100_006  # of core/random.py
+Found: TypeAlias = tuple[np.ndarray, np.ndarray]  # scores float32 and rows int64, (Q, K) each, best first
+
 SEARCHED_ROWS = 16_384  # of a gallery at once, and always the same ones: BLAS rounds by the shape of a product
 
 
@@ -110,6 +114,7 @@ def build_index(
     *,
     memory: float = float("inf"),
     mapped: bool = False,
+    filling: Filling | None = None,
 ) -> Built:
     """Trains and fills an index and measures its recall against exact search.
 
@@ -120,17 +125,21 @@ def build_index(
         seed: which rows are queries.
         memory: bytes that the index may count on; for "auto".
         mapped: the index will be used from disk; for "auto".
+        filling: other processes that add the vectors; None = this one does.
 
     Raises:
-        UserError: FAISS does not know the key, or it does not fit the vectors; a vector is NaN or infinite.
+        UserError: FAISS does not know the key, or it does not fit the vectors, or several processes; a vector is NaN or
+            infinite.
     """
     given = vectors if isinstance(vectors, Gallery) else Gallery(len(vectors), vectors.shape[1], lambda: [vectors])
     gallery = Gallery(given.count, given.dim, lambda: _finite(given.blocks()))
     key = default_key(gallery.count, gallery.dim, memory, mapped) if key == "auto" else key
     try:
         index = faiss.index_factory(gallery.dim, key, faiss.METRIC_INNER_PRODUCT)
-        queries, query_vectors = _train(index, gallery, seed)
-        exact, zero = _fill(index, gallery, queries, query_vectors)
+        if filling is not None and not can_be_stacked(index):
+            raise UserError(f"--key {key}: several processes make lists of plain codes, such as IVF4096,SQ8")
+        queries, query_vectors = _train(index, gallery, seed, np.empty if filling is None else filling.room)
+        (_, exact), zero = filling.fill(index, query_vectors) if filling else fill(index, gallery, query_vectors)
     except RuntimeError as error:
         line = str(error).strip().splitlines()[-1]
         what = f"{gallery.count:,} vectors of {gallery.dim}"
@@ -185,60 +194,66 @@ def _finite(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         start += len(block)
 
 
-def _train(index: faiss.Index, gallery: Gallery, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Trains an index on vectors other than the queries; the rows (Q,) and vectors (Q, D) of these."""
+def _train(
+    index: faiss.Index, gallery: Gallery, seed: int, room: Callable[[tuple[int, int], type], np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Trains an index on vectors that lie in `room`, and are no queries; the rows (Q,) and vectors (Q, D) of these."""
     order = permutation(seed, 0, gallery.count, _STREAM_QUERIES)
     queries = np.sort(order[: min(_QUERIES, max(2, gallery.count // 10))])
     lists = faiss.try_extract_index_ivf(index)
     wanted = 0 if index.is_trained else max(_TRAINING, _PER_LIST * (lists.nlist if lists is not None else 1))
     others = order[len(queries) :] if gallery.count > _QUERIES else order  # few vectors train together with the queries
     training = np.sort(others[:wanted])
-    query_vectors, training_vectors = _gather(gallery, queries), _gather(gallery, training)
+    query_vectors = _gather(gallery, queries, np.empty)
     if wanted:
-        index.train(training_vectors)
+        index.train(_gather(gallery, training, room))
     shuffled = permutation(seed, 1, len(queries), _STREAM_QUERIES)
     return queries[shuffled], query_vectors[shuffled]
 
 
-def _gather(gallery: Gallery, rows: np.ndarray) -> np.ndarray:
+def _gather(gallery: Gallery, rows: np.ndarray, room: Callable[[tuple[int, int], type], np.ndarray]) -> np.ndarray:
     """(len(rows), D) normalised vectors at ascending `rows`."""
-    picked, start = [np.empty((0, gallery.dim), dtype=np.float32)], 0
+    picked, start = room((len(rows), gallery.dim), np.float32), 0
     for block in gallery.blocks() if len(rows) else ():
         low, high = np.searchsorted(rows, (start, start + len(block)))
-        picked.append(normalised(block[rows[low:high] - start]))
+        picked[low:high] = normalised(block[rows[low:high] - start])
         start += len(block)
-    return np.concatenate(picked)
+    return picked
 
 
-def _fill(
-    index: faiss.Index, gallery: Gallery, queries: np.ndarray, query_vectors: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Adds all vectors; from the same pass the exact nearest rows of each query (Q, 11), itself among them.
+def fill(index: faiss.Index, gallery: Gallery, query_vectors: np.ndarray, start: int = 0) -> tuple[Found, np.ndarray]:
+    """Adds all vectors; from the same pass the exact nearest rows of each query, itself among them.
+
+    Args:
+        index: trained, empty.
+        gallery: what is added.
+        query_vectors: (Q, D), normalised.
+        start: row of the gallery's first vector.
 
     Returns:
-        these, and the rows (Z,) of vectors that are zero.
+        The nearest, K = 11 where there are as many, and the rows (Z,) of vectors that are zero.
     """
-    zero = [np.empty(0, dtype=np.int64)]
-    nearest = _none(len(queries))
-    start = 0
+    zero, row = [np.empty(0, dtype=np.int64)], start
+    nearest = none(len(query_vectors))
     for block in _even(gallery.blocks()):
         vectors = normalised(block)
-        index.add(vectors)
-        zero.append(start + np.flatnonzero(~vectors.any(axis=1)))
-        nearest = _nearest(nearest, search(vectors, query_vectors, 11), start, 11)
-        start += len(block)
-    assert index.ntotal == gallery.count, "blocks are the gallery"
-    return nearest[1], np.concatenate(zero)
+        if start:
+            index.add_with_ids(vectors, np.arange(row, row + len(block)))
+        else:
+            index.add(vectors)
+        zero.append(row + np.flatnonzero(~vectors.any(axis=1)))
+        nearest = nearest_of(nearest, search(vectors, query_vectors, 11), row, 11)
+        row += len(block)
+    assert index.ntotal == gallery.count == row - start, "blocks are the gallery"
+    return nearest, np.concatenate(zero)
 
 
-def _none(queries: int) -> tuple[np.ndarray, np.ndarray]:
+def none(queries: int) -> Found:
     """Scores and rows of no neighbours."""
     return np.empty((queries, 0), np.float32), np.empty((queries, 0), np.int64)
 
 
-def _nearest(
-    found: tuple[np.ndarray, np.ndarray], more: tuple[np.ndarray, np.ndarray], start: int, k: int
-) -> tuple[np.ndarray, np.ndarray]:
+def nearest_of(found: Found, more: Found, start: int, k: int) -> Found:
     """The k best of two results, scores and rows (Q, K) each, by score and then by row; `more` counts from `start`."""
     scores = np.concatenate((found[0], more[0]), axis=1)
     rows = np.concatenate((found[1], more[1] + start), axis=1)
@@ -288,7 +303,7 @@ def search_index(index: faiss.Index | Gallery, queries: np.ndarray, k: int) -> t
         raise UserError(f"{len(wrong)} of {len(queries)} queries are NaN, infinite or zero: number {which}, from 0")
     k = min(k, count)
     if k == 0 or not len(queries):
-        return _none(len(queries))
+        return none(len(queries))
     try:
         return _found(index, directions, k)
     except (RuntimeError, MemoryError) as error:  # what FAISS checks no sooner
@@ -341,9 +356,9 @@ def _gallery_of(index: faiss.IndexFlat) -> Gallery:
 
 def _exactly(gallery: Gallery, directions: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and rows (Q, k) of the nearest unit vectors of a gallery, however it is cut into blocks."""
-    nearest, start = _none(len(directions)), 0
+    nearest, start = none(len(directions)), 0
     for block in _even(gallery.blocks()):
-        nearest = _nearest(nearest, search(block, directions, k), start, k)
+        nearest = nearest_of(nearest, search(block, directions, k), start, k)
         start += len(block)
     return nearest
 

@@ -42,20 +42,15 @@ from ssl_kit.data.sources import Source, pixels
 from ssl_kit.embeddings.exact import normalised
 from ssl_kit.embeddings.folder import PART_ROWS, checked, find_ids, part_names, read_rows, read_vectors
 from ssl_kit.embeddings.index import SEARCHED_ROWS, Gallery, search_index
-from ssl_kit.embeddings.signing import FaissIndex, find_key, is_signed, read_index, signature
+from ssl_kit.embeddings.signing import FILE, FaissIndex, find_key, is_ours, read_index, vectors_fingerprint
 from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.views.host import plain_views
 
-FILE = "index.faiss"
 BATCH = 64  # query images decoded and encoded together
 
-_SIGNED = "ssl_kit index 1"  # what a signature is of
 _MOST_LAYERS = 10_000
 _PATIENCE = 60.0  # seconds that an exact search may take, as its first rows tell
 _COPIES = 6  # of a part as float32 that are in memory while the next one is read; measured: 4.3 to 5.2
-# of a manifest: what the vectors are, beside the parts that hold them
-_VECTORS = ("rows", "dims", "dtype", "layers", "metric", "normalised", "precision", "encoder_sha256", "preprocessing")
-
 Image: TypeAlias = str | Path | np.ndarray | torch.Tensor | PIL.Image.Image
 
 
@@ -230,24 +225,13 @@ def _opened(folder: Path, info: Entries, mapped: bool | None, key: bytes | None,
     if not trusted:
         if key is None:
             raise UserError(f"there is no key that would tell who made {path}")
-        if not is_signed(key, _SIGNED, _claim(info), entry.get("signature")):
+        if not is_ours(key, info):
             how = "was not signed with your key" if "signature" in entry else "is not signed"
             raise UserError(f"{path} {how}: anybody may have made it")
     if "bytes" in entry and path.is_file() and path.stat().st_size != entry["bytes"]:
         raise DamagedError(f"{path} is damaged: {path.stat().st_size:,} bytes of {entry['bytes']}")
     mapped = bool(entry.get("mapped", False)) if mapped is None else mapped
     return read_index(path, info["rows"], info["dims"], mapped, digest=str(info["files"][FILE]))
-
-
-def _claim(info: Entries) -> list[object]:
-    """All that decides what an index is, and is signed: its file, what is said of it, and the vectors it is of."""
-    entry = {name: value for name, value in info["index"].items() if name != "signature"}
-    return [info["files"][FILE], entry, vectors_fingerprint(info), info["rows"], info["dims"]]
-
-
-def index_signature(key: bytes, info: Entries) -> str:
-    """The signature of the index that a manifest describes; it goes into its entry `index`."""
-    return signature(key, _SIGNED, _claim(info))
 
 
 def _index_command(folder: Path) -> str:
@@ -289,16 +273,6 @@ def _too_much(folder: Path, info: Entries, what: str) -> UserError:
         f"{folder}: without its index, an exact search of {info['rows']:,} vectors of {info['dims']} would {what}: run "
         f"`{_index_command(folder)}`, or search with --trust-index if you know who made the index"
     )
-
-
-def vectors_fingerprint(info: Entries) -> str:
-    """Hex sha256 of all that makes an index fit an embeddings folder: its parts, and how the vectors were made.
-
-    Args:
-        info: manifest of the folder.
-    """
-    parts = {name: info["files"][name] for name in part_names(info)}
-    return fingerprint([parts, [info.get(name) for name in _VECTORS]])
 
 
 def load_encoder(folder: Path, info: Entries, given: str | None = None) -> Encoder:

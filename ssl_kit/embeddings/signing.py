@@ -17,25 +17,29 @@ import os
 import re
 import secrets
 import stat
+import struct
 import tempfile
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeAlias
 
-import torch  # noqa: F401  before faiss, always: two OpenMP runtimes, and this order is the one that works
+import faiss
+import numpy as np
+from faiss.contrib.inspect_tools import get_invlist
 
-from ssl_kit.core.errors import UserError
-from ssl_kit.core.files import sync
-from ssl_kit.core.sealed import fingerprint
+from ssl_kit.core.errors import DamagedError, UserError
+from ssl_kit.core.files import sync, unreplaced, verify_file
+from ssl_kit.core.sealed import Entries, fingerprint
+from ssl_kit.embeddings.folder import part_names
 
-import faiss  # isort: skip
-
-from ssl_kit.core.errors import DamagedError
-from ssl_kit.core.files import unreplaced, verify_file
-
+FILE = "index.faiss"
 VARIABLE = "SSL_KIT_KEY"
 FaissIndex: TypeAlias = faiss.Index
 _SIZE = 32  # bytes
+_SIGNED = "ssl_kit index 1"  # what a signature is of
+# of a manifest: what the vectors are, beside the parts that hold them
+_VECTORS = ("rows", "dims", "dtype", "layers", "metric", "normalised", "precision", "encoder_sha256", "preprocessing")
 _DIGITS = re.compile(rf"[0-9a-fA-F]{{{2 * _SIZE}}}", re.ASCII)
 
 
@@ -111,6 +115,32 @@ def is_signed(key: bytes, what: str, value: object, by: object) -> bool:
     return isinstance(by, str) and by.isascii() and hmac.compare_digest(by, signature(key, what, value))
 
 
+def vectors_fingerprint(info: Entries) -> str:
+    """Hex sha256 of all that makes an index fit an embeddings folder: its parts, and how the vectors were made.
+
+    Args:
+        info: manifest of the folder.
+    """
+    parts = {name: info["files"][name] for name in part_names(info)}
+    return fingerprint([parts, [info.get(name) for name in _VECTORS]])
+
+
+def _claim(info: Entries) -> list[object]:
+    """All that decides what an index is, and is signed: its file, what is said of it, and the vectors it is of."""
+    entry = {name: value for name, value in info["index"].items() if name != "signature"}
+    return [info["files"][FILE], entry, vectors_fingerprint(info), info["rows"], info["dims"]]
+
+
+def index_signature(key: bytes, info: Entries) -> str:
+    """The signature of the index that a manifest describes; it goes into its entry `index`."""
+    return signature(key, _SIGNED, _claim(info))
+
+
+def is_ours(key: bytes, info: Entries) -> bool:
+    """Whether the index that a manifest describes was signed with this key."""
+    return is_signed(key, _SIGNED, _claim(info), info["index"].get("signature"))
+
+
 def _read(path: Path) -> bytes:
     """The key in a file that is its user's alone."""
     try:
@@ -155,8 +185,67 @@ def write_index(index: faiss.Index, path: Path) -> str:
             digest.update(data)
             file.write(data)
 
-        faiss.write_index(index, faiss.PyCallbackIOWriter(write, _WRITTEN))  # type: ignore[attr-defined]
+        kept = getattr(index, "referenced_objects", None)
+        if kept and isinstance(kept[0], faiss.HStackInvertedLists):
+            _write_stacked(index, kept[0], write)
+        else:
+            faiss.write_index(index, faiss.PyCallbackIOWriter(write, _WRITTEN))  # type: ignore[attr-defined]
     return digest.hexdigest()
+
+
+def stack(index: faiss.Index, shards: Sequence[faiss.Index]) -> None:
+    """Makes an index that is trained and empty show the lists of others, one after the other, where they are.
+
+    It can be searched and written then. `faiss.contrib.ondisk.merge_ondisk` would copy them to a file that the index
+    names by its path: two files, of which one opens the other.
+
+    Args:
+        index: one that `can_be_stacked`.
+        shards: copies of it, filled with rows that they know by their numbers in the whole; kept as long as `index` is.
+    """
+    lists, parts = faiss.extract_index_ivf(index), faiss.InvertedListsPtrVector()  # type: ignore[attr-defined]
+    for shard in shards:
+        mapped = faiss.downcast_InvertedLists(faiss.extract_index_ivf(shard).invlists)  # type: ignore[arg-type]
+        mapped.prefetch_nthread = 0  # type: ignore[attr-defined]  # else each query starts 32 threads for each shard
+        parts.push_back(mapped)
+    whole = faiss.HStackInvertedLists(parts.size(), parts.data())
+    lists.replace_invlists(whole, False)
+    index.ntotal = lists.ntotal = sum(shard.ntotal for shard in shards)
+    index.referenced_objects = [whole, *shards]  # type: ignore[attr-defined]  # FAISS's own name for what must live as long
+
+
+def can_be_stacked(index: faiss.Index) -> bool:
+    """Whether the file of an index, which is empty yet, ends with its lists, and these hold plain codes."""
+    lists = faiss.try_extract_index_ivf(index)
+    return lists is not None and faiss.serialize_index(index).tobytes().endswith(_no_lists(lists))
+
+
+def _no_lists(lists: faiss.IndexIVF) -> bytes:
+    """How FAISS writes lists that are empty."""
+    return b"ilar" + struct.pack("<QQ", lists.nlist, lists.code_size) + b"sprs" + struct.pack("<Q", 0)
+
+
+def _write_stacked(index: faiss.Index, whole: faiss.InvertedLists, write: Callable[[bytes], None]) -> None:
+    """What FAISS would write of the same index with the lists in memory: of a stack it writes none.
+
+    Only one list is in memory at a time.
+    """
+    lists, empty = faiss.extract_index_ivf(index), faiss.ArrayInvertedLists(whole.nlist, whole.code_size)
+    lists.replace_invlists(empty, False)
+    data, none = faiss.serialize_index(index).tobytes(), _no_lists(lists)
+    lists.replace_invlists(whole, False)
+    assert data.endswith(none), "can_be_stacked"
+    write(data[: -len(none)] + none[:20])
+    sizes = np.array([whole.list_size(number) for number in range(lists.nlist)], "<u8")
+    filled = np.flatnonzero(sizes)
+    if len(filled) > lists.nlist // 2:
+        write(b"full" + struct.pack("<Q", lists.nlist) + sizes.tobytes())
+    else:
+        pairs = np.stack((filled, sizes[filled]), 1).astype("<u8")
+        write(b"sprs" + struct.pack("<Q", pairs.size) + pairs.tobytes())
+    for number in filled:
+        ids, codes = get_invlist(whole, int(number))
+        write(codes.tobytes() + ids.tobytes())
 
 
 def read_index(path: Path, count: int, dim: int, mapped: bool = False, *, digest: str | None = None) -> faiss.Index:
@@ -190,7 +279,10 @@ def read_index(path: Path, count: int, dim: int, mapped: bool = False, *, digest
 
 
 def _read_index(path: Path, size: int, digest: str | None) -> faiss.Index:
-    """Hashes and parses one copy in memory: nobody can change the file in between."""
+    """Hashes and parses one copy in memory: nobody can change the file in between.
+
+    The table that is skipped is of Euclidean distances; where it is larger than the file, FAISS refuses the file.
+    """
     reader = faiss.VectorIOReader()
     reader.data.resize(size)
     data = faiss.rev_swig_ptr(reader.data.data(), size).data if size else bytearray()
@@ -199,7 +291,7 @@ def _read_index(path: Path, size: int, digest: str | None) -> faiss.Index:
     got = hashlib.sha256(data).hexdigest()
     if not whole or digest not in (None, got):
         raise DamagedError(f"{path} is damaged: sha256 {got[:12]}..., its manifest says {str(digest)[:12]}...")
-    return faiss.read_index(reader)
+    return faiss.read_index(reader, faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE)
 
 
 def _mapped(path: Path, digest: str | None) -> faiss.Index:
@@ -212,4 +304,5 @@ def _mapped(path: Path, digest: str | None) -> faiss.Index:
         verify_file(path.parent, path.name, digest)
     with open(path, "rb") as file:
         exact = file.read(4) in (b"IxFI", b"IxF2")
-    return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if exact else faiss.IO_FLAG_MMAP)
+    flag = faiss.IO_FLAG_MMAP_IFC if exact else faiss.IO_FLAG_MMAP
+    return faiss.read_index(str(path), flag | faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import time
+from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
@@ -12,16 +13,16 @@ import numpy as np
 
 from ssl_kit.core.console import if_interrupted, next_command, table, warn
 from ssl_kit.core.errors import UserError
-from ssl_kit.core.files import MANIFEST, atomic_file, read_manifest, verify_file, write_sealed
+from ssl_kit.core.files import MANIFEST, atomic_file, beside, read_manifest, verify_file, write_sealed
 from ssl_kit.core.locking import lock
 from ssl_kit.core.machine import available_memory
 from ssl_kit.core.named import manifest_of
 from ssl_kit.core.sealed import LARGE_JSON, Entries
 from ssl_kit.core.settings import verb
+from ssl_kit.embeddings.filling import Filling
 from ssl_kit.embeddings.folder import checked, read_rows, read_vectors
-from ssl_kit.embeddings.index import Gallery, build_index
-from ssl_kit.embeddings.search import FILE, index_signature, vectors_fingerprint
-from ssl_kit.embeddings.signing import make_key, read_index, write_index
+from ssl_kit.embeddings.index import SEARCHED_ROWS, Gallery, build_index
+from ssl_kit.embeddings.signing import FILE, index_signature, make_key, read_index, vectors_fingerprint, write_index
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Settings:
         key: of FAISS's index factory, such as Flat or IVF1024,SQ8; auto is exact while one query takes under 50 ms.
         recall: wanted recall@10 in (0, 1]; lists are added to each search until held-out queries reach it.
         mapped: search it from disk, mapped into memory; auto is then lists of 8-bit codes, which can be mapped.
+        processes: that add vectors at the same time, in a small part of the memory; the index is mapped then.
 
     Examples:
         ssl-kit index EMB
@@ -45,33 +47,37 @@ class Settings:
     key: str = "auto"
     recall: float = 0.95
     mapped: bool = False
+    processes: int = 1
 
 
 @verb(Settings)
 def index(settings: Settings) -> Entries:
     """Build a search index of an embeddings folder, measure its recall and sign it."""
-    made = make_index(settings.emb, settings.key, settings.recall, settings.mapped)
+    made = make_index(settings.emb, settings.key, settings.recall, settings.mapped, settings.processes)
     folder = Path(settings.emb)
     first = read_rows(folder, manifest_of(folder), np.zeros(1, np.int64), "id")[0]
     next_command(shlex.join(["ssl-kit", "search", settings.emb, first, "-k", "12"]))
     return made
 
 
-def make_index(emb: str, key: str = "auto", recall: float = 0.95, mapped: bool = False) -> Entries:
+def make_index(emb: str, key: str = "auto", recall: float = 0.95, mapped: bool = False, processes: int = 1) -> Entries:
     """What `index` does, but for naming the next command."""
     folder = Path(emb)
     manifest_of(folder)  # before a lock is left in what is none
+    mapped = mapped or processes > 1
     if mapped and "fs" in key:
         raise UserError(f"--key {key}: fast-scan codes cannot be mapped; use IVFn,SQ8 or auto, or leave --mapped out")
     kept = f"the vectors in {folder} are kept; the same command makes their index"
     key_of_user = _signing_key(folder)
-    with lock(folder), if_interrupted(lambda: kept):
+    scratch = beside(folder / FILE, ".tmp", folder=True) if processes > 1 else nullcontext()
+    with lock(folder), if_interrupted(lambda: kept), scratch as there:
         info = _embeddings(folder)
         if info["rows"] < 2:
             raise UserError(f"{folder} holds {info['rows']} vectors; at least 2 are wanted")
-        gallery = Gallery(info["rows"], info["dims"], lambda: read_vectors(folder, info))
+        gallery = Gallery(info["rows"], info["dims"], lambda: read_vectors(folder, info, SEARCHED_ROWS))
         started = time.perf_counter()
-        built = build_index(gallery, key, recall, memory=available_memory(), mapped=mapped)
+        filling = None if there is None else Filling(folder, info, processes, there)
+        built = build_index(gallery, key, recall, memory=available_memory(), mapped=mapped, filling=filling)
         seconds = time.perf_counter() - started
         _announce(folder)
         with atomic_file(folder / FILE) as temporary:

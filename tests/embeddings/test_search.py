@@ -16,8 +16,8 @@ from ssl_kit.core.sealed import read_sealed
 from ssl_kit.embeddings import search as searching
 from ssl_kit.embeddings.embeddings import Embeddings
 from ssl_kit.embeddings.index import build_index, faiss, search_index
-from ssl_kit.embeddings.search import FILE, Index, index_signature, read_file
-from ssl_kit.embeddings.signing import key_file, read_index, write_index
+from ssl_kit.embeddings.search import Index, read_file
+from ssl_kit.embeddings.signing import FILE, index_signature, key_file, read_index, write_index
 from ssl_kit.verbs.index import index
 from ssl_kit.verbs.search import search
 

@@ -54,5 +54,5 @@ def test_it_tries_and_tells(labelled_folder, capsys):
     assert cli.main([*words, "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["seconds"]["training"] == pytest.approx(2e5 / record["images_per_second"])
-    with pytest.raises(UserError, match="wanted numbers above 0"):
+    with pytest.raises(UserError, match="--processes 0: wanted a number in"):
         plan(str(labelled_folder), processes=0)
