@@ -46,6 +46,7 @@ from ssl_kit.core.random import Key
 from ssl_kit.data import sources
 from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.evaluation.neighbours import knn_accuracy
+from ssl_kit.methods.dino import DINO
 from ssl_kit.methods.mae import MAE
 from ssl_kit.methods.method import Method
 from ssl_kit.methods.simclr import SimCLR
@@ -75,6 +76,7 @@ def build(name: str) -> Method:
         "cached": lambda: SimCLR(resnet(), projection=(16, 8)),
         "mae": lambda: MAE(vit(), decoder_depth=1, decoder_width=16, decoder_heads=1),
         "mae_code": lambda: MAE(vit(), decoder_depth=1, decoder_width=16, decoder_heads=1, dims=(2, 4)),
+        "dino": lambda: DINO(vit(), small_crops=0, prototypes=16, hidden=(16, 8)),
         "vae": lambda: VAE(resnet(), dim=4, decoder_width=8),
         "free_bits": lambda: VAE(resnet(), dim=4, decoder_width=8, free_bits=0.5),
         "aavae": lambda: VAE(resnet(), dim=4, decoder_width=8, augmented=True),

@@ -10,6 +10,7 @@ import difflib
 import os
 import re
 import shlex
+import socket
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +18,6 @@ from pathlib import Path
 from ssl_kit.core.errors import DamagedError, UserError
 from ssl_kit.core.files import MANIFEST, NotOursError, entries, read_manifest, settle
 from ssl_kit.core.owned import RUN, check_ours, our_files
-from ssl_kit.core.process import is_first
 from ssl_kit.core.sealed import LARGE_JSON, Entries, read_object
 
 TABLES = (".csv", ".tsv", ".parquet")  # endings of manifests
@@ -212,28 +212,27 @@ def default_run(data: str) -> Path:
     return Path("runs", Path(data.split(maxsplit=1)[0] if data.split() else "").name or "run")
 
 
-def job() -> dict[str, object] | None:
-    """What tells this job of torchrun from others: its id, which may be "none", and the agent that started us."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID")
-    if name is None:
+def agent() -> str | None:
+    """Which agent of torchrun has started this process, on which machine; None where none has."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
-    agent, since = os.getppid(), ""
+    number, since = os.getppid(), ""
     with suppress(OSError):  # in a container each agent may have the same number
-        since = Path(f"/proc/{agent}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
-    return {"id": name, "agent": f"{agent} {since}"}
+        since = Path(f"/proc/{number}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
+    return f"{socket.gethostname()} {number} {since}".rstrip()
 
 
 def restarted(folder: Path) -> bool:
     """Whether torchrun has started the processes of this very job anew (--max-restarts): its run then goes on.
 
-    An agent starts its processes anew without ending itself. Only the first process has the number of the one that the
-    record was written under; where it is another's, that process refuses, and the others end with it.
+    An agent starts its processes anew without ending itself, and the record of a run names the agents of all machines
+    that began it. How often torchrun says it has is no help: on several machines each agent counts its own losses.
     """
-    now, count = job(), os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
-    if now is None or not count.isdigit() or not int(count) or not (folder / RUN).is_file():
+    own = agent()
+    if own is None or not (folder / RUN).is_file():
         return False
-    begun = read_object(folder / RUN).get("job")
-    return isinstance(begun, dict) and (begun == now if is_first() else begun.get("id") == now["id"])
+    begun = read_object(folder / RUN).get("agents")
+    return isinstance(begun, list) and own in begun
 
 
 def check_run(folder: Path, resume: bool, overwrite: bool) -> None:

@@ -221,11 +221,11 @@ class ResumableLoader(ViewLoader):
             moved["arrived"] = side.record_event()
             yield moved
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """Empty: views and order are pure functions of the step."""
         return {}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
         """Nothing to restore."""
 
 

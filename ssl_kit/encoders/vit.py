@@ -13,11 +13,14 @@ Any timm VisionTransformer or Eva with a plain patch embedding will do (vit_*, d
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from timm.layers import Attention, AttentionRope, PatchEmbed
 from timm.models.eva import Eva, EvaAttention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ssl_kit.core.errors import UserError
 from ssl_kit.encoders.encoder import Encoder
@@ -87,11 +90,13 @@ def tokens(
     if keep is None:
         keep = torch.arange(patches.shape[1], device=patches.device).expand(len(patches), -1)
     sequence = model.norm_pre(torch.cat([special, take(patches, keep)], dim=1))  # (B, S + K, width)
-    if not isinstance(model, Eva):
-        return model.norm(model.blocks(sequence))
-    turns = [None] * len(model.blocks) if rotations is None else _rotations(rotations, keep, len(model.blocks))
-    for block, rope in zip(model.blocks, turns, strict=True):
-        sequence = block(sequence, rope=rope)
+    turns: list[dict[str, Tensor | None]] = [{}] * len(model.blocks)
+    if isinstance(model, Eva):
+        ropes = [None] * len(turns) if rotations is None else _rotations(rotations, keep, len(turns))
+        turns = [{"rope": rope} for rope in ropes]
+    for block, turn in zip(model.blocks, turns, strict=True):
+        made = partial(block, **turn)
+        sequence = checkpoint(made, sequence, use_reentrant=False) if model.grad_checkpointing else made(sequence)
     return model.norm(sequence)
 
 
@@ -111,6 +116,23 @@ def _rotations(whole: Tensor, keep: Tensor, depth: int) -> list[Tensor]:
 def take(rows: Tensor, index: Tensor) -> Tensor:
     """Rows of each image by number: (B, N, D) and (B, K) int64 to (B, K, D)."""
     return rows.gather(1, index[:, :, None].expand(-1, -1, rows.shape[2]))
+
+
+def checkpoint_activations(encoder: Encoder) -> None:
+    """Lets a network keep only what enters its blocks, and compute the rest again in the backward pass.
+
+    Chen et al. 2016, arXiv:1604.06174. Gradients are the same to the bit; of what a block makes nothing is kept.
+
+    Raises:
+        UserError: it has batch statistics, which the second pass would count twice, or no blocks that timm knows.
+    """
+    advice = "leave --activation-checkpointing out, or choose a ViT"
+    if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in encoder.model.modules()):
+        raise UserError(f"{encoder.name} has batch statistics, which would be counted twice; {advice}")
+    try:
+        encoder.model.set_grad_checkpointing(True)
+    except (AssertionError, AttributeError) as error:
+        raise UserError(f"{encoder.name} has no blocks whose activations could be left out; {advice}") from error
 
 
 def unfuse_attention(network: nn.Module) -> int:

@@ -10,7 +10,6 @@ program; the first one alone measures, draws, writes and speaks.
     wait          for what the first one does alone; so do Lightning's barriers
     broadcast    a value that the first one makes, for all
     all_gather_object      what each has found, for all
-    Processes     Lightning's data-parallel strategy for them
 
 A step's collectives fail after `TIMEOUT`, so that a process that hangs ends the run within a minute; until the first
 step is over, after `PATIENCE`: compiling and cold disks take their time. What the first process does alone may take
@@ -25,6 +24,8 @@ import os
 import signal
 import sys
 import threading
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -33,19 +34,19 @@ from typing import NamedTuple, TypeAlias, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from pytorch_lightning.plugins.environments import TorchElasticEnvironment
-from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.distributed.rendezvous import rendezvous
 
 from ssl_kit.core.console import configure
 from ssl_kit.core.errors import UserError
-from ssl_kit.core.process import LAUNCHER, LOST, TIMEOUT_SECONDS, on_this_machine, started
+from ssl_kit.core.process import LAUNCHER, LOST, TIMEOUT_SECONDS, started
 
 Group: TypeAlias = "dist.ProcessGroup"  # a torch without it imports this file, too
 T = TypeVar("T")
 PATIENCE = timedelta(minutes=30)  # for what one process does alone
+
+FIND_UNUSED = "ddp_find_unused_parameters_true"  # Lightning's name
 
 _by_itself = False
 _images: list[int] = []  # of each process in the batch that they are at, where all know it
@@ -261,8 +262,8 @@ def joined() -> Iterator[None]:
         store: dist.Store = dist.FileStore(meeting, count)
     else:
         store, number, count = next(rendezvous("env://", timeout=PATIENCE))
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun's store still holds where those of a former try were
-            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+            store = dist.PrefixStore(_room(store, number, count), store)
     words = store.clone()
     # on a machine with GPUs each kind of tensor has its own carrier
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -284,6 +285,30 @@ def joined() -> Iterator[None]:
         raise told from error
     del groups  # or they would live on in this frame
     leave()
+
+
+def _room(store: dist.Store, number: int, count: int) -> str:
+    """A name that the processes of this try alone share, for torchrun's store still holds what former tries wrote.
+
+    How often torchrun has started them anew is no such name: each machine counts by itself. The first process shows
+    everybody's token to a room of its own until each of them has entered; tokens of the dead lead nowhere.
+    """
+    own = uuid.uuid4().hex
+    if number > 0:
+        store.set(f"token/{number}", own)
+        store.wait([own], PATIENCE)
+        room = store.get(own).decode()
+        store.set(f"{room}/{number}", own)
+        return room
+    missing, limit = set(range(1, count)), time.monotonic() + PATIENCE.total_seconds()
+    while missing:
+        for other in [one for one in missing if store.check([f"token/{one}"])]:
+            store.set(store.get(f"token/{other}").decode(), own)
+        missing = {other for other in missing if not store.check([f"{own}/{other}"])}
+        if time.monotonic() > limit:
+            raise UserError(f"{len(missing)} of {count} processes have not come within {PATIENCE}")
+        time.sleep(0.02)
+    return own
 
 
 def _end_with_launcher() -> None:
@@ -363,39 +388,3 @@ def same_buffers(module: nn.Module) -> None:
     if world_size() > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
-
-
-class Processes(DDPStrategy):
-    """Data-parallel training: every step applies the mean of the processes' gradients, weighted by `share_weight`.
-
-    Batch norm normalises each process's own samples. Its running statistics, like all buffers, are those of the first
-    process: they are sent to the others before every forward pass, and updated once a step.
-
-    Args:
-        unused: look in each step for parameters that the loss does not depend on.
-    """
-
-    def __init__(self, unused: bool = False):
-        super().__init__(timeout=PATIENCE, find_unused_parameters=unused)
-
-    def barrier(self, *args: object, **kwargs: object) -> None:
-        """Waits for all, also for a first process that measures or saves."""
-        wait()
-
-    @staticmethod
-    def arguments(options: dict[str, object]) -> dict[str, object]:
-        """The Trainer's arguments for the processes that were started.
-
-        Args:
-            options: the user's; taken from them are `strategy` and `devices`, of which only the GPUs' numbers matter.
-        """
-        strategy, devices = options.pop("strategy", "ddp"), options.pop("devices", None)
-        return {
-            "strategy": Processes(unused=strategy == FIND_UNUSED),
-            "devices": devices if isinstance(devices, list) and torch.cuda.is_available() else on_this_machine(),
-            "num_nodes": started() // on_this_machine(),
-            "plugins": [TorchElasticEnvironment()],  # not whatever scheduler the machine belongs to
-        }
-
-
-FIND_UNUSED = "ddp_find_unused_parameters_true"  # Lightning's name

@@ -38,7 +38,7 @@ from ssl_kit.data.fingerprint import difference
 from ssl_kit.data.loader import ViewLoader
 from ssl_kit.data.module import ImageData, views_speed
 from ssl_kit.data.sources import Source
-from ssl_kit.encoders.vit import unfuse_attention
+from ssl_kit.encoders.vit import checkpoint_activations, unfuse_attention
 from ssl_kit.encoders.weights import SENSELESS, check_sizes
 from ssl_kit.methods.method import Method
 from ssl_kit.training.distributed import broadcast, world_size
@@ -193,6 +193,8 @@ def fit_to_machine(
     detail(f"memory format: {'channels_last' if channels_last.value else 'contiguous'} ({channels_last.reason})")
     if device.value == "cpu" and precision.value == "bfloat16" and unfuse_attention(learner):
         detail("attention: plain products (torch's fused kernel is slow backwards in bfloat16 on a CPU)")
+    if settings.activation_checkpointing:
+        checkpoint_activations(learner.encoder)
     detail(f"views on: {views_on.value} ({views_on.reason})")
     loader = ImageData(
         training,

@@ -249,16 +249,9 @@ def _one(asked: _Asked, folder: Path, opened: _Opened, options: _Options) -> tup
     loaded = asked.loaded(opened)
     if options.layers != 1 and isinstance(loaded, Wrapped):
         raise UserError(f"layers {options.layers}: a module of your own has no known stages or blocks; leave it out")
-    pretrained = {
-        name: load_pretrained(given, loaded.channels).to(device) for name, given in options.pretrained.items()
-    }
-    pretrained |= _start(asked, loaded.channels, options)
     wanted = options.only or default_names(loaded)
     train, test, leaks = opened.parts(loaded.reading)
-    if "scratch" in options.baselines:
-        from ssl_kit.verbs.finetune import from_scratch  # with Lightning, which nothing else here needs
-
-        pretrained["scratch"] = from_scratch(asked.path, train, folder, seed).to(device)
+    beside = {name: one.to(device) for name, one in _beside(asked, loaded.channels, train, folder, options).items()}
     nested = isinstance(loaded, Encoder) and bool(loaded.args["num_classes"]) and options.layers == 1
     task = Task(train, test, folder, options.dims, nested, options.balanced, seed, options.batch_size, device)
     results: list[Result] = []
@@ -271,7 +264,7 @@ def _one(asked: _Asked, folder: Path, opened: _Opened, options: _Options) -> tup
             test,
             folder / "features",
             baselines=options.baselines,
-            pretrained=pretrained,
+            pretrained=beside,
             layers=options.layers,
             seed=seed,
             batch_size=options.batch_size,
@@ -310,6 +303,17 @@ def _one(asked: _Asked, folder: Path, opened: _Opened, options: _Options) -> tup
     return Scored(asked.name, results, labels), record
 
 
+def _beside(asked: _Asked, channels: int, train: Source, folder: Path, options: _Options) -> dict[str, Encoder]:
+    """The encoders that are scored beside this one, by name."""
+    made = {name: load_pretrained(given, channels) for name, given in options.pretrained.items()}
+    made |= _start(asked, channels, options)
+    if "scratch" in options.baselines:
+        from ssl_kit.verbs.finetune import from_scratch  # with Lightning, which nothing else here needs
+
+        made["scratch"] = from_scratch(asked.path, train, folder, options.seed)
+    return made
+
+
 def _start(asked: _Asked, channels: int, options: _Options) -> dict[str, Encoder]:
     """What the run was begun with (`--init`), if it is on this disk still: says what training has added to it."""
     record = asked.path.parent / "run.json"
@@ -319,7 +323,7 @@ def _start(asked: _Asked, channels: int, options: _Options) -> dict[str, Encoder
     if not isinstance(init, str) or init in options.pretrained.values():
         return {}
     try:
-        return {AS_IT_CAME: load_pretrained(init, channels).to(solver())}
+        return {AS_IT_CAME: load_pretrained(init, channels)}
     except UserError as error:
         say(f"as it came: what the run was begun with is not scored beside it ({error})")
         return {}

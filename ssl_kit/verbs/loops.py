@@ -206,7 +206,7 @@ class Monitor(pl.Callback):
         if self.data is not None:
             self._begin(trainer, pl_module, opened(self.data, self.channels))
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, _: int) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, _: int) -> None:
         """Keeps the first images, where no others are named."""
         self.waited += time.perf_counter() - self._left
         if self.curves is None:
@@ -216,7 +216,7 @@ class Monitor(pl.Callback):
                 self._begin(trainer, pl_module, self._collected())
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """Notes the loss; every 20 steps writes a row, and looks when it is time to."""
         told = outputs if isinstance(outputs, Mapping) else {"loss": outputs}
@@ -362,7 +362,7 @@ class _Fed:
     total_steps: int = -1
 
 
-def _images_and_labels(batch: Any) -> tuple[Tensor, Tensor]:
+def _images_and_labels(batch: object) -> tuple[Tensor, Tensor]:
     """The first images (B, C, H, W) of a batch of any make, and its labels (B,) int64, -1 where it has none.
 
     Raises:
@@ -376,7 +376,7 @@ def _images_and_labels(batch: Any) -> tuple[Tensor, Tensor]:
     return images.detach(), torch.full((len(images),), -1) if labels is None else labels.detach().cpu()
 
 
-def _flat(value: Any) -> Iterator[Any]:
+def _flat(value: object) -> Iterator[object]:
     if isinstance(value, Mapping):
         value = value.values()
     if isinstance(value, Tensor | str) or not isinstance(value, Iterable):

@@ -43,13 +43,14 @@ from ssl_kit.report.pictures import (
     draw_looks,
     draw_map,
     draw_neighbours,
+    draw_views,
     draw_wrong,
     enlarged,
     framed,
     overlay,
     signed_overlay,
 )
-from ssl_kit.views.recipe import plain
+from ssl_kit.views.recipe import View, plain
 
 _IMAGES = 8
 _CLASSES = 12  # with a prototype, the most frequent ones
@@ -348,3 +349,13 @@ def write_suspects(path: Path, part: Embeddings, device: str = "cpu") -> float:
     )
     write_csv(path, ["id", "label", "neighbours_say", "margin"], suspects)
     return len(rows) / len(known)
+
+
+def draw_first(path: Path, source: Source, rows: np.ndarray, views: tuple[View, ...], seed: int) -> None:
+    """The first picture of a run, before its first step: a few images and their views."""
+    batch = next(iter(ViewLoader(source, [rows], views, seed=seed)))
+    kept = batch["key"].index.numpy()
+    originals = next(iter(ViewLoader(source, [kept], (plain(views[0].size),))))["views"][0].numpy()
+    stored = [(image.transpose(1, 2, 0) * 255).round().astype(np.uint8) for image in originals]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw_views(path, stored, [view.numpy() for view in batch["views"]])

@@ -7,13 +7,12 @@ from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import pytorch_lightning as pl
 
 from ssl_kit.core.console import detail, if_interrupted, result, say
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.machine import Precision, Switch, keep_memory, lightning_precision
-from ssl_kit.core.named import default_run, job
+from ssl_kit.core.named import agent, default_run
 from ssl_kit.core.owned import check_place
 from ssl_kit.core.process import Signals
 from ssl_kit.core.reading import Function, reading_of
@@ -21,7 +20,6 @@ from ssl_kit.core.sealed import Entries
 from ssl_kit.core.settings import verb
 from ssl_kit.data.fingerprint import fingerprint
 from ssl_kit.data.listing import write_skipped
-from ssl_kit.data.loader import ViewLoader
 from ssl_kit.data.module import ImageData
 from ssl_kit.data.opening import name_of, open_source, places
 from ssl_kit.data.sources import Source
@@ -29,11 +27,10 @@ from ssl_kit.encoders.encoder import Encoder
 from ssl_kit.encoders.pretrained import freeze, initialise
 from ssl_kit.methods.method import Method
 from ssl_kit.report.page import write_report
-from ssl_kit.report.pictures import draw_views
 from ssl_kit.training.checkpoint import Checkpoints, newest
 from ssl_kit.training.chunked import Chunkable, no_chunks
 from ssl_kit.training.curves import Bar, Curves
-from ssl_kit.training.distributed import Processes, broadcast, joined, rank, wait, world_size
+from ssl_kit.training.distributed import all_gather_object, broadcast, joined, rank, wait, world_size
 from ssl_kit.training.duration import Duration
 from ssl_kit.training.guard import Diagnose, Guard
 from ssl_kit.training.loop import Loop, trainer_of
@@ -52,11 +49,21 @@ from ssl_kit.verbs.defaults import (
 )
 from ssl_kit.verbs.early import check_trainer
 from ssl_kit.verbs.monitor import Measure, Monitor, Show, hold_out, judge_of, kept
+from ssl_kit.verbs.pictures import draw_first
 from ssl_kit.verbs.record import RunRecord, loggers, opened, versions
 from ssl_kit.verbs.rehearsal import rehearse
 from ssl_kit.verbs.seen import first_image, say_next, see
-from ssl_kit.verbs.several import all_fit, check_images, check_processes, clean_features, held, images_per_step, spread
-from ssl_kit.views.recipe import View, ViewRecipe, plain
+from ssl_kit.verbs.several import (
+    Processes,
+    all_fit,
+    check_images,
+    check_processes,
+    clean_features,
+    held,
+    images_per_step,
+    spread,
+)
+from ssl_kit.views.recipe import ViewRecipe, plain
 
 _FIRST = 8  # images in the first picture
 
@@ -99,6 +106,8 @@ class Settings:
         ema: average the encoder's weights with this decay a step, such as 0.99; the average is measured and exported.
         ema_cosine: let the decay grow to 1 over the run.
         compile: the encoder's blocks by torch.compile; auto is on a GPU when the run is long enough.
+        activation_checkpointing: of a transformer's blocks keep the inputs only, and compute the rest again backwards:
+            a third more time, a fraction of the memory.
         tf32: for float32 products on GPUs that have it.
         diagnose: write gradient norms per layer and fractions of dead units to diagnose.csv.
         wandb: log to Weights & Biases too, offline when no key is set.
@@ -150,6 +159,7 @@ class Settings:
     views_on: Literal["auto", "host", "device"] = "auto"
     compile: Switch = "auto"
     tf32: Switch = "auto"
+    activation_checkpointing: bool = False
     trainer: Entries | None = None
 
     @property
@@ -204,13 +214,15 @@ def pretrain(settings: Settings) -> Entries:
         loader, duration, fitted = fit_to_machine(learner, training, view_schedule, settings, together, pace)
         settings = replace(settings, **fitted.decided)
 
+        agents = sorted({one for one in all_gather_object(agent()) if one})
         if rank() == 0:
             if not settings.resume:
                 smallest = len(training) // loader.steps_per_epoch  # step
                 rehearse(learner, view_schedule, settings.seed, min(2, smallest))  # the last that may be refused
                 record.former.set_aside()  # there is one where `overwrite` says so, or it was killed as it began
-            _begin(record, settings, source, learner, duration.total)
-            draw_first(folder / "pictures" / "views.png", source, view_schedule[0], settings.seed)
+            _begin(record, settings, source, learner, duration.total, agents)
+            first, drawn = spread(len(source), _FIRST), folder / "pictures" / "views.png"
+            draw_first(drawn, source, first, view_schedule[0], settings.seed)
             write_report([folder], folder / "report.html")
         measure = Measure(training, gallery, queries, plain(settings.size), view_schedule[0])
         show = Show(folder / "pictures", training, view_schedule[0], settings.seed)
@@ -346,7 +358,9 @@ def _checked(settings: Settings) -> Settings:
     return replace(settings, trainer=options or None)
 
 
-def _begin(record: RunRecord, settings: Settings, source: Source, learner: Method, steps: int) -> None:
+def _begin(
+    record: RunRecord, settings: Settings, source: Source, learner: Method, steps: int, agents: list[str]
+) -> None:
     facts = {
         "root": name_of(settings.data),
         "images": len(source),
@@ -368,7 +382,7 @@ def _begin(record: RunRecord, settings: Settings, source: Source, learner: Metho
         data=facts,
         seed=settings.seed,
         versions=versions(),
-        job=job(),
+        agents=agents,
         verdict={"state": "unknown", "reason": "nothing was measured yet"},
     )
     save_recipe(settings.folder / "recipe.yaml", resolved_recipe(settings, learner))
@@ -379,13 +393,3 @@ def _begin(record: RunRecord, settings: Settings, source: Source, learner: Metho
         f"{type(learner).__name__} trains {network.name} ({network.dim:,} features): views of {side} px, "
         f"{settings.batch_size:,} images a step, {steps:,} steps in {length}"
     )
-
-
-def draw_first(path: Path, source: Source, views: tuple[View, ...], seed: int) -> None:
-    """The first picture of a run, before its first step: a few images and their views."""
-    batch = next(iter(ViewLoader(source, [spread(len(source), _FIRST)], views, seed=seed)))
-    kept = batch["key"].index.numpy()
-    originals = next(iter(ViewLoader(source, [kept], (plain(views[0].size),))))["views"][0].numpy()
-    stored = [(image.transpose(1, 2, 0) * 255).round().astype(np.uint8) for image in originals]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draw_views(path, stored, [view.numpy() for view in batch["views"]])

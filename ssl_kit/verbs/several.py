@@ -1,5 +1,5 @@
-"""What several processes must have alike before they train together, a folder, the images, the size of a step; and how
-they share the embedding of images.
+"""What several processes must have alike before they train together, a folder, the images, the size of a step; how
+Lightning is told of them; and how they share the embedding of images.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from pytorch_lightning.plugins.environments import TorchElasticEnvironment
+from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
 
 from ssl_kit.core.console import say
@@ -28,10 +30,12 @@ from ssl_kit.evaluation.features import Pixels
 from ssl_kit.evaluation.retrieval import TwoCrops
 from ssl_kit.training.distributed import (
     FIND_UNUSED,
+    PATIENCE,
     all_gather_object,
     broadcast,
     rank,
     rows_of_each,
+    wait,
     world_size,
 )
 from ssl_kit.views.recipe import View, plain
@@ -110,6 +114,39 @@ def images_per_step(settings: Settings, folder: Path) -> tuple[Settings, int]:
     option = "contrastive_batch" if contrastive else "batch_size"
     say(f"{option}: {share} on each of {world_size()} processes ({kept} images a step, as before)")
     return replace(settings, contrastive_batch=share) if contrastive else replace(settings, batch_size=share), kept
+
+
+class Processes(DDPStrategy):
+    """Data-parallel training: every step applies the mean of the processes' gradients, weighted by `share_weight`.
+
+    Batch norm normalises each process's own samples. Its running statistics, like all buffers, are those of the first
+    process: they are sent to the others before every forward pass, and updated once a step.
+
+    Args:
+        unused: look in each step for parameters that the loss does not depend on.
+    """
+
+    def __init__(self, unused: bool = False):
+        super().__init__(timeout=PATIENCE, find_unused_parameters=unused)
+
+    def barrier(self, *args: object, **kwargs: object) -> None:
+        """Waits for all, also for a first process that measures or saves."""
+        wait()
+
+    @staticmethod
+    def arguments(options: dict[str, object]) -> dict[str, object]:
+        """The Trainer's arguments for the processes that were started.
+
+        Args:
+            options: the user's; taken from them are `strategy` and `devices`, of which only the GPUs' numbers matter.
+        """
+        strategy, devices = options.pop("strategy", "ddp"), options.pop("devices", None)
+        return {
+            "strategy": Processes(unused=strategy == FIND_UNUSED),
+            "devices": devices if isinstance(devices, list) and torch.cuda.is_available() else on_this_machine(),
+            "num_nodes": started() // on_this_machine(),
+            "plugins": [TorchElasticEnvironment()],  # not whatever scheduler the machine belongs to
+        }
 
 
 def spread(count: int, most: int) -> np.ndarray:

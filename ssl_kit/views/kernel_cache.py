@@ -19,10 +19,10 @@ from ssl_kit.core.process import prepare
 
 
 @intrinsic
-def pointer(typing_context: Any, address: Any) -> Any:
+def pointer(typing_context: object, address: Any) -> Any:
     """An integer address as the void pointer that `carray` takes."""
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: object, arguments: Any) -> Any:
         return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
 
     return types.voidptr(address), generate
@@ -61,7 +61,7 @@ class _InFolder(caching.CompileResultCacheImpl):
 class _Cache(caching.FunctionCache):
     _impl_class = _InFolder
 
-    def load_overload(self, sig: Any, target_context: Any) -> Any:
+    def load_overload(self, sig: object, target_context: Any) -> Any:
         """The compiled function, or None when it is not there or damaged."""
         with self._given_up():
             try:
@@ -70,7 +70,7 @@ class _Cache(caching.FunctionCache):
                 self.flush()
         return None
 
-    def save_overload(self, sig: Any, data: Any) -> None:
+    def save_overload(self, sig: object, data: object) -> None:
         """Keeps it, if it can be kept."""
         with self._given_up():
             super().save_overload(sig, data)

@@ -7,7 +7,15 @@ import torch
 
 from ssl_kit.core.errors import UserError
 from ssl_kit.encoders import Encoder
-from ssl_kit.encoders.vit import patchify, sincos_positions, take, tokens, unfuse_attention, unpatchify
+from ssl_kit.encoders.vit import (
+    checkpoint_activations,
+    patchify,
+    sincos_positions,
+    take,
+    tokens,
+    unfuse_attention,
+    unpatchify,
+)
 
 SMALL = {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
 VIT = "vit_tiny_patch16_224"
@@ -66,6 +74,30 @@ def test_removed_pixels_have_no_influence(encoder):
     assert not torch.equal(changed, images)
     assert torch.equal(tokens(encoder, changed, keep), tokens(encoder, images, keep))
     assert not torch.equal(tokens(encoder, changed), tokens(encoder, images))
+
+
+@pytest.mark.parametrize("shown", [None, 4])
+def test_activations_that_are_not_kept_change_no_gradient(encoder, shown):
+    images = pictures(encoder, 2)
+    keep = None if shown is None else torch.arange(shown).expand(2, -1)
+    gradients, kept = [], []
+    for _ in range(2):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda saved: (sizes.append(saved.nbytes), saved)[1], lambda s: s
+        ):
+            loss = tokens(encoder.train(), images, keep).square().sum()
+        encoder.zero_grad()
+        loss.backward()
+        gradients.append([weight.grad.clone() for weight in encoder.parameters() if weight.grad is not None])
+        kept.append(sum(sizes))
+        checkpoint_activations(encoder)
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True)) and kept[1] < 0.5 * kept[0]
+
+
+def test_batch_statistics_are_not_to_be_counted_twice():
+    with pytest.raises(UserError, match="resnet18_small has batch statistics"):
+        checkpoint_activations(Encoder("resnet18_small", {"channels": [4, 4, 4, 4]}, (16, 16)))
 
 
 def test_unfused_attention_is_the_same(encoder):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import torch.multiprocessing as mp
 
 from ssl_kit.methods import simclr
+from ssl_kit.training import distributed
 from ssl_kit.training.distributed import (
     Word,
     all_gather,
@@ -93,6 +95,20 @@ def test_unequal_slices_equal_one_process(world, free_port, monkeypatch):
         wanted.backward()
         assert value == pytest.approx(wanted.item(), rel=1e-12)
         assert (torch.from_numpy(gradient) - weight.grad).abs().max() <= 1e-12 * weight.grad.abs().max()
+
+
+def test_each_try_meets_in_a_room_of_its_own():
+    store = torch.distributed.HashStore()  # torchrun's outlives the tries
+    rooms = []
+    for present in (4, 2, 4):  # the second try lacks two of its processes, as when a machine dies while all begin
+        with ThreadPoolExecutor(4) as pool:
+            entered = [pool.submit(distributed._room, store, number, 4) for number in range(1, present)]
+            if present == 4:
+                rooms.append(distributed._room(store, 0, 4))
+                assert {one.result(60) for one in entered} == {rooms[-1]}
+            else:
+                store.set(store.get("token/1").decode(), "nowhere")  # lets the one that waits go
+    assert len(set(rooms)) == 2
 
 
 def test_one_process_needs_no_group():

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from ssl_kit import cli
 from ssl_kit.core.console import result, say, warn
 from ssl_kit.core.errors import UserError
-from ssl_kit.core.named import job, restarted
+from ssl_kit.core.named import agent, restarted
 from ssl_kit.core.process import LOST
 from ssl_kit.data import opening
 from ssl_kit.data.listing import Skipped
@@ -489,19 +489,15 @@ def test_torchrun_starts_a_dead_process_anew_and_the_run_goes_on_by_itself(label
 
 
 def test_a_run_of_another_job_is_not_taken_for_ones_own(tmp_path, monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    (tmp_path / "run.json").write_text(json.dumps({"agents": []}))
+    assert agent() is None and not restarted(tmp_path)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    (tmp_path / "run.json").write_text(json.dumps({"job": job()}))
-    for count, number, agent, own in (
-        *((1, 0, 0, True), (0, 0, 0, False), (1, 0, 1, False)),
-        *((1, 1, 1, True), (2, 0, 0, True)),  # whose agent is on another machine
-    ):
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(count))
-        monkeypatch.setenv("RANK", str(number))
-        monkeypatch.setattr("os.getppid", lambda agent=agent, before=os.getppid(): before + agent)
-        assert restarted(tmp_path) == own
-        monkeypatch.undo()
-        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    assert not restarted(tmp_path / "nothing")
+    assert not restarted(tmp_path) and not restarted(tmp_path / "nothing")
+    (tmp_path / "run.json").write_text(json.dumps({"agents": ["elsewhere 1 2", agent()]}))
+    assert restarted(tmp_path)
+    monkeypatch.setattr("os.getppid", lambda before=os.getppid(): before + 1)
+    assert not restarted(tmp_path)
 
 
 def test_a_mistake_is_told_once(labelled_folder, tmp_path):
