@@ -100,11 +100,12 @@ class Filling:
     def _run(self, job: Entries) -> list[str]:
         """Has the job done; the sha256 of each shard's file."""
         threads = str(max(1, cores() // self.processes))
+        # -P: by itself `python -c` would import from the current folder first
         path = os.pathsep.join(filter(None, sys.path))
         own = {"OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": path}
         own |= {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**20), "ARROW_DEFAULT_MEMORY_POOL": "system"}
         child = subprocess.Popen(
-            [sys.executable, "-c", _MOTHER],
+            [sys.executable, "-P", "-c", _MOTHER],
             env={**os.environ, **own},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

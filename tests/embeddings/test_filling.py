@@ -51,7 +51,9 @@ def test_the_command_has_no_torch(folder):
         f"sys.argv = ['ssl-kit', 'index', {str(folder)!r}, '--key', 'IVF16,SQ8', '--processes', '2', '--json']\n"
         "try:\n    cli.run()\nfinally:\n    assert 'faiss' in sys.modules and 'torch' not in sys.modules\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    (folder.parent / "faiss.py").write_text("raise SystemExit('of a stranger, in the current folder')")
+    command = [sys.executable, "-P", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder.parent)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["rows"] == ROWS
 
