@@ -176,7 +176,7 @@ def test_many_queries_of_many_vectors_are_answered_from_lists(monkeypatch):
     find, recall = finder(gallery, len(gallery))
     rows, wanted = find(gallery, 11)[1], search(gallery, gallery, 11)[1]
     found = np.mean([len(np.intersect1d(*pair)) for pair in zip(rows, wanted, strict=True)]) / 11
-    assert 0.97 < recall < 1 and abs(found - recall) < 0.02
+    assert 0.94 < recall < 1 and abs(found - recall) < 0.02
     assert {(row, row + 5_000) for row in range(50)} <= {(row, int(one)) for row in range(50) for one in rows[row, :2]}
     lost = find(gallery[:1], 6_000)  # lists that are not visited
     assert lost[1].min() == -1 and lost[0].min() == -1 and lost[0][0, 0] == pytest.approx(1)
