@@ -7,12 +7,14 @@ neither torch nor NumPy, so that a mistyped name is told in a fifth of a second 
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 import shlex
 import socket
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from itertools import chain, product
 from pathlib import Path
 
 from ssl_kit.core.errors import DamagedError, UserError
@@ -72,16 +74,17 @@ def expanded(name: str) -> list[str]:
     Raises:
         UserError: more than 100,000, or none.
     """
-    found = _RANGE.search(name)
-    if found is None:
-        return [name]
-    first, last, rest = found[1], found[2], expanded(name[found.end() :])
-    count = int(last) - int(first) + 1
-    if not 0 < count * len(rest) <= _MOST_SHARDS:
-        raise UserError(f"{name} stands for {count * len(rest):,} files; wanted 1 to {_MOST_SHARDS:,}")
-    width = max(len(first), len(last)) if first[0] == "0" and len(first) > 1 else 0  # as shells fill up
-    numbers = (f"{number:0{width}d}" for number in range(int(first), int(last) + 1))
-    return [f"{name[: found.start()]}{number}{end}" for number in numbers for end in rest]
+    found = list(_RANGE.finditer(name))
+    counts = [int(one[2]) - int(one[1]) + 1 for one in found]
+    count = math.prod(max(0, one) for one in counts)
+    if not 0 < count <= _MOST_SHARDS:
+        raise UserError(f"{name} stands for {count:,} files; wanted 1 to {_MOST_SHARDS:,}")
+    texts, choices = _RANGE.sub("\0", name).split("\0"), []
+    for first, last in (one.groups() for one in found):
+        width = max(len(first), len(last)) if first[0] == "0" and len(first) > 1 else 0  # as shells fill up
+        choices.append([f"{number:0{width}d}" for number in range(int(first), int(last) + 1)])
+    pieces = [[texts[0]], *chain.from_iterable(zip(choices, ([text] for text in texts[1:]), strict=True))]
+    return ["".join(one) for one in product(*pieces)]
 
 
 def check_shown(folder: Path | str) -> None:
