@@ -188,8 +188,7 @@ class Bench:
         """Starts the training; comes back some seconds after its first step, starts anew where it ended by then."""
         for moment in (4 * generator.random(), 1.0, 0.5, 0.0):
             self.emptied(run.name)
-            begin = command(self.images, run, len(HOSTS) * EACH, "--checkpoint-minutes", "0.0002")
-            started = agents(["-m", "ssl_kit", "--", *begin], self.log, restarts)
+            started = agents(["-m", "ssl_kit", "--", *self.training(run)], self.log, restarts)
             saved = (run / "checkpoints").glob  # a first step is over: from then on collectives have the short limit
             while not any(saved("step-*")) and all(agent.poll() is None for agent in started.values()):
                 time.sleep(0.01)
@@ -198,6 +197,10 @@ class Bench:
                 return started
             ended(started, 0)
         raise RuntimeError(f"no training could be caught: {self.told()[-300:]}")
+
+    def training(self, run: Path) -> list[str]:
+        options = ("--epochs", "12", "--evaluate-every", "6", "--checkpoint-minutes", "0.01")
+        return command(self.images, run, len(HOSTS) * EACH, *options)
 
     def emptied(self, name: str) -> None:
         for host in HOSTS:
@@ -211,8 +214,7 @@ class Bench:
         """How the run differs from the undisturbed one on two hosts, if it does."""
         whole = self.folder / "whole"
         if not (whole / "encoder").exists():
-            line = ["-m", "ssl_kit", "--", *command(self.images, whole, len(HOSTS) * EACH)]
-            codes = ended(agents(line, self.folder / "whole"), 300)
+            codes = ended(agents(["-m", "ssl_kit", "--", *self.training(whole)], self.folder / "whole"), 300)
             assert codes == [0, 0], tail(Path(f"{self.folder / 'whole'}-sslkit-a.log"))
         for read in (weights, losses):
             one, other = read(run), read(whole)

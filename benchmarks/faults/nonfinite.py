@@ -309,7 +309,7 @@ def main() -> None:
         place = Path(folder)
         if "N1" in only:
             trials, full = Trials(place), len(PLACES) * len(VALUES) * len(METHODS)
-            rows.run("N1", "NaN or infinity in one step", 7 if quick else full, trials.one)
+            rows.run("N1", "NaN or infinity in one step", 3 if quick else full, trials.one)
             rows.run("N1/three", "NaN in three steps in a row", 1 if quick else 20, trials.three)
         if "N2" in only:
             run_warmed(lambda: temperatures(place / "told.json"), place / "log.txt")

@@ -290,7 +290,7 @@ def main() -> None:
         work.undisturbed("simclr")
         trials = Trials(work)
         if "R1" in only:
-            rows.run("R1", "SimCLR killed at a random moment", 3 if quick else 50, trials.killed("simclr"))
+            rows.run("R1", "SimCLR killed at a random moment", 1 if quick else 50, trials.killed("simclr"))
         for name in (*SUBJECTS, "finetune") if "R2" in only else ():
             if name != "simclr":
                 work.undisturbed(name)
@@ -301,7 +301,7 @@ def main() -> None:
         if "R4" in only:
             rows.run("R4", "images of 2 epochs with 1, 4, 2 threads", 1 if quick else 20, trials.other_threads)
         if "R6" in only:
-            rows.run("R6", "killed at exact places", 4 if quick else len(PLACES), trials.at_places)
+            rows.run("R6", "killed at exact places", 2 if quick else len(PLACES), trials.at_places)
         if "R8" in only:
             rows.add(cost(work, 6 if quick else 20))
         print("ended", trials.where)

@@ -364,7 +364,7 @@ def main() -> None:
     quick, rows = arguments.quick, Rows(arguments.json)
     with tempfile.TemporaryDirectory() as folder:
         trials = Trials(Path(folder))
-        full = 6 if quick else 60
+        full = 3 if quick else 60
         todo: dict[str, tuple[str, int, int, Callable[[int, random.Random], str | None]]] = {
             "A1": ("checkpoints and best, saver killed", 10, 200, trials.killed_saving),
             "A2": ("disk full during a save", full, full, trials.full(full)),

