@@ -169,7 +169,7 @@ class Bench:
             codes = ended(agents(again, self.log), 300)
             return self.differs(run) if codes == [0, 0] else f"resumed: exit codes {codes}: {self.told()[-300:]}"
 
-        self.rows.run("H2", "a host cut off, the job started again", 2 if self.quick else 6, trial)
+        self.rows.run("H2", "a host cut off, the job started again", 2 if self.quick else 4, trial)
 
     def H3(self) -> None:
         def trial(number: int, generator: random.Random) -> str | None:
@@ -182,7 +182,7 @@ class Bench:
                 return f"exit codes {codes}: {self.told()[-300:]}"
             return self.differs(run) if "resumed at step" in self.told() else "it did not go on"
 
-        self.rows.run("H3", "a process killed under --max-restarts", 2 if self.quick else 6, trial)
+        self.rows.run("H3", "a process killed under --max-restarts", 2 if self.quick else 4, trial)
 
     def in_a_step(self, run: Path, generator: random.Random, restarts: int = 0) -> dict[str, subprocess.Popen[bytes]]:
         """Starts the training; comes back some seconds after its first step, starts anew where it ended by then."""
@@ -199,7 +199,7 @@ class Bench:
         raise RuntimeError(f"no training could be caught: {self.told()[-300:]}")
 
     def training(self, run: Path) -> list[str]:
-        options = ("--epochs", "12", "--evaluate-every", "6", "--checkpoint-minutes", "0.01")
+        options = ("--epochs", "12", "--evaluate-every", "6", "--checkpoint-minutes", "0.05")
         return command(self.images, run, len(HOSTS) * EACH, *options)
 
     def emptied(self, name: str) -> None:
