@@ -1,12 +1,12 @@
 """Two hosts: network namespaces with own addresses, two processes each, joined by torchrun. Needs root and `ip`.
 
     python benchmarks/faults/hosts.py --json hosts.json        # goes on where it was stopped
-    python benchmarks/faults/hosts.py --quick --only H1
+    python benchmarks/faults/hosts.py --quick --only D8
 
-    H1  gradients of four processes on two hosts against one process on the joined batch: SimCLR, MAE, DINO
-    H2  a host cut off from the network in a random step: all processes end, on both hosts with a reason, within 60 s of
+    D8  gradients of four processes on two hosts against one process on the joined batch: SimCLR, MAE, DINO
+    D9  a host cut off from the network in a random step: all processes end, on both hosts with a reason, within 60 s of
         the limit of a collective, and the run that is started again ends as the undisturbed one
-    H3  a process killed by SIGKILL under --max-restarts: the agents start all anew, the run goes on by itself and ends
+    D10  a process killed by SIGKILL under --max-restarts: the agents start all anew, the run goes on by itself and ends
         as the undisturbed one
 
 The hosts share their files, as those of a cluster do; the training is that of distributed.py, in four processes.
@@ -129,11 +129,11 @@ class Bench:
 
     def run(self, only: list[str]) -> None:
         """Everything, or the rows in `only`."""
-        for name in ("H1", "H2", "H3"):
+        for name in ("D8", "D9", "D10"):
             if not only or name in only:
                 getattr(self, name)()
 
-    def H1(self) -> None:
+    def D8(self) -> None:
         def trial(number: int, generator: random.Random) -> str | None:
             name, one, several = METHODS[number], self.folder / "one.npy", self.folder / "several.npy"
             several.unlink(missing_ok=True)
@@ -145,9 +145,9 @@ class Bench:
             error = float(np.abs(got - wanted).max() / np.abs(wanted).max())
             return None if error <= 1e-5 else f"{name}: relative error {error:.1e}, above 1e-5"
 
-        self.rows.run("H1", "gradients of two hosts, unequal parts", len(METHODS), trial)
+        self.rows.run("D8", "gradients of two hosts, unequal parts", len(METHODS), trial)
 
-    def H2(self) -> None:
+    def D9(self) -> None:
         def trial(number: int, generator: random.Random) -> str | None:
             run, host = self.folder / "cut", list(HOSTS)[number % 2]
             started = self.in_a_step(run, generator)
@@ -169,9 +169,9 @@ class Bench:
             codes = ended(agents(again, self.log), 300)
             return self.differs(run) if codes == [0, 0] else f"resumed: exit codes {codes}: {self.told()[-300:]}"
 
-        self.rows.run("H2", "a host cut off, the job started again", 2 if self.quick else 4, trial)
+        self.rows.run("D9", "a host cut off, the job started again", 2 if self.quick else 4, trial)
 
-    def H3(self) -> None:
+    def D10(self) -> None:
         def trial(number: int, generator: random.Random) -> str | None:
             run, host = self.folder / "anew", list(HOSTS)[number % 2]
             started = self.in_a_step(run, generator, restarts=2)
@@ -182,7 +182,7 @@ class Bench:
                 return f"exit codes {codes}: {self.told()[-300:]}"
             return self.differs(run) if "resumed at step" in self.told() else "it did not go on"
 
-        self.rows.run("H3", "a process killed under --max-restarts", 2 if self.quick else 4, trial)
+        self.rows.run("D10", "a process killed under --max-restarts", 2 if self.quick else 4, trial)
 
     def in_a_step(self, run: Path, generator: random.Random, restarts: int = 0) -> dict[str, subprocess.Popen[bytes]]:
         """Starts the training; comes back some seconds after its first step, starts anew where it ended by then."""
@@ -230,7 +230,7 @@ def main() -> None:
     """See the top."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two trials of each row")
-    parser.add_argument("--only", default="", help="rows, such as H1,H3")
+    parser.add_argument("--only", default="", help="rows, such as D8,D10")
     parser.add_argument("--json", type=Path, help="file of rows; one that is there is gone on with")
     parser.add_argument("--folder", type=Path, help="scratch folder; a temporary one by default")
     parser.add_argument("--gradient", help=argparse.SUPPRESS)  # what torchrun starts
