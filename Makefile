@@ -5,7 +5,7 @@ RUN := demo/run
 EMB := demo/embeddings
 SINCE ?= 1543e6d
 
-.PHONY: demo run-demo test test-failed check docs house clean
+.PHONY: demo run-demo test test-failed engines check docs house clean
 
 .venv/demo: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -42,6 +42,15 @@ test: .venv/dev
 test-failed: .venv/dev
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --last-failed --last-failed-no-failures none
 
+# What needs Ray, Milvus or LanceDB: in an environment of its own, for their dependencies are many.
+.venv-engines/engines: pyproject.toml
+	$(PYTHON) -m venv .venv-engines
+	.venv-engines/bin/python -m pip install --quiet --editable '.[engines]'
+	touch $@
+
+engines: .venv-engines/engines
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive .venv-engines/bin/python -m pytest tests/engines tests/test_interchange.py
+
 check: .venv/dev
 	$(BIN)/ruff format --check ssl_kit tests benchmarks
 	$(BIN)/ruff check ssl_kit tests benchmarks
@@ -57,7 +66,7 @@ docs: .venv/docs
 	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs docs/_build/html
 
 clean:
-	rm -rf .venv demo build dist docs/_build
+	rm -rf .venv .venv-engines demo build dist docs/_build
 
 # How many rooms, how large, how far from a recipe to the loss: it prints, it does not fail.
 house: .venv/dev

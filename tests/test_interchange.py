@@ -161,7 +161,7 @@ def test_the_page_searches_in_lancedb(saved, on_the_page):
 
 
 def test_the_page_makes_lists_for_older_milvus(saved, on_the_page):
-    on_the_page("Milvus", 1)
+    on_the_page("Milvus", 2)
     tables = [pq.read_table(path) for path in sorted(Path("lists").glob("*"))]
     assert [len(table) for table in tables] == [10, 10, 3]
     assert all(pa.types.is_list(table.schema.field("embedding").type) for table in tables)

@@ -7,6 +7,7 @@ exact.py        exact search: FAISS on the CPU, torch elsewhere
 index.py        FAISS indexes: built, tuned, measured
 signing.py      index files and whose they are
 filling.py      an index filled by several processes
+by_ray.py       parts made by workers of Ray
 search.py       Index: images in, neighbours out
 
 torch is imported here, since it must come before faiss: two OpenMP runtimes, and this order is the one that works. Only

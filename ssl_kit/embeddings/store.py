@@ -18,9 +18,10 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -66,6 +67,9 @@ from ssl_kit.encoders.encoder import Encoder
 # What killed writers have left
 _LITTER = r"\.(part-\d{5,}\.\w+|\w+\.json|skipped\.csv)\.[a-z0-9_]{8}\.tmp"
 _LISTED = 65_536  # ids that are hashed at a time
+
+
+Engine: TypeAlias = Callable[[Sequence[int]], Iterable[int]]  # has parts made; their numbers come as they are there
 
 
 class Shard(NamedTuple):
@@ -117,6 +121,7 @@ def embed_to(
     normalise: bool = False,
     shard: Shard | None = None,
     threads: int | None = None,
+    engine: Engine | None = None,
 ) -> Embedded:
     """Embeds the parts of a shard that are not there yet, and completes the folder when no part is missing.
 
@@ -132,16 +137,15 @@ def embed_to(
         normalise: store vectors of Euclidean length 1.
         shard: which parts are made here; None = all.
         threads: for decoding and resizing; None = all cores of this process.
+        engine: other processes that make the parts, each with a `Making` of its own; None = this one does.
 
     Raises:
         UserError: the folder was begun with other images, another encoder or other settings; too many images cannot be
             decoded.
         DamagedError: a finished part is not what its record says.
     """
-    precision = chosen_precision(precision, encoder)
-    about = {**describe(encoder, source, whole(encoder), layers, precision), "normalised": normalise}
-    plan = _plan(source, about, batch_size, dtype)
-    digest = fingerprint(plan)
+    making = Making(folder, encoder, source, layers, batch_size, precision, dtype, normalise, threads)
+    plan = making.plan
     parts, shard = part_slices(len(source)), shard or Shard(0, 1)
     if (folder / MANIFEST).exists():  # finished before, perhaps killed before it was tidied up
         _same_plan(read_sealed(folder / MANIFEST, LARGE_JSON).get("plan"), plan, folder)
@@ -149,16 +153,19 @@ def embed_to(
         return Embedded(True, len(parts), 0, 0)
     folder.mkdir(parents=True, exist_ok=True)
     _begin(folder, plan)
-    making = _Making(folder, encoder, source, layers, batch_size, precision, dtype, normalise, digest, threads)
-    records = {number: record for number in range(len(parts)) if (record := making.record(number)) is not None}
-    todo = [number for number in range(shard.number, len(parts), shard.total) if number not in records]
+    made = {number for number in range(len(parts)) if making.record(number) is not None}
+    todo = [number for number in range(shard.number, len(parts), shard.total) if number not in made]
     images = sum(parts[number].stop - parts[number].start for number in todo)
     with progress(images, "embedding") as bar:
-        for number in todo:
-            records[number] = making.make(number, parts[number], bar)
+        for number in () if engine else todo:
+            making.make(number, parts[number], bar)
+        for number in engine(todo) if engine and todo else ():
+            if making.record(number) is None:
+                raise UserError(f"part {number} is not in {folder}: Ray's machines must all see that folder")
+            bar.advance(bar.task_ids[0], parts[number].stop - parts[number].start)
     missing = sum(making.record(number) is None for number in range(len(parts)))  # others have been at work meanwhile
     if not missing:
-        _complete(folder, making, about | {"encoder": encoder_path, "plan": plan}, len(parts))
+        _complete(folder, making, {"encoder": encoder_path, "plan": plan}, len(parts))
     return Embedded(not missing, len(parts), missing, images)
 
 
@@ -220,8 +227,12 @@ def _short(value: object) -> str:
 
 
 @dataclass
-class _Making:
-    """What every part of a folder is made with; `plan` is the sha256 of the plan."""
+class Making:
+    """What every part of a folder is made with: the arguments of `embed_to`. Another process makes its own.
+
+    Raises:
+        UserError: the folder was begun otherwise: by another version of torch, or of images that this machine lacks.
+    """
 
     folder: Path
     encoder: Encoder
@@ -231,8 +242,22 @@ class _Making:
     precision: Precision
     dtype: Storage
     normalise: bool
-    plan: str
     threads: int | None
+
+    def __post_init__(self) -> None:
+        self.precision = chosen_precision(self.precision, self.encoder)
+        about = describe(self.encoder, self.source, whole(self.encoder), self.layers, self.precision)
+        self.about: Entries = {**about, "normalised": self.normalise}
+        self.plan = _plan(self.source, self.about, self.batch_size, self.dtype)
+        self.digest = fingerprint(self.plan)
+
+    def part(self, number: int) -> None:
+        """Makes a part of the folder that another process has begun, if it is not there."""
+        _begin(self.folder, self.plan)
+        part = part_slices(len(self.source))[number]
+        if self.record(number) is None:
+            with progress(part.stop - part.start, "embedding") as bar:
+                self.make(number, part, bar)
 
     def record(self, number: int) -> Entries | None:
         """The record of a finished part, or None. What it skipped counts towards `--max-bad`."""
@@ -240,7 +265,7 @@ class _Making:
         if not path.exists():
             return None
         record = read_sealed(path, LARGE_JSON)
-        if record.get("plan") != self.plan:
+        if record.get("plan") != self.digest:
             raise UserError(f"{path} belongs to other embeddings than {self.folder / PLAN}: remove it, or --overwrite")
         if record["sha256"] is not None and not (self.folder / part_name(number)).exists():
             return None  # copied without its part
@@ -261,7 +286,7 @@ class _Making:
             precision=self.precision,
             threads=self.threads,
         )
-        record: Entries = {"plan": self.plan, "rows": len(rows), "dims": 0, "sha256": None}
+        record: Entries = {"plan": self.digest, "rows": len(rows), "dims": 0, "sha256": None}
         if len(rows):  # a part without a single good image has no file
             made = Embeddings(vectors, self.source.labels(rows), self.source.classes, self.source.ids(rows))
             made = made.normalised() if self.normalise else made
@@ -279,7 +304,7 @@ class _Making:
         return self.folder / _record_name(number)
 
 
-def _complete(folder: Path, making: _Making, about: Entries, parts: int) -> None:
+def _complete(folder: Path, making: Making, more: Entries, parts: int) -> None:
     """Verifies all parts and writes the manifest."""
     with lock(folder, wait=True):  # shards that end together wait here for the first
         if (folder / MANIFEST).exists():
@@ -298,7 +323,8 @@ def _complete(folder: Path, making: _Making, about: Entries, parts: int) -> None
             raise UserError(f"none of {len(making.source):,} images could be decoded; see --max-bad")
         write_skipped(folder / SKIPPED, skipped)
         manifest = {
-            **about,
+            **making.about,
+            **more,
             "format": FORMAT,
             "rows": rows,
             "dims": dims,
@@ -308,7 +334,7 @@ def _complete(folder: Path, making: _Making, about: Entries, parts: int) -> None
             "files": {**files, SKIPPED: sha256(folder / SKIPPED)},
         }
         write_sealed(folder / MANIFEST, manifest)
-        _tidy(folder, about["plan"])
+        _tidy(folder, making.plan)
 
 
 def _tidy(folder: Path, plan: Entries) -> None:

@@ -298,6 +298,8 @@ def _looked(verb: str, typed: Typed, places: dict[str, list[str]]) -> str:
             manifest_of(folder)
     for run in places.get("runs", []):
         check_shown(run)
+    if typed.last("engine") == "ray" and find_spec("ray") is None:
+        raise UserError("--engine ray needs the package ray: pip install 'ssl-kit[ray]'")
     for name in _several(typed, "baseline"):
         check_pretrained(name)
     check_names(_several(typed, "baselines"), ASKED, "--baselines")

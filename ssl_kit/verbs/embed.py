@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,7 +28,7 @@ from ssl_kit.data.opening import open_source, places
 from ssl_kit.data.sources import Source
 from ssl_kit.embeddings.embeddings import Precision, Storage
 from ssl_kit.embeddings.folder import read_rows
-from ssl_kit.embeddings.store import Embedded, Shard, embed_to, former, parse_shard
+from ssl_kit.embeddings.store import Embedded, Engine, Making, Shard, embed_to, former, parse_shard
 from ssl_kit.encoders.encoder import Encoder
 
 
@@ -41,6 +44,7 @@ class Settings:
         normalise: store vectors of Euclidean length 1.
         layers: concatenate the outputs of so many last stages (CNN) or blocks (ViT) to one vector.
         shard: i/N makes every N-th part of 65,536 images, i from 0; the last shard to end completes the folder.
+        engine: ray has workers of Ray make the parts, on this machine or on the cluster at RAY_ADDRESS.
         limit: embed only so many images, spread over the source, for a first try.
         reader: module:function of your own that reads the files, behind --allow MODULE: (bytes, id) -> array.
         batch_size: images per forward pass; changes the speed, not the features.
@@ -61,6 +65,7 @@ class Settings:
     reader: Function | None = None
     max_bad: float = 0.05
     shard: str | None = None
+    engine: Literal["here", "ray"] = "here"
     # What to store
     dtype: Storage = "float32"
     normalise: bool = False
@@ -78,19 +83,12 @@ def embed(settings: Settings) -> Entries:
     """Turn images into feature vectors; writes an embeddings folder. The same command again goes on after a stop."""
     folder = Path(settings.out)
     part = parse_shard(settings.shard) if settings.shard is not None else None
+    engine = _by_ray(settings) if settings.engine == "ray" else None
     path = find_encoder(settings.encoder)
-    loaded = Encoder.load(path).to("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = _loaded(settings)
     check_place(folder, places(settings.data), removing=settings.overwrite)
     _may_write(folder, settings.overwrite, settings.shard)
-    # decoded when needed: each image is looked at once, and rows do not depend on how much memory is free
-    source = open_source(
-        settings.data,
-        limit=settings.limit,
-        reading=loaded.reading.by(settings.reader),
-        max_bad=settings.max_bad,
-        in_memory=False,
-    )
-
+    source = _source(settings, loaded)
     whole = torch.zeros(1, loaded.channels, *loaded.image_size, device=next(loaded.parameters()).device)
     with torch.inference_mode():  # nothing is removed for what cannot be made
         loaded.layers(whole, settings.layers)
@@ -110,12 +108,9 @@ def embed(settings: Settings) -> Entries:
             loaded,
             source,
             encoder_path=escape_path(path.resolve()),
-            layers=settings.layers,
-            batch_size=settings.batch_size,
-            precision=settings.precision,
-            dtype=settings.dtype,
-            normalise=settings.normalise,
             shard=part,
+            engine=engine,
+            **_how(settings),
         )
     seconds = time.perf_counter() - began
     record = {
@@ -131,6 +126,39 @@ def embed(settings: Settings) -> Entries:
         if done.complete
         else _waiting(folder, done, record, source, part)
     )
+
+
+def _loaded(settings: Settings) -> Encoder:
+    return Encoder.load(find_encoder(settings.encoder)).to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _source(settings: Settings, encoder: Encoder) -> Source:
+    """The images, decoded when needed: each is looked at once, and rows do not depend on how much memory is free."""
+    return open_source(
+        settings.data,
+        limit=settings.limit,
+        reading=encoder.reading.by(settings.reader),
+        max_bad=settings.max_bad,
+        in_memory=False,
+    )
+
+
+def _how(settings: Settings) -> dict[str, Any]:
+    """What of the settings decides the vectors and how they are stored."""
+    return {name: getattr(settings, name) for name in ("layers", "batch_size", "precision", "dtype", "normalise")}
+
+
+def _by_ray(settings: Settings) -> Engine:
+    from ssl_kit.embeddings.by_ray import by_ray
+
+    return partial(by_ray, partial(_worker, replace(settings, overwrite=False), os.getcwd()))
+
+
+def _worker(settings: Settings, place: str, threads: int) -> Callable[[int], None]:
+    """What a worker of Ray does with a part; it works where the command was typed."""
+    os.chdir(place)
+    loaded = _loaded(settings)
+    return Making(Path(settings.out), loaded, _source(settings, loaded), threads=threads, **_how(settings)).part
 
 
 def _parts(folder: Path) -> int:

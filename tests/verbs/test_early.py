@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -257,3 +258,10 @@ def test_where_a_run_goes_by_default():
         "runs/run",
         "runs/run",
     ]
+
+
+def test_an_engine_that_is_not_installed_is_told(labelled_folder, encoder, tmp_path):
+    if find_spec("ray") is not None:
+        pytest.skip("it is")
+    with pytest.raises(UserError, match=r"--engine ray needs the package ray: pip install 'ssl-kit\[ray\]'"):
+        early.look("embed", [str(encoder), str(labelled_folder), "--out", str(tmp_path / "EMB"), "--engine", "ray"])
