@@ -66,7 +66,7 @@ from ssl_kit.encoders.encoder import Encoder
 
 # What killed writers have left
 _LITTER = r"\.(part-\d{5,}\.\w+|\w+\.json|skipped\.csv)\.[a-z0-9_]{8}\.tmp"
-_LISTED = 65_536  # ids that are hashed at a time
+_LISTED, _AT_ONCE = 65_536, 256  # ids that are hashed as one list, and that are strings at a time
 
 
 Engine: TypeAlias = Callable[[Sequence[int]], Iterable[int]]  # has parts made; their numbers come as they are there
@@ -193,7 +193,11 @@ def _fingerprint(source: Source) -> str:
     )
     digest.update(source.labels().data)
     for start in range(0, len(source), _LISTED):
-        digest.update(json.dumps(source.ids(slice(start, start + _LISTED))).encode())
+        end = min(start + _LISTED, len(source))
+        for first in range(start, end, _AT_ONCE):  # the text of one list, piece by piece
+            piece = json.dumps(source.ids(slice(first, min(first + _AT_ONCE, end))))[1:-1]
+            digest.update(f"{', ' if first > start else '['}{piece}".encode())
+        digest.update(b"]")
     if source.root is None:
         for row in range(len(source)):
             digest.update(np.ascontiguousarray(pixels(source, row)).data)
