@@ -42,14 +42,14 @@ test: .venv/dev
 test-failed: .venv/dev
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --last-failed --last-failed-no-failures none
 
-# What needs Ray, Milvus or LanceDB: in an environment of its own, for their dependencies are many.
+# What needs Ray, Milvus, LanceDB or an S3 server: in an environment of its own, for their dependencies are many.
 .venv-engines/engines: pyproject.toml
 	$(PYTHON) -m venv .venv-engines
 	.venv-engines/bin/python -m pip install --quiet --editable '.[engines]'
 	touch $@
 
 engines: .venv-engines/engines
-	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive .venv-engines/bin/python -m pytest tests/engines tests/test_interchange.py
+	PATH=$(CURDIR)/.venv-engines/bin:$$PATH OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive .venv-engines/bin/python -m pytest tests/engines tests/test_interchange.py tests/data/test_remote.py
 
 check: .venv/dev
 	$(BIN)/ruff format --check ssl_kit tests benchmarks

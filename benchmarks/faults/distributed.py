@@ -36,7 +36,7 @@ import bokeh.embed  # noqa: F401 (what a child would import, once)
 import numpy as np
 import torch
 from harness import Rows, run_warmed, tail
-from several import VIT, command, in_processes, killing, losses, training, weights, write_images
+from several import VIT, command, difference, in_processes, killing, training, write_images
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -301,14 +301,7 @@ class Bench:
         if not (whole / "encoder").exists():
             codes, _ = in_processes(count, lambda: training(command(self.images, whole, count)), self.logs)
             assert not any(codes), tail(self.logs / "0.log")
-        for read, bar in ((weights, 1e-5), (losses, 1e-5)):
-            one, other = read(run), read(whole)
-            if one.keys() != other.keys():
-                return f"other entries: {one.keys() ^ other.keys()}"
-            error = max(float(np.abs(one[key] - other[key]).max() / np.abs(other[key]).max()) for key in other)
-            if error > (0 if exact else bar):
-                return f"relative error {error:.1e} against the undisturbed run"
-        return None
+        return difference(run, whole, 0 if exact else 1e-5)
 
 
 def evaluate(answer: Path) -> None:

@@ -12,13 +12,17 @@ do that too, and read what it wrote.
 
 from __future__ import annotations
 
+import http.client
 import json
 import multiprocessing
 import os
 import random
 import signal
+import socket
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
@@ -108,6 +112,40 @@ def timed(function: Callable[..., Any], note: Callable[[float], None]) -> Callab
         return result
 
     return call
+
+
+@contextmanager
+def s3_server(program: str) -> Iterator[tuple[subprocess.Popen[bytes], str, Callable[[str, bytes | None], None]]]:
+    """An S3 server of this machine, moto's: process, options of an address, what puts a bucket or object.
+
+    Args:
+        program: `moto_server`, wherever it is installed.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def put(name: str, data: bytes | None) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        connection.request("PUT", f"/{name}", data, {"Content-Type": "application/octet-stream"})
+        if (answer := connection.getresponse()).status != 200:
+            raise OSError(f"the server answers {answer.status}")
+        connection.close()
+
+    server = subprocess.Popen([program, "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for left in reversed(range(300)):  # until it answers
+            try:
+                put("answers", None)
+                break
+            except OSError:
+                if not left:
+                    raise
+                time.sleep(0.2)
+        yield server, f"endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1", put
+    finally:
+        server.kill()
+        server.wait()
 
 
 class Rows:

@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 from distributed import ENDED, gradient
 from harness import Rows, run_warmed, tail
-from several import command, losses, weights, write_images
+from several import command, difference, write_images
 
 from ssl_kit.core.process import TIMEOUT_SECONDS
 
@@ -216,14 +216,7 @@ class Bench:
         if not (whole / "encoder").exists():
             codes = ended(agents(["-m", "ssl_kit", "--", *self.training(whole)], self.folder / "whole"), 300)
             assert codes == [0, 0], tail(Path(f"{self.folder / 'whole'}-sslkit-a.log"))
-        for read in (weights, losses):
-            one, other = read(run), read(whole)
-            if one.keys() != other.keys():
-                return f"other entries: {one.keys() ^ other.keys()}"
-            error = max(float(np.abs(one[key] - other[key]).max() / np.abs(other[key]).max()) for key in other)
-            if error > 1e-5:
-                return f"relative error {error:.1e} against the undisturbed run"
-        return None
+        return difference(run, whole)
 
 
 def main() -> None:

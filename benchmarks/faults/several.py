@@ -137,3 +137,15 @@ def losses(run: Path) -> dict[str, np.ndarray]:
     """Step -> loss."""
     with open(run / "metrics.csv", newline="", encoding="utf-8") as file:
         return {row["step"]: np.array(float(row["loss"])) for row in csv.DictReader(file) if row["loss"]}
+
+
+def difference(run: Path, whole: Path, bar: float = 1e-5) -> str | None:
+    """How a run's weights and losses differ from those of the undisturbed run, if by more than a relative `bar`."""
+    for read in (weights, losses):
+        one, other = read(run), read(whole)
+        if one.keys() != other.keys():
+            return f"other entries: {one.keys() ^ other.keys()}"
+        error = max(float(np.abs(one[key] - other[key]).max() / np.abs(other[key]).max()) for key in other)
+        if error > bar:
+            return f"relative error {error:.1e} against the undisturbed run"
+    return None

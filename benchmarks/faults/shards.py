@@ -18,18 +18,14 @@ from __future__ import annotations
 
 import argparse
 import csv
-import http.client
 import importlib
 import io
 import os
 import random
 import shutil
-import socket
-import subprocess
 import sys
 import tarfile
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,7 +34,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from harness import Rows, fork_warmed, kill_at_random, run_warmed, tail
+from harness import Rows, fork_warmed, kill_at_random, run_warmed, s3_server, tail
 from isolated import isolated
 from PIL import Image
 
@@ -134,26 +130,11 @@ class Forms:
     @contextmanager
     def served(self) -> Iterator[None]:
         """The packed images on an S3 server of this machine."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.options = f"endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
-        server = subprocess.Popen([self.moto, "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            for left in reversed(range(300)):  # until it answers
-                try:
-                    put(port, "photos", None)
-                    break
-                except OSError:
-                    if not left:
-                        raise
-                    time.sleep(0.2)
+        with s3_server(self.moto) as (_, self.options, put):
+            put("photos", None)
             for path in (self.place / "packed").glob("*.*"):
-                put(port, f"photos/packed/{path.name}", path.read_bytes())
+                put(f"photos/packed/{path.name}", path.read_bytes())
             yield
-        finally:
-            server.kill()
-            server.wait()
 
     def truncated(self, number: int, generator: random.Random) -> str | None:
         """H4."""
@@ -173,15 +154,6 @@ class Forms:
         if missing == lost and not wrong and len(source) == self.count:
             return None
         return f"{path.name} cut at {end:,}: {len(missing):,} missing, {len(lost):,} lost, {len(wrong):,} others"
-
-
-def put(port: int, name: str, data: bytes | None) -> None:
-    """A bucket or an object, unsigned."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-    connection.request("PUT", f"/{name}", data, {"Content-Type": "application/octet-stream"})
-    if (answer := connection.getresponse()).status != 200:
-        raise OSError(f"the server answers {answer.status}")
-    connection.close()
 
 
 class Kills:

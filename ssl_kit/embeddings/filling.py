@@ -37,7 +37,7 @@ from ssl_kit.embeddings.signing import read_index, stack, write_index
 
 _SHARDS = 64  # at most: their tables of lists are in memory when they are searched and merged
 _MOTHER = "from ssl_kit import core; core.light = True; from ssl_kit.embeddings import filling; filling.main()"
-_TRAINED, _QUERIES, _FOUND = "trained", "queries.npy", "found.npz"
+_TRAINED, _QUERIES, _FOUND, _TOLD = "trained", "queries.npy", "found.npz", "told"
 
 
 @dataclass(frozen=True)
@@ -104,20 +104,24 @@ class Filling:
         path = os.pathsep.join(filter(None, sys.path))
         own = {"OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": path}
         own |= {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**20), "ARROW_DEFAULT_MEMORY_POOL": "system"}
-        child = subprocess.Popen(
-            [sys.executable, "-P", "-c", _MOTHER],
-            env={**os.environ, **own},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            process_group=0,
-        )
-        assert child.stdin and child.stdout and child.stderr
+        told = self.scratch / _TOLD  # a file: a pipe that nobody reads yet would hold up who writes much
+        with open(told, "wb") as errors:
+            child = subprocess.Popen(
+                [sys.executable, "-P", "-c", _MOTHER],
+                env={**os.environ, **own},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                process_group=0,
+            )
+        assert child.stdin and child.stdout
         try:
-            child.stdin.write(json.dumps(job).encode() + b"\n")
-            child.stdin.flush()  # left open: its end would tell that this process is dead
-            said, failed = child.stdout.read(), child.stderr.read().decode(errors="replace").strip()
+            with suppress(BrokenPipeError):  # it has ended already, and says why
+                child.stdin.write(json.dumps(job).encode() + b"\n")
+                child.stdin.flush()  # left open: its end would tell that this process is dead
+            said = child.stdout.read()
             if child.wait() != 0:
+                failed = told.read_text(errors="replace").strip()
                 raise UserError(failed.splitlines()[-1] if failed else "a process that filled the index was killed")
         finally:
             with suppress(ProcessLookupError):  # all have ended

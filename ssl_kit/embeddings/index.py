@@ -338,7 +338,7 @@ def finder(gallery: np.ndarray, asked: int, device: str = "cpu") -> tuple[Finder
     if device != "cpu" or len(gallery) * asked <= _PAIRS:
         return lambda queries, k: search(gallery, queries, k, device=device), 1.0
     built = build_index(gallery, lists_key(len(gallery), "Flat"), _LISTED)
-    say(f"neighbours: {built.recall:.1%} of the nearest are found, by {built.key}; to compare all would take hours")
+    say(f"neighbours: {built.recall:.1%} of the nearest are found, by {built.key}: comparing all takes far longer")
 
     def find(queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         cosines, rows = built.index.search(queries, min(k, len(gallery)))

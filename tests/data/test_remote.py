@@ -1,12 +1,10 @@
 """Shards that lie elsewhere: on a web server here, on an S3 server here where moto is installed (moto_server)."""
 
-import http.client
 import http.server
-import os
 import shutil
-import subprocess
 import threading
-import time
+from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,14 +55,6 @@ def web(folder):
     server.server_close()
 
 
-def put(port, name, data):
-    """A bucket or an object, unsigned."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-    connection.request("PUT", f"/{name}", data, {"Content-Type": "application/octet-stream"})
-    assert connection.getresponse().status == 200
-    connection.close()
-
-
 @pytest.fixture(scope="module")
 def bucket(folder):
     """The address of the folder on an S3 server, with %s in the place of a name, and the server."""
@@ -75,24 +65,12 @@ def bucket(folder):
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
             patch.setenv(name, "test")
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        port = 50_000 + os.getpid() % 10_000
-        options = f"endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
-        server = subprocess.Popen([program, "-p", str(port)], stderr=subprocess.DEVNULL)
-        try:
-            for left in reversed(range(100)):  # until it answers
-                try:
-                    put(port, "photos", None)
-                    break
-                except OSError:
-                    if not left:
-                        raise
-                    time.sleep(0.2)
+        patch.syspath_prepend(Path(__file__).parents[2] / "benchmarks" / "faults")
+        with import_module("harness").s3_server(program) as (server, options, put):
+            put("photos", None)
             for path in (*folder.glob("*.tar"), *(folder / "packed").glob("*.*")):
-                put(port, f"photos/{path.relative_to(folder)}", path.read_bytes())
+                put(f"photos/{path.relative_to(folder)}", path.read_bytes())
             yield f"s3://photos/%s?{options}", server
-        finally:
-            server.kill()
-            server.wait()
 
 
 def test_shards_of_a_web_server(folder, web, monkeypatch):
