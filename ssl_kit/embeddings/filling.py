@@ -58,7 +58,8 @@ class Filling:
 
     def room(self, shape: tuple[int, int], dtype: type) -> np.ndarray:
         """An array in a file: k-means reads its sample from the disk's cache, which takes no memory from anybody."""
-        return np.memmap(self.scratch / "sample", dtype, "w+", shape=shape)
+        made = np.memmap(self.scratch / "sample", dtype, "w+", shape=shape)
+        return np.asarray(made)  # faiss.contrib.torch_utils, which any library may load, takes no subclass
 
     def fill(self, index: faiss.Index, query_vectors: np.ndarray) -> tuple[Found, np.ndarray]:
         """As `index.fill` for all vectors of the folder.

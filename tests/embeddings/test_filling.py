@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import faiss.contrib.torch_utils  # noqa: F401  as any library may: faiss then takes no subclass of arrays
 import numpy as np
 import pytest
 
