@@ -51,7 +51,8 @@ from ssl_kit.methods.mae import MAE
 from ssl_kit.methods.method import Method
 from ssl_kit.methods.simclr import SimCLR
 from ssl_kit.methods.vae import VAE
-from ssl_kit.training.distributed import all_gather_object, joined, rank
+from ssl_kit.training.distributed import all_gather_object, rank
+from ssl_kit.training.joining import joined
 from ssl_kit.verbs.monitor import Share
 from ssl_kit.views.recipe import plain
 

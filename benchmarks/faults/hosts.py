@@ -4,8 +4,9 @@
     python benchmarks/faults/hosts.py --quick --only D8
 
     D8  gradients of four processes on two hosts against one process on the joined batch: SimCLR, MAE, DINO
-    D9  a host cut off from the network in a random step: all processes end, on both hosts with a reason, within 60 s of
-        the limit of a collective, and the run that is started again ends as the undisturbed one
+    D9  a host cut off from the network in a random step, and where the first process saves nearly all the time and the
+        others wait for it: all processes end, on both hosts with a reason, within 60 s of the limit of a collective,
+        and the run that is started again ends as the undisturbed one
     D10  a process killed by SIGKILL under --max-restarts: the agents start all anew, the run goes on by itself and ends
         as the undisturbed one
 
@@ -40,6 +41,7 @@ LINK = "uplink"  # the network card in each
 EACH = 2  # processes of a host
 ROWS = [slice(0, 5), slice(5, 12), slice(12, 13), slice(13, 24)]  # of a batch, unequal
 METHODS = ("simclr", "mae", "dino")
+SAVED = (0.05, 0.0)  # minutes between two saves: as a run does, and after every step
 
 
 def ip(*words: str) -> None:
@@ -150,7 +152,7 @@ class Bench:
     def D9(self) -> None:
         def trial(number: int, generator: random.Random) -> str | None:
             run, host = self.folder / "cut", list(HOSTS)[number % 2]
-            started = self.in_a_step(run, generator)
+            started = self.in_a_step(run, generator, minutes=SAVED[number // 2 % 2])
             processes = [child for agent in started.values() for child in children(agent.pid)]
             connected(host, up=False)
             pulled = time.monotonic()
@@ -169,7 +171,7 @@ class Bench:
             codes = ended(agents(again, self.log), 300)
             return self.differs(run) if codes == [0, 0] else f"resumed: exit codes {codes}: {self.told()[-300:]}"
 
-        self.rows.run("D9", "a host cut off, the job started again", 2 if self.quick else 4, trial)
+        self.rows.run("D9", "a host cut off, the job started again", 2 if self.quick else 8, trial)
 
     def D10(self) -> None:
         def trial(number: int, generator: random.Random) -> str | None:
@@ -184,11 +186,13 @@ class Bench:
 
         self.rows.run("D10", "a process killed under --max-restarts", 2 if self.quick else 4, trial)
 
-    def in_a_step(self, run: Path, generator: random.Random, restarts: int = 0) -> dict[str, subprocess.Popen[bytes]]:
+    def in_a_step(
+        self, run: Path, generator: random.Random, restarts: int = 0, minutes: float = SAVED[0]
+    ) -> dict[str, subprocess.Popen[bytes]]:
         """Starts the training; comes back some seconds after its first step, starts anew where it ended by then."""
         for moment in (4 * generator.random(), 1.0, 0.5, 0.0):
             self.emptied(run.name)
-            started = agents(["-m", "ssl_kit", "--", *self.training(run)], self.log, restarts)
+            started = agents(["-m", "ssl_kit", "--", *self.training(run, minutes)], self.log, restarts)
             saved = (run / "checkpoints").glob  # a first step is over: from then on collectives have the short limit
             while not any(saved("step-*")) and all(agent.poll() is None for agent in started.values()):
                 time.sleep(0.01)
@@ -198,8 +202,8 @@ class Bench:
             ended(started, 0)
         raise RuntimeError(f"no training could be caught: {self.told()[-300:]}")
 
-    def training(self, run: Path) -> list[str]:
-        options = ("--epochs", "12", "--evaluate-every", "6", "--checkpoint-minutes", "0.05")
+    def training(self, run: Path, minutes: float = SAVED[0]) -> list[str]:
+        options = ("--epochs", "12", "--evaluate-every", "6", "--checkpoint-minutes", str(minutes))
         return command(self.images, run, len(HOSTS) * EACH, *options)
 
     def emptied(self, name: str) -> None:

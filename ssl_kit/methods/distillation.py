@@ -28,7 +28,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssl_kit.core.console import warn
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.random import Key
 from ssl_kit.encoders.encoder import Encoder
@@ -79,7 +78,11 @@ class Distillation(Method):
         super().__init__(encoder, optim)
         if patches < 0:
             raise UserError(f"patches {patches}: wanted a weight of at least 0")
-        self.given, self.cache = teacher, cache
+        self.cache = cache
+        if teacher is None:
+            self.remark = (
+                "no teacher: a network with random weights stands in for one; give --method.teacher timm:NAME or DIR"
+            )
         self.teacher = _teacher(teacher, encoder, teacher_size).requires_grad_(False)
         self.patches = 0.0 if cache else patches
         if code:
@@ -100,8 +103,6 @@ class Distillation(Method):
 
     def prepare(self, embedded: Callable[[Encoder, int | None], Tensor]) -> None:
         """Mean and variance of the teacher's features, and all of them with `cache`."""
-        if self.given is None:
-            warn("no teacher: a network with random weights stands in for one; give --method.teacher timm:NAME or DIR")
         features = embedded(self.teacher, None if self.cache else _MEASURED)  # NaN: could not be read
         known = features[features.isfinite().all(dim=1)]
         self.mean.copy_(known.mean(dim=0))

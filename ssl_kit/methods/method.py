@@ -52,6 +52,7 @@ class Method(pl.LightningModule):
             or held out. The run says so.
         external: names of frozen modules (a teacher of others) that are left out of checkpoints and averages; a
             resumed run must bring the same ones.
+        remark: what a user should know before such a run begins; nothing by default.
         shows: what to look for in its `pictures`, a sentence or two for the report.
     """
 
@@ -61,6 +62,7 @@ class Method(pl.LightningModule):
     compares_images: ClassVar[bool] = False
     uses_labels: ClassVar[bool] = False
     external: ClassVar[tuple[str, ...]] = ()
+    remark: str = ""
     shows: ClassVar[str] = (
         "Each column is one image: the original on top, below it the views the method learns from. Could you tell that "
         "they belong together?"
@@ -117,6 +119,8 @@ class Method(pl.LightningModule):
 
     def prepare(self, embedded: Callable[[Encoder, int | None], Tensor]) -> None:
         """Once before the first step of a sitting, on the device of the training; what it takes is training time.
+
+        A trial of what a step costs (`--minutes`) calls it too, with random numbers for features.
 
         Args:
             embedded: what a frozen encoder makes of clean images of its own size, (n, dim) on the CPU: of so many

@@ -1,31 +1,24 @@
-"""Several processes of one run: rank, exchange of rows, joining, waiting, deciding together. For one, the identity.
+"""Several processes of one run: rank, exchange of rows, waiting, deciding together. For one, the identity.
 
 Slices of a batch may be unequal. Counts of rows are exchanged between the hosts, so that no accelerator waits for them.
 
-`verbs/launching.py` or torchrun starts them and names each in the environment. All of them walk through the same
-program; the first one alone measures, draws, writes and speaks.
+`verbs/launching.py` or torchrun starts them and names each in the environment; `joining.py` brings them together. All
+of them walk through the same program; the first one alone measures, draws, writes and speaks.
 
-    joined        inside, they belong together; the one that fails first says why, the others end with it
-    exchange      all that the hosts tell each other after a step, at once
-    wait          for what the first one does alone; so do Lightning's barriers
-    broadcast    a value that the first one makes, for all
-    all_gather_object      what each has found, for all
+    exchange           all that the hosts tell each other after a step, at once
+    wait               for what the first one does alone; so do Lightning's barriers
+    broadcast          a value that the first one makes, for all
+    all_gather_object  what each has found, for all
 
 A step's collectives fail after `TIMEOUT`, so that a process that hangs ends the run within a minute; until the first
 step is over, after `PATIENCE`: compiling and cold disks take their time. What the first process does alone may take
-longer, too: the others are patient. A process that dies closes its connections, which ends both kinds of
-waiting at once.
+longer, too: the others are patient, as long as all are heard of. A process that dies closes its connections, which ends
+both kinds of waiting at once.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import sys
-import threading
-import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -36,19 +29,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
-from torch.distributed.rendezvous import rendezvous
 
-from ssl_kit.core.console import configure
-from ssl_kit.core.errors import UserError
-from ssl_kit.core.process import LAUNCHER, LOST, TIMEOUT_SECONDS, started
+from ssl_kit.core.process import TIMEOUT_SECONDS
 
 Group: TypeAlias = "dist.ProcessGroup"  # a torch without it imports this file, too
 T = TypeVar("T")
+TIMEOUT = timedelta(seconds=TIMEOUT_SECONDS)  # of a step's collectives, once the first step is over
 PATIENCE = timedelta(minutes=30)  # for what one process does alone
+BEAT = timedelta(seconds=5)  # between two signs of life of a process
 
 FIND_UNUSED = "ddp_find_unused_parameters_true"  # Lightning's name
 
 _by_itself = False
+beats: dict[int, int] = {}  # of each other process that gives signs of life, how many; see `joining.py`
 _images: list[int] = []  # of each process in the batch that they are at, where all know it
 
 
@@ -136,7 +129,8 @@ def counts(count: int, group: Group | None = None, *, per_image: int | None = No
         assert count == per_image * _images[rank()], (count, per_image, _images)
         return [per_image * images for images in _images]
     parts = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
-    dist.all_gather(parts, torch.tensor([count]), group=group or _host_group(dist.group.WORLD))
+    group_, own = group or _host_group(dist.group.WORLD), torch.tensor([count])
+    _while_all_live(dist.all_gather(parts, own, group=group_, async_op=True))
     return [int(part) for part in parts]
 
 
@@ -216,7 +210,9 @@ def _all_rows(rows: Tensor, everywhere: list[int], group: Group | None = None) -
     most = max(everywhere)
     padded = torch.cat([rows, rows.new_zeros(most - len(rows), *rows.shape[1:])]) if len(rows) < most else rows
     parts = [torch.empty_like(padded, memory_format=torch.contiguous_format) for _ in everywhere]
-    dist.all_gather(parts, padded.contiguous(), group=group)
+    work = dist.all_gather(parts, padded.contiguous(), group=group, async_op=group is not None)
+    if group is not None:
+        _while_all_live(work)
     return [part[:count] for part, count in zip(parts, everywhere, strict=True)]
 
 
@@ -241,131 +237,30 @@ def patient_group(everyone: Group | None) -> Group:
     return group
 
 
-TIMEOUT = timedelta(seconds=TIMEOUT_SECONDS)  # of a step's collectives, once the first step is over
-_WORD_SECONDS = 3.0  # for a word with the process that holds the store
-
-
-@contextmanager
-def joined() -> Iterator[None]:
-    """Inside, the processes that the environment names belong together; where there is one only, nothing happens.
-
-    Raises:
-        SystemExit: another process has failed, or does not answer; the reason is said there.
-    """
-    if started() == 1 or dist.is_initialized():  # by a program of the user's own
-        yield
-        return
-    meeting = os.environ.get(LAUNCHER)
-    if meeting:
-        _end_with_launcher()
-        number, count = int(os.environ["RANK"]), started()
-        store: dist.Store = dist.FileStore(meeting, count)
-    else:
-        store, number, count = next(rendezvous("env://", timeout=PATIENCE))
-        if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
-            store = dist.PrefixStore(_room(store, number, count), store)
-    words = store.clone()
-    # on a machine with GPUs each kind of tensor has its own carrier
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    store = dist.PrefixStore("run", store)
-    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=PATIENCE)
-    groups = (dist.group.WORLD, patient_group(dist.group.WORLD))  # all processes make the second one, here
-    if number > 0:
-        configure(to_stderr=True, quiet=True)
-    try:
-        wait()  # torch does not: one that is done at once would hang up on others that are still connecting
-        yield
-    except BaseException as error:
-        told = _told(error, words) if isinstance(error, Exception) else error
-        for group in groups:
-            if group is not None:
-                group.abort()  # or it would wait for what is still on its way, and others for this process
-        if told is error:
-            raise
-        raise told from error
-    del groups  # or they would live on in this frame
-    leave()
-
-
-def _room(store: dist.Store, number: int, count: int) -> str:
-    """A name that the processes of this try alone share, for torchrun's store still holds what former tries wrote.
-
-    How often torchrun has started them anew is no such name: each machine counts by itself. The first process shows
-    everybody's token to a room of its own until each of them has entered; tokens of the dead lead nowhere.
-    """
-    own = uuid.uuid4().hex
-    if number > 0:
-        store.set(f"token/{number}", own)
-        store.wait([own], PATIENCE)
-        room = store.get(own).decode()
-        store.set(f"{room}/{number}", own)
-        return room
-    missing, limit = set(range(1, count)), time.monotonic() + PATIENCE.total_seconds()
-    while missing:
-        for other in [one for one in missing if store.check([f"token/{one}"])]:
-            store.set(store.get(f"token/{other}").decode(), own)
-        missing = {other for other in missing if not store.check([f"{own}/{other}"])}
-        if time.monotonic() > limit:
-            raise UserError(f"{len(missing)} of {count} processes have not come within {PATIENCE}")
-        time.sleep(0.02)
-    return own
-
-
-def _end_with_launcher() -> None:
-    """Stops this process as SIGTERM does once the launcher has gone, which holds the other end of stdin."""
-
-    def watch() -> None:
-        while os.read(0, 1):
-            pass
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, name="launcher", daemon=True).start()
-
-
-def _told(error: Exception, words: dist.Store) -> BaseException:
-    """Of several processes that fail, lets the first one say why, and the others end without a word.
-
-    Returns:
-        What this process should raise.
-    """
-    first, lost = _failed_first(words), _lost(error)
-    if first not in (rank(), None) or (first is None and not lost):
-        return SystemExit(LOST)
-    if lost:
-        if not os.environ.get(LAUNCHER):  # the launcher sees who has gone, and says it
-            print(f"ssl-kit: process {rank()}: another one has ended or hangs ({error})", file=sys.stderr, flush=True)
-        return SystemExit(LOST)
-    if "find_unused_parameters" in str(error):
-        error = UserError(f"the loss does not depend on all weights; add --trainer.strategy {FIND_UNUSED}")
-    if isinstance(error, UserError) and rank() > 0:  # for the first process the command line says it
-        print(f"ssl-kit: process {rank()}: {error}", file=sys.stderr, flush=True)
-        return SystemExit(2)
-    return error
-
-
-def _failed_first(words: dist.Store) -> int | None:
-    """The process that was the first to ask this; None when the one that holds the store has gone, or hangs."""
-    answers: list[bytes] = []
-
-    def ask() -> None:
-        with suppress(RuntimeError):
-            answers.append(words.compare_set("failed", "", str(rank())))
-
-    asking = threading.Thread(target=ask, daemon=True)  # a store's own timeout does not heed a process that hangs
-    asking.start()
-    asking.join(_WORD_SECONDS)
-    return int(answers[0]) if answers else None
-
-
-def _lost(error: Exception) -> bool:
-    """Whether a collective has failed because of another process."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
-
-
 def wait() -> None:
     """Waits for every process, also long: after what the first one does alone."""
     if world_size() > 1:
-        dist.barrier(group=patient_group(dist.group.WORLD))
+        _while_all_live(dist.barrier(group=patient_group(dist.group.WORLD), async_op=True))
+
+
+def _while_all_live(work: dist.Work | None) -> None:
+    """Waits for all processes' part in a patient group's work, but for none that gives no more signs of life.
+
+    A host that is cut off closes no connection; without this, that would be noticed after `PATIENCE`. What is counted
+    are looks, not seconds: a job that is stopped as a whole, and goes on, has missed none.
+    """
+    assert work is not None, "this process is in the group"
+    seen, silent = dict(beats), dict.fromkeys(beats, 0)
+    while not work.is_completed():
+        with suppress(RuntimeError):  # not yet; or it has failed, as the last line says
+            work.wait(BEAT)
+        now = dict(beats)
+        silent = {other: 0 if now[other] != seen.get(other) else silent.get(other, 0) + 1 for other in now}
+        seen = now
+        lost = [str(other) for other, looks in silent.items() if looks * BEAT >= TIMEOUT]
+        if lost and not work.is_completed():
+            raise dist.DistNetworkError(f"no sign of life of process {', '.join(lost)} for {TIMEOUT.seconds} s")
+    work.wait()
 
 
 def broadcast(make: Callable[[], T]) -> T:

@@ -219,6 +219,7 @@ def _cost(
     if choose_channels_last(learner.encoder.model, device).value:
         learner.to(memory_format=torch.channels_last)
     count = min(images, _ON_CPU) if device == "cpu" else images
+    learner.prepare(lambda network, most: torch.randn(most or count, network.dim))  # made once: no cost of a step
     recipe = replace(settings.views, preset=settings.views.preset or learner.preset)
     build = lambda side: recipe.build((side, side), training.channels, learner.num_views)
     whole = recipe.build(settings.size, training.channels, learner.num_views)

@@ -9,7 +9,7 @@ from typing import Literal
 
 import pytorch_lightning as pl
 
-from ssl_kit.core.console import detail, if_interrupted, result, say
+from ssl_kit.core.console import detail, if_interrupted, result, say, warn
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.machine import Precision, Switch, keep_memory, lightning_precision
 from ssl_kit.core.named import agent, default_run
@@ -30,9 +30,10 @@ from ssl_kit.report.page import write_report
 from ssl_kit.training.checkpoint import Checkpoints, newest
 from ssl_kit.training.chunked import Chunkable, no_chunks
 from ssl_kit.training.curves import Bar, Curves
-from ssl_kit.training.distributed import all_gather_object, broadcast, joined, rank, wait, world_size
+from ssl_kit.training.distributed import all_gather_object, broadcast, rank, wait, world_size
 from ssl_kit.training.duration import Duration
 from ssl_kit.training.guard import Diagnose, Guard
+from ssl_kit.training.joining import joined
 from ssl_kit.training.loop import Loop, trainer_of
 from ssl_kit.training.optim import EMA
 from ssl_kit.verbs.budget import fit_to_time
@@ -251,6 +252,8 @@ def _method(settings: Settings, source: Source) -> tuple[Settings, Method]:
         raise UserError(no_chunks(type(learner).__name__))
     if learner.uses_labels:
         say(f"labels are used: {type(learner).__name__} learns from them, where images have one")
+    if learner.remark:
+        warn(learner.remark)
     if settings.init is not None:
         found = initialise(learner.encoder, settings.init)
         learner.after_init()

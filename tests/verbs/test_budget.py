@@ -14,6 +14,7 @@ import ssl_kit
 from ssl_kit import cli
 from ssl_kit.core.files import read_json
 from ssl_kit.data.opening import open_source
+from ssl_kit.methods.distillation import Distillation
 from ssl_kit.verbs import budget
 from ssl_kit.verbs.budget import Rung, fit_to_time
 from ssl_kit.verbs.defaults import method_class
@@ -144,3 +145,13 @@ def test_a_run_without_a_length_says_how_long_it_takes(folder, capsys):
     settings, pace = fit_to_time(Settings(str(folder), batch_size=8), open_source(str(folder)), 0.0)
     assert pace is None and settings.image_size is None and settings.epochs >= 100
     assert "this takes about" in (told := capsys.readouterr().out) and "--minutes" in told
+
+
+@pytest.mark.parametrize(("cache", "asked"), [(True, 0), (False, 3)])
+def test_what_a_teacher_says_once_is_no_cost_of_a_step(folder, monkeypatch, cache, asked):
+    ask, sizes = Distillation._taught, []
+    monkeypatch.setattr(Distillation, "_taught", lambda self, images: sizes.append(len(images)) or ask(self, images))
+    method = {"class_path": f"{Distillation.__module__}.Distillation", "init_args": {"cache": cache}}
+    settings = Settings("x", image_size=(32, 32), batch_size=16, method=method)
+    assert 0 < budget.step_cost(settings, open_source(str(folder)), 16) < 1  # 1: it could not be tried
+    assert sizes == asked * [16]

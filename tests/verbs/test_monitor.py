@@ -18,7 +18,8 @@ from ssl_kit.methods.mae import MAE
 from ssl_kit.methods.method import Method
 from ssl_kit.methods.simclr import SimCLR
 from ssl_kit.methods.vae import VAE
-from ssl_kit.training.distributed import joined, rank
+from ssl_kit.training.distributed import rank
+from ssl_kit.training.joining import joined
 from ssl_kit.training.optim import Optim
 from ssl_kit.training.verdict import BELOW
 from ssl_kit.verbs.monitor import Crops, Measure, hold_out, judge_of

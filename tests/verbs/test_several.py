@@ -31,7 +31,9 @@ from ssl_kit.encoders import Encoder
 from ssl_kit.evaluation.neighbours import knn_accuracy
 from ssl_kit.methods.mae import MAE as Method
 from ssl_kit.training import distributed as together
-from ssl_kit.training.distributed import all_gather_object, joined, rank
+from ssl_kit.training import joining
+from ssl_kit.training.distributed import all_gather_object, rank
+from ssl_kit.training.joining import joined
 from ssl_kit.training.loop import Loop
 from ssl_kit.verbs import monitor
 from ssl_kit.verbs.monitor import Monitor, Share
@@ -231,7 +233,7 @@ def test_only_the_first_process_speaks(tmp_path):
 
 def connecting(late):
     """The first process takes its time to make the second group; `late` is there when it has."""
-    make = together.patient_group
+    make = joining.patient_group
 
     def slowly(everyone):
         group = make(everyone)
@@ -241,7 +243,7 @@ def connecting(late):
         return group
 
     slowly.cache_clear = make.cache_clear
-    together.patient_group = slowly
+    joining.patient_group = slowly
     with joined():
         assert late.exists()
 
@@ -375,8 +377,9 @@ def test_evaluation_sees_every_image_once_and_scores_alike_in_any_number_of_proc
 
 
 def impatient(act, *arguments):
-    """One command line whose collectives of a step wait two seconds only."""
+    """One command line whose collectives of a step wait two seconds only, and that shows it lives all the time."""
     together.TIMEOUT = timedelta(seconds=2)
+    together.BEAT = joining.BEAT = timedelta(seconds=0.1)
     act()
     ranks.command(*arguments)
 
@@ -402,6 +405,11 @@ def hang():
     at_each_step(act)
 
 
+def vanish():
+    """The first process stops moving in what it does alone, and stays, as on a host that is cut off."""
+    monitor.write_report = lambda *arguments: os.kill(os.getpid(), signal.SIGSTOP)
+
+
 def test_the_others_wait_for_what_the_first_does_alone_but_not_for_one_that_hangs(labelled_folder, tmp_path):
     options = [*MAE, "--batch-size", "12"]
     command = ["pretrain", str(labelled_folder), "--run", str(tmp_path / "slow"), *options]
@@ -410,6 +418,10 @@ def test_the_others_wait_for_what_the_first_does_alone_but_not_for_one_that_hang
     processes = ranks.start(2, tmp_path / "b", impatient, hang, *command)
     processes[0].join(30)
     assert ranks.ended(processes, 0)[0] == LOST and "another one has ended or hangs" in said(tmp_path / "b")
+    command = ["pretrain", str(labelled_folder), "--run", str(tmp_path / "gone"), *options]
+    processes = ranks.start(2, tmp_path / "c", impatient, vanish, *command)
+    processes[1].join(60)
+    assert ranks.ended(processes, 0)[1] == LOST and "no sign of life of process 0" in said(tmp_path / "c", 1)
 
 
 def with_unused_weights(*arguments):
