@@ -15,6 +15,7 @@ _RANGES = {
     **dict.fromkeys(("fraction", "layer_decay", "recall"), "(0, 1]"),
     "limit": "[2, inf)",
     "processes": "[1, inf)",
+    "per_machine": "[1, inf)",
     **dict.fromkeys(("ema", "level"), "(0, 1)"),
     "smoothing": "[0, 1)",
     "max_bad": "[0, 1]",

@@ -6,14 +6,18 @@ the rest is arithmetic. Of a machine that is not at hand no figure is given; run
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, fields, replace
 
 import numpy as np
+import torch
 
 from ssl_kit.core.console import next_command, result, retyped, table
 from ssl_kit.core.errors import UserError
-from ssl_kit.core.machine import choose_device, size_text
+from ssl_kit.core.machine import available_cores, choose_device, size_text
 from ssl_kit.core.reading import reading_of
 from ssl_kit.core.sealed import Entries
 from ssl_kit.core.settings import verb
@@ -42,7 +46,8 @@ class Settings:
         data: some images like those of the training, as for `pretrain`; a few hundred are enough.
         images: of the training, such as 1e8; as many as DATA has by default.
         epochs: of the training; 100 by default.
-        processes: that train together, each as fast as this machine's: what they lose by waiting is not counted.
+        processes: that train together: what they lose by waiting for each other is not counted.
+        per_machine: how many of them share the cores of a machine like this one; each has its own GPU, where there are.
         method: as in a recipe; SimCLR by default.
         views: what may happen to an image, as in a recipe.
         init: encoder that the training would start from.
@@ -67,6 +72,7 @@ class Settings:
     images: float | None = None
     epochs: float = 100.0
     processes: int = 1
+    per_machine: int = 1
     method: Entries | None = None
     views: ViewRecipe = ViewRecipe()  # noqa: RUF009 (frozen)
     init: str | None = None
@@ -87,13 +93,19 @@ def plan(settings: Settings) -> Entries:
     """
     if settings.processes < 1 or settings.epochs <= 0 or (settings.images or 1) < 1:
         raise UserError("--images, --epochs, --processes: wanted numbers above 0")
+    if settings.processes % settings.per_machine or settings.per_machine > available_cores():
+        raise UserError(
+            f"--per-machine {settings.per_machine}: wanted a part of --processes {settings.processes}, and at most "
+            f"{available_cores()}, the cores of this machine"
+        )
     reading, measure = reading_of(settings.channels, settings.range)
     source = open_source(settings.data, reading=reading, measure=measure, in_memory=False)
     training, learner = _as_trained(settings, source)
     images, passes = int(settings.images or len(source)), settings.epochs / settings.processes
     assert training.batch_size is not None, "fit_to_data has chosen it"
-    cost = step_cost(training, source, training.batch_size)
-    embedding = _embedding_cost(learner, source)
+    with _share_of(settings.per_machine):
+        cost = step_cost(training, source, training.batch_size)
+        embedding = _embedding_cost(learner, source)
     original, packed = _bytes_of(source, settings)
     sizes = {"originals": original * images, "packed": packed * images} | _kept(learner, training, images)
     record: Entries = {
@@ -108,7 +120,7 @@ def plan(settings: Settings) -> Entries:
         **{"parameters": sum(one.numel() for one in learner.parameters()), "dim": learner.encoder.dim},
     }
     _tell(record, settings)
-    next_command(retyped("ssl-kit pretrain", "images", "processes", "packed_size"), own=False)
+    next_command(retyped("ssl-kit pretrain", "images", "processes", "per_machine", "packed_size"), own=False)
     return record
 
 
@@ -121,6 +133,22 @@ def _as_trained(settings: Settings, source: Source) -> tuple[Training, Method]:
     grey = (0.5,) * source.channels
     learner = build_method(training.method, image_size=training.size, channels=source.channels, mean=grey, std=grey)
     return training, learner
+
+
+@contextmanager
+def _share_of(count: int) -> Iterator[None]:
+    """Inside, this process has the share of the cores that each of `count` has."""
+    if count == 1 or not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    mine, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    os.sched_setaffinity(0, sorted(mine)[: len(mine) // count])
+    torch.set_num_threads(len(mine) // count)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, mine)
+        torch.set_num_threads(threads)
 
 
 def _embedding_cost(learner: Method, source: Source) -> float:
@@ -164,7 +192,8 @@ def _tell(record: Entries, settings: Settings) -> None:
         ["an index, exact", size_text(size["index_flat"]), f"{record['dim']:,} numbers an image"],
         ["an index, 8 bits a number", size_text(size["index_sq8"]), ""],
     ]
-    many = f"{record['processes']:,} processes, each on a {record['device']} like this one's"
+    each = settings.per_machine if settings.per_machine > 1 else "each"
+    many = f"{record['processes']:,} processes, {each} on a machine like this one"
     where = f"this {record['device']}" if record["processes"] == 1 else many
     table(f"{record['images']:,} images, {record['epochs']:g} epochs, on {where}", ["", "takes", ""], rows)
     result(f"training takes about {_hours(record['seconds']['training'])}; tried on this machine just now")

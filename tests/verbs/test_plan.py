@@ -1,8 +1,10 @@
 """`ssl-kit plan`: figures that follow from what was tried, and grow with what is asked for."""
 
 import json
+import os
 
 import pytest
+import torch
 
 from ssl_kit import cli
 from ssl_kit.core.errors import UserError
@@ -34,6 +36,21 @@ def test_figures_follow_from_the_trial(labelled_folder, tried):
     assert min(originals) * 1e6 <= one["bytes"]["originals"] <= max(originals) * 1e6
     assert one["bytes_per_second"]["originals"] == pytest.approx(one["bytes"]["originals"] / 1e6 * 500)
     assert one["bytes"]["vectors"] == 4 * one["bytes"]["index_sq8"] == 1_000_000 * 16 * 4
+
+
+def test_processes_that_share_a_machine_share_its_cores(labelled_folder, monkeypatch):
+    found = []
+    monkeypatch.setattr(module, "available_cores", lambda: 4)
+    monkeypatch.setattr(module, "step_cost", lambda *_: found.append(shares()) or 0.002)
+    monkeypatch.setattr(module, "_embedding_cost", lambda *_: found.append(shares()) or 0.0005)
+    shares = lambda: (len(os.sched_getaffinity(0)), torch.get_num_threads())
+    cores, threads = shares()
+    made = plan(str(labelled_folder), method=METHOD, image_size=16, processes=2 * cores, per_machine=cores)
+    assert found == [(1, 1)] * 2 and shares() == (cores, threads)
+    assert made["images_per_second"] == 2 * cores / 0.002
+    for wrong in (3, 8):
+        with pytest.raises(UserError, match=f"--per-machine {wrong}: wanted a part of --processes 4, and at most 4"):
+            plan(str(labelled_folder), processes=4, per_machine=wrong)
 
 
 def test_a_checkpoint_is_as_large_as_foretold(labelled_folder, tmp_path, tried):
