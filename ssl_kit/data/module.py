@@ -128,7 +128,7 @@ class ImageData(pl.LightningDataModule):
         """From now on a step's code is of the planned shapes: that of the views on the device, too."""
         self._make, self._compiled = DeviceViews(compiled=True), True
 
-    def trial(self, device: torch.device) -> Iterator[Any]:
+    def trial(self, device: torch.device) -> Iterator[object]:
         """Batches, or chunks, as training will be given them: one of each shape that the plan has."""
         sizes = self.plan.sizes
         if self.chunk is not None:

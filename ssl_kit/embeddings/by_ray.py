@@ -13,7 +13,9 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import Any
+from types import ModuleType
+
+import numpy as np
 
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.machine import available_cores
@@ -29,7 +31,7 @@ class _Worker:
     def __init__(self, start: Start, threads: int):
         self.make = start(threads)
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         for number in batch["item"]:
             self.make(int(number))
         return batch
@@ -79,7 +81,7 @@ def by_ray(start: Start, numbers: Sequence[int]) -> Iterator[int]:
             raise UserError(_reason(error)) from error
 
 
-def _join(ray: Any, stack: ExitStack) -> None:
+def _join(ray: ModuleType, stack: ExitStack) -> None:
     """Joins the cluster at `RAY_ADDRESS`, or begins one of this machine's cores, until the stack ends."""
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)

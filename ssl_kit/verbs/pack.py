@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import numpy as np
 import PIL
@@ -372,11 +372,11 @@ class _Packing:
             path.unlink(missing_ok=True)
 
 
-def _append(file: Any, name: str, data: bytes) -> int:
+def _append(file: IO[bytes], name: str, data: bytes) -> int:
     """Appends a member that is the same whoever writes it and when; returns where its first byte is."""
     head = tarfile.TarInfo(name)
     head.size, head.mode = len(data), 0o644  # the time is 0, and nobody owns it
     file.write(head.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape"))
-    first = int(file.tell())
+    first = file.tell()
     file.write(data + bytes(-len(data) % BLOCK))
     return first

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 _BATCH = 256  # images, embedded together
 
 
-def check_processes(options: dict[str, Any]) -> None:
+def check_processes(options: dict[str, object]) -> None:
     """Raises `UserError` for options of the trainer that ask for processes which are not there, or for others' ways.
 
     Args:

@@ -28,7 +28,7 @@ _FAST = {"nnan", "ninf", "nsz", "arcp", "contract", "reassoc"}
 _inner = njit(error_model="numpy", fastmath=_FAST, no_cpython_wrapper=True, no_cfunc_wrapper=True)  # type: ignore[call-overload]
 
 
-@cached(nogil=True, error_model="numpy")
+@cached
 def make_views(addresses, heights, widths, params, h, w, scratch, out, kind):
     """Makes one view per image.
 

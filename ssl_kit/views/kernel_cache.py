@@ -28,20 +28,16 @@ def pointer(typing_context: object, address: Any) -> Any:
     return types.voidptr(address), generate
 
 
-def cached(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """`njit(cache=True, **options)`; where nothing can be kept this is said, and each process compiles."""
-
-    def compiled(function: Callable[..., Any]) -> Any:
-        made = njit(**options)(function)
-        prepare()
-        config.reload_config()  # numba may have been loaded before
-        try:
-            made._cache = _Cache(function)
-        except RuntimeError:  # numba's word for no place to write to
-            _say("no folder for caches can be written to")
-        return made
-
-    return compiled
+def cached(function: Callable[..., object]) -> Any:
+    """Compiles a function that lets other threads run; where nothing can be kept, says so: each process compiles."""
+    made: Any = njit(nogil=True, error_model="numpy")(function)
+    prepare()
+    config.reload_config()  # numba may have been loaded before
+    try:
+        made._cache = _Cache(function)
+    except RuntimeError:  # numba's word for no place to write to
+        _say("no folder for caches can be written to")
+    return made
 
 
 def _say(reason: str) -> None:

@@ -10,7 +10,7 @@ from ssl_kit.views.kernel_cache import cached
 
 
 def compiled():
-    @cached(error_model="numpy")
+    @cached
     def twice(number):
         return 2 * number
 
