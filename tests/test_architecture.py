@@ -1,6 +1,7 @@
 """The layout is the architecture: imports go down only, and dangerous calls appear nowhere in the package."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,15 @@ def test_imports_go_down_only(path):
         if name.startswith("ssl_kit.") and name != "ssl_kit.__version__":
             inner = name.removeprefix("ssl_kit.")
             assert any(inner == up or inner.startswith(up + ".") for up in allowed), f"{own} imports {name}"
+
+
+def test_no_two_draws_share_a_stream_of_random_numbers():
+    found = {}
+    for path in FILES:
+        for name, numbers in re.findall(r"^(\w*_STREAM[\w, ]*) = ([\d_, ]+)", path.read_text(encoding="utf-8"), re.M):
+            for one, number in zip(name.split(","), numbers.split(","), strict=True):
+                found.setdefault(int(number), []).append(f"{path.stem}.{one.strip()}")
+    assert len(found) > 15 and not {number: names for number, names in found.items() if len(names) > 1}
 
 
 def test_only_four_files_import_faiss_and_torch_comes_first():

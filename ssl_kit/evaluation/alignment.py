@@ -20,7 +20,7 @@ from ssl_kit.core.reading import eight_bits
 
 SIDE = 32  # pixels of a thumbnail
 EDITS = ("jpeg", "crop", "brightness")
-_STREAM_EDITS = 100_011  # of core/random.py
+_STREAM_EDITS = 100_013  # of core/random.py
 _CROPS = (0.95, 0.9, 0.85)  # kept part of a side that an alignment tries, at 3 x 3 places
 _LEAST_KEPT = 0.8  # part of a side that an alignment may end with
 _COARSE = 0.2  # correlation at 8 x 8 pixels below which no alignment is tried; crops of lines and of noise have 0.3
