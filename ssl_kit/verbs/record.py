@@ -141,9 +141,12 @@ class RunRecord(Record):
         detail("peak memory: " + ", ".join(f"{size_text(count)} ({place})" for place, count in held.items()))
 
     def provenance(self) -> Entries:
-        """What made the encoder, for its folder."""
+        """What made the encoder, for its folder, which travels: the names of single images stay in `run.json`."""
         keys = ("run", "command", "method", "data", "versions", "started")
-        return {key: self.entries[key] for key in keys if key in self.entries}
+        made = {key: self.entries[key] for key in keys if key in self.entries}
+        return made | {
+            "data": {key: value for key, value in made["data"].items() if key not in ("image", "marks", "read")}
+        }
 
 
 @contextmanager

@@ -22,6 +22,7 @@ import ssl_kit
 from ssl_kit import cli, evaluate
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.machine import Choice
+from ssl_kit.core.sealed import read_sealed
 from ssl_kit.data.opening import open_source
 from ssl_kit.encoders import Encoder, encoder
 from ssl_kit.encoders.encoder import choose_architecture
@@ -96,6 +97,9 @@ def test_the_run_folder_is_complete(finished):
     assert record["status"] == "finished" and record["verdict"]["reason"] != "nothing was measured yet"
     assert record["data"]["images"] == 160 and record["encoder_sha256"] == Encoder.load(finished / "encoder").sha256
     assert record["chance_loss"] == pytest.approx(np.log(31))
+    provenance = read_sealed(finished / "encoder" / "encoder.json")["provenance"]
+    assert provenance["data"]["fingerprint"] == record["data"]["fingerprint"]
+    assert ".png" in str(record["data"]) and ".png" not in str(provenance)  # names of images do not travel
     rows = list(csv.DictReader(open(finished / "metrics.csv", newline="")))  # noqa: SIM115
     assert [row["knn_top1"] for row in rows if row["knn_top1"]]
     assert sum(path.suffix in (".pt", ".ckpt", ".pkl", ".pth") for path in finished.rglob("*")) == 0
