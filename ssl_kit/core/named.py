@@ -31,6 +31,7 @@ ZIPPED = re.compile(r"\.(t[bgx]z2?|tzst|tar\.\w+)$", re.IGNORECASE)  # endings o
 _RANGE = re.compile(r"\{(\d{1,9})\.\.(\d{1,9})\}")
 _MOST_SHARDS = 100_000
 BUILTIN = ("digits", "mnist5k", "mnist64")  # sets that need no download
+PACKAGED = ("photos32",)  # encoders that come with the package, in `encoders/NAME`
 RECORD = "encoder.json"  # the record in a folder of an encoder
 FORMAT = "ssl_kit embeddings 1"  # of embeddings, as their manifest names it
 PLAN = "plan.json"  # of embeddings that are being made
@@ -38,6 +39,7 @@ PLAN = "plan.json"  # of embeddings that are being made
 SHOWN = ("run.json", "recipe.yaml", "metrics.csv", "results.jsonl", "skipped.csv", "pictures", "details")
 # the loose files that a run begins with
 _WRITTEN = ("recipe.yaml", "metrics.csv", "skipped.csv", "diagnose.csv", "report.html", "pictures/views.png")
+_OWN_ENCODERS = Path(__file__).resolve().parent.parent / "encoders"
 FUNCTION = re.compile(r"\w+(\.\w+)*:\w+")
 
 
@@ -97,7 +99,7 @@ def check_shown(folder: Path | str) -> None:
 
 def check_pretrained(given: str) -> None:
     """Raises `UserError` where the weights that `given` names are not on this disk; timm looks for its own."""
-    if given.startswith("timm:"):
+    if given.startswith("timm:") or is_packaged(given):
         return
     if not Path(given).exists():
         raise UserError(f"{given} is not on this disk; wanted timm:NAME, or a run, an encoder or a timm folder")
@@ -106,14 +108,16 @@ def check_pretrained(given: str) -> None:
 
 
 def find_encoder(path: Path | str) -> Path:
-    """The encoder folder meant by a run folder or an encoder folder."""
+    """The encoder folder meant by a run folder, an encoder folder, or the name of one that comes with the package."""
+    if is_packaged(path):
+        return _OWN_ENCODERS / path
     path = Path(path)
     for folder in (path, path / "encoder"):
         settle(folder)
         if (folder / RECORD).is_file():
             return folder
     if not path.exists():
-        raise UserError(f"{path} does not exist; give a run folder or an encoder folder")
+        raise UserError(f"{path} does not exist; give a run folder, an encoder folder, or {', '.join(PACKAGED)}")
     if (path / RUN).is_file():
         raise UserError(
             f"{path} is a run without an encoder yet; let `ssl-kit pretrain ... --run {path} --resume` finish"
@@ -125,6 +129,8 @@ def results_folder(encoder: Path, out: str | None) -> Path:
     """Where results of an encoder folder go: as asked, else its run, else a folder beside it."""
     if out is not None:
         return Path(out)
+    if encoder.parent == _OWN_ENCODERS:
+        return Path(f"{encoder.name}-evaluation")
     if encoder.name == "encoder" and (encoder.parent / "run.json").is_file():
         return encoder.parent.resolve() if encoder.parent.is_symlink() else encoder.parent
     return encoder.resolve().parent / f"{encoder.resolve().name}-evaluation"
@@ -189,6 +195,11 @@ def check_names(names: Iterable[str], known: Sequence[str], option: str) -> None
         near = difflib.get_close_matches(unknown[0], known, 1)
         meant = f"did you mean {near[0]}? " if near else ""
         raise UserError(f"{option} {','.join(unknown)}: {meant}wanted some of {', '.join(known)}, separated by commas")
+
+
+def is_packaged(name: Path | str) -> bool:
+    """Whether `name` is an encoder that comes with the package; a folder of that name goes before it."""
+    return str(name) in PACKAGED and not Path(name).exists()
 
 
 def is_builtin(name: str) -> bool:

@@ -29,7 +29,7 @@ from ssl_kit.core.console import warn
 from ssl_kit.core.errors import DamagedError, UserError
 from ssl_kit.core.files import MANIFEST, verify_file
 from ssl_kit.core.machine import available_cores, available_memory
-from ssl_kit.core.named import find_encoder, is_builtin, manifest_of
+from ssl_kit.core.named import find_encoder, is_builtin, is_packaged, manifest_of
 from ssl_kit.core.reading import GREY, Reading, reading_in
 from ssl_kit.core.sealed import Entries, fingerprint
 from ssl_kit.data import shards
@@ -286,10 +286,10 @@ def load_encoder(folder: Path, info: Entries, given: str | None = None) -> Encod
     Raises:
         UserError: it is not there, or another one is.
     """
-    named = info.get("encoder")
-    if given is None and (not isinstance(named, str) or not Path(os.fsdecode(unescape(named))).exists()):
+    named = os.fsdecode(unescape(str(info.get("encoder"))))
+    if given is None and not (Path(named).exists() or is_packaged(named)):
         raise UserError(f"the encoder of {folder} is not at {named}: say where it is with --encoder RUN")
-    path = find_encoder(given if given is not None else os.fsdecode(unescape(str(named))))
+    path = find_encoder(named if given is None else given)
     loaded = Encoder.load(path)
     if loaded.sha256 != info.get("encoder_sha256"):
         raise UserError(

@@ -18,7 +18,7 @@ import torch
 from ssl_kit.core.console import if_interrupted, next_command, result, retyped, say
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import MANIFEST, read_manifest
-from ssl_kit.core.named import check_free, find_encoder, is_embeddings, is_free
+from ssl_kit.core.named import check_free, find_encoder, is_embeddings, is_free, is_packaged
 from ssl_kit.core.owned import Former, check_place
 from ssl_kit.core.reading import Function
 from ssl_kit.core.sealed import LARGE_JSON, Entries
@@ -37,7 +37,7 @@ class Settings:
     """What to embed, and where to.
 
     Args:
-        encoder: run folder or encoder folder.
+        encoder: run folder, encoder folder, or photos32, which comes with the package.
         data: folders (searched recursively), a .csv or .parquet manifest with a `path` column, shards, a built-in set.
         out: folder to write: Parquet parts with id, label and embedding, skipped.csv and manifest.json.
         dtype: how vectors are stored; float16 halves the bytes.
@@ -107,7 +107,7 @@ def embed(settings: Settings) -> Entries:
             folder,
             loaded,
             source,
-            encoder_path=escape_path(path.resolve()),
+            encoder_path=escape_path(settings.encoder if is_packaged(settings.encoder) else path.resolve()),
             shard=part,
             engine=engine,
             **_how(settings),

@@ -47,7 +47,7 @@ class Settings:
     """What to export, and how.
 
     Args:
-        run: run folder or encoder folder.
+        run: run folder, encoder folder, or photos32, which comes with the package.
         out: folder to write.
         format: timm is config.json and model.safetensors, read by one line of timm; onnx is one file that any runtime
             reads, with any number of images per call.

@@ -68,7 +68,7 @@ class Settings:
     """How to train on labels, and where.
 
     Args:
-        encoder: run folder or encoder folder.
+        encoder: run folder, encoder folder, or photos32, which comes with the package.
         labelled: folder with train/ and test/ or train.csv and test.csv, class folders, a manifest with `label`, or a
             built-in set.
         out: folder for results; the run's own by default. The classifier goes to OUT/finetuned, a timm folder.

@@ -1,7 +1,9 @@
 """Every encoder obeys one contract: size stated, input normalised inside, a folder that timm alone can load."""
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +13,13 @@ from safetensors.torch import load_file, save_file
 
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import DamagedError, sha256, write_sealed
+from ssl_kit.core.named import PACKAGED, results_folder
 from ssl_kit.core.reading import Reading
 from ssl_kit.core.sealed import read_sealed
 from ssl_kit.encoders import Encoder, find_encoder
-from ssl_kit.encoders.pretrained import initialise
+from ssl_kit.encoders.pretrained import initialise, load_pretrained
+from ssl_kit.verbs.embed import embed
+from ssl_kit.verbs.search import search
 
 CASES = [
     ("resnet18_small", {"channels": [8, 8, 16, 24]}, (32, 32), 3),
@@ -201,3 +206,21 @@ def test_find_encoder_takes_a_run_or_an_encoder_folder(tmp_path):
         find_encoder(tmp_path / "nowhere")
     with pytest.raises(UserError, match="a run folder or an encoder folder"):
         find_encoder(tmp_path)
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_an_encoder_of_the_package_is_found_by_its_name_and_serves_without_training(
+    name, labelled_folder, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    folder = find_encoder(name)
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 3_000_000
+    assert results_folder(folder, None) == Path(f"{name}-evaluation")  # not in the package
+    embed(name, str(labelled_folder), out="EMB")
+    assert json.loads(Path("EMB/manifest.json").read_text())["encoder"] == name  # wherever the package lies
+    (asked,) = search("EMB", [str(labelled_folder / "a/000.png")], k=1)["queries"]
+    assert asked["results"][0]["id"] == "a/000.png"
+    assert load_pretrained(name).sha256 == Encoder.load(folder).sha256
+    Path(name).mkdir()
+    with pytest.raises(UserError, match=r"holds no encoder\.json"):  # what is named so here goes before it
+        find_encoder(name)
