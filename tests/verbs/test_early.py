@@ -91,7 +91,7 @@ MISTAKES = {
     "pretrain digits --reader mine": "--reader 'mine': wanted module:function",
     "pretrain digits --reader mine:read": "if you trust mine, add --allow mine",
     "pretrain digits --encoder resnet18": "--encoder 'resnet18': wanted module:function",
-    "evaluate nowhere digits": "nowhere does not exist; give a run folder or an encoder folder",
+    "evaluate nowhere digits": "nowhere does not exist; give a run folder, an encoder folder, or photos32",
     "evaluate killed digits": "killed is a run without an encoder yet",
     "evaluate run nowhere": "no such folder or file: nowhere",
     "evaluate run": "no LABELLED was given: ssl-kit evaluate ENCODER LABELLED",
