@@ -11,7 +11,7 @@ import torch
 import torch.multiprocessing as mp
 
 from ssl_kit.methods import simclr
-from ssl_kit.training import distributed
+from ssl_kit.training import joining
 from ssl_kit.training.distributed import (
     Word,
     all_gather,
@@ -102,9 +102,9 @@ def test_each_try_meets_in_a_room_of_its_own():
     rooms = []
     for present in (4, 2, 4):  # the second try lacks two of its processes, as when a machine dies while all begin
         with ThreadPoolExecutor(4) as pool:
-            entered = [pool.submit(distributed._room, store, number, 4) for number in range(1, present)]
+            entered = [pool.submit(joining._room, store, number, 4) for number in range(1, present)]
             if present == 4:
-                rooms.append(distributed._room(store, 0, 4))
+                rooms.append(joining._room(store, 0, 4))
                 assert {one.result(60) for one in entered} == {rooms[-1]}
             else:
                 store.set(store.get("token/1").decode(), "nowhere")  # lets the one that waits go
