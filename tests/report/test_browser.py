@@ -321,7 +321,7 @@ def test_a_page_looks_again_where_it_was_scrolled_to_until_its_run_ends(make_run
         write_report([run], target)
         await browser.until("document.readyState === 'complete' && !document.body.dataset.reload")
         await browser.until(READY)
-        assert await browser.run("[scrollY, window.before ?? null]") == [900, None]
+        await browser.until("scrollY === 900 && !window.before")
         await browser.run("window.before = true")
         await asyncio.sleep(3.5)
         assert await browser.run("window.before")  # it is the same page still
