@@ -2,7 +2,8 @@
 
     learning     from 200 steps and one epoch on: a score is surely above that of the encoder before the first step
     learns, less than raw pixels know    the same, while the score is surely below raw pixels or PCA of the pixels
-    stuck, collapsed                     from 100 steps on: a sign below is wrong
+    stuck, collapsed                     from 100 steps on: a sign below is wrong; a loss near its chance level, or
+                                         somewhat fewer directions, counts only where nothing was surely gained
     unknown      everything else, with what is missing
 
     sign                what it is                                                   measured
@@ -32,6 +33,7 @@ does not count against a run. `benchmarks/verdict.py` holds all this to delibera
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -45,6 +47,7 @@ _EXPLAINED = 0.02  # fraction of the target's variance
 _TURNED = 2e-3  # radians; 200 healthy steps turn a fresh encoder by 0.1 or more
 _GROWN = 10.0  # times; 200 healthy steps, also of Adam, stay below 4
 _FEWER = 0.8  # of the directions at the start
+_WIDER = 1.5  # times the directions at the start; 200 healthy steps of what compares images give two to four
 _LOST = 0.25  # of the directions at the start; 200 healthy steps of MAE leave more than half
 _NOISE = 2.0  # standard errors of kNN
 _Z = 1.96  # of a 95 % interval
@@ -105,27 +108,33 @@ def verdict(
         or _collapsed(now, start, dim)
         or _not_moving(now)
         or _unused_code(logged[-1])
-        or _at_chance(losses, chance_loss)
         or _lost(now, start, dim)
-        or (_worse_than_random(now, start, dim, held_out) if contrastive else None)
     )
+    counts = {"knn_top1": held_out, "crops_top1": cropped}
+    order = [name for name in (_SCORES if knn_judges else reversed(_SCORES)) if name in now and name in start]
+    risen = [name for name in order if _risen(now, start, name, counts[name])]
+    wider = contrastive and now["effective_rank"] > _WIDER * start.get("effective_rank", math.inf)
+    if wrong is None and not (risen or wider):  # DINO's loss stays near its chance level while features improve
+        wrong = _at_chance(losses, chance_loss)
+    if wrong is None and contrastive and not (risen and risen[0] == order[0]):
+        wrong = _worse_than_random(now, start, dim, held_out)
     if wrong is not None and now["step"] < _EARLY:
         return Verdict("unknown", f"{now['step']:,.0f} steps are too few to tell; so far {wrong.reason}")
-    counts = {"knn_top1": held_out, "crops_top1": cropped}
-    return wrong or _gained(now, start, _signs(now, losses[-1], dim, chance_loss), counts, knn_judges)
+    return wrong or _gained(now, start, order, _signs(now, losses[-1], dim, chance_loss), counts, knn_judges)
 
 
-def _gained(now: Row, start: Row, signs: str, counts: dict[str, int], knn_judges: bool) -> Verdict:
+def _gained(
+    now: Row, start: Row, order: list[str], signs: str, counts: dict[str, int], knn_judges: bool
+) -> Verdict:
     """Of a run without a bad sign: has its score risen, and above what pixels give?"""
     if short := too_short(now["step"], now["epoch"]):
         return Verdict("unknown", f"{short}; {signs}")
-    order = list(_SCORES) if knn_judges else list(reversed(_SCORES))
-    score = next((name for name in order if name in now and name in start), None)
-    if score is None:
+    if not order:
         return Verdict("unknown", f"no score was measured that could show it; {signs}")
+    score = order[0]
     (name, baselines), value, untrained = _SCORES[score], now[score], start[score]
-    low, high = _interval(value, counts[score])  # not paired: which images were right is not kept
-    if low <= _interval(untrained, counts[score])[1]:
+    low, high = _interval(value, counts[score])
+    if not _risen(now, start, score, counts[score]):
         return Verdict(
             "unknown", f"{name}, {value:.3f}, is not surely above that at the start ({untrained:.3f}); {signs}"
         )
@@ -139,6 +148,11 @@ def _gained(now: Row, start: Row, signs: str, counts: dict[str, int], knn_judges
         told += "; what it knows of classes only labels tell"  # of 22 runs so called 5 were above pixels (corpus.json)
     below = place == "below" and (knn_judges or score != "knn_top1")
     return Verdict(BELOW if below else "learning", told)
+
+
+def _risen(now: Row, start: Row, score: str, count: int) -> bool:
+    """Not paired: which images were right is not kept."""
+    return _interval(now[score], count)[0] > _interval(start[score], count)[1]
 
 
 def too_short(steps: float, epochs: float) -> str:

@@ -41,14 +41,15 @@ def test_a_healthy_run_is_learning():
     )
 
 
+GAINED_NOTHING = {"effective_rank": 17.9, "knn_top1": 0.21}  # 1.5 times the directions, a surer kNN would count
 WRONG = [
-    ({"logged": {"loss": 6.2}}, "stuck", "where a model that sees nothing sits (6.236)"),
+    ({"logged": {"loss": 6.2}, "now": GAINED_NOTHING}, "stuck", "where a model that sees nothing sits (6.236)"),
     ({"now": {"effective_rank": 1.2}}, "collapsed", "the features span 1.2 of 128 dimensions"),
     ({"now": {"embedding_std": 1e-4}}, "collapsed", "nearly the same features"),
     ({"now": {"turned": 1e-9}}, "stuck", "weights are where they were"),
     ({"now": {"grown": 60.0}}, "stuck", "have grown 60-fold"),
     ({"now": {"effective_rank": 2.9}}, "collapsed", "the features span 2.9 of 128 dimensions, 12.0 at the start"),
-    ({"now": {"effective_rank": 9.0}}, "collapsed", "9.0 of 128 dimensions, fewer than the 12.0 at the start"),
+    ({"now": {"effective_rank": 9.0, "knn_top1": 0.2}}, "collapsed", "9.0 of 128 dimensions, fewer than the 12.0 at the start"),
     ({"now": {"knn_top1": 0.15}}, "stuck", "kNN, 0.150, is below that at the start (0.200)"),
     (
         {"now": {"effective_rank": 11.0, "knn_top1": 0.21}},
@@ -81,7 +82,8 @@ def test_learning_takes_200_steps_and_one_epoch():
         assert told.reason.startswith(f"{step} steps are too few to tell, 200 are needed; effective rank 40.0 of 128")
     told = judged(now={"step": 12_000, "epoch": 0.99})
     assert told.state == "unknown" and told.reason.startswith("not every image was trained on yet, 0.99 epochs were")
-    assert judged(now={"step": 12_000, "epoch": 0.5}, logged={"loss": 6.2}).state == "stuck"
+    assert judged(now={"step": 12_000, "epoch": 0.5}, logged={"loss": 6.2}).state == "unknown"
+    assert judged(now={"step": 12_000, "epoch": 0.5, **GAINED_NOTHING}, logged={"loss": 6.2}).state == "stuck"
     assert not too_short(200, 1.0) and too_short(199, 1.0) and too_short(200, 0.99)
 
 
@@ -188,9 +190,25 @@ def test_what_is_not_known_is_not_held_against_a_run():
 @pytest.mark.parametrize("chance", [CHANCE, 0.98, -1.0])  # densities may exceed 1: losses in nats can be negative
 def test_a_loss_must_have_come_a_twentieth_of_the_way_from_chance(chance):
     far, near = chance - 0.0501 * abs(chance), chance - 0.0499 * abs(chance)
-    assert judged(logged={"loss": far}, chance_loss=chance).state == "learning"
-    assert judged(logged={"loss": near}, chance_loss=chance).state == "stuck"
-    assert judged(logged={"loss": chance}, chance_loss=chance).state == "stuck"
+    at = lambda loss, **now: judged(logged={"loss": loss}, now=GAINED_NOTHING | now, chance_loss=chance).state
+    assert at(far) == "unknown" and at(near) == at(chance) == "stuck"
+    assert at(near, effective_rank=18.1) == "unknown" and at(near, knn_top1=0.3) == "learning"  # DINO's stays there
+    assert judged(logged={"loss": near}, now=GAINED_NOTHING, chance_loss=chance, contrastive=False).state == "stuck"
+    wider = {"effective_rank": 40.0, "knn_top1": 0.21}  # says nothing of what compares no images
+    assert judged(logged={"loss": near}, now=wider, chance_loss=chance, contrastive=False).state == "stuck"
+
+
+def test_somewhat_fewer_directions_do_not_outweigh_a_score_that_has_surely_risen():
+    fewer = {"effective_rank": 9.0}
+    assert judged(now=fewer).state == "learning" and judged(now={**fewer, "knn_top1": 0.21}).state == "collapsed"
+    rows = [{**START, "crops_top1": 0.1}, LOGGED, {**NOW, **fewer, "crops_top1": 0.4}]
+    assert verdict(rows, dim=128, contrastive=True).state == "learning"
+    rows[-1]["knn_top1"] = 0.2  # crops find each other better, and labels, which decide, do not know it
+    assert verdict(rows, dim=128, contrastive=True).state == "collapsed"
+    for row in rows:
+        row.pop("knn_top1", None)
+    assert verdict(rows, dim=128, contrastive=True).state == "learning"
+    assert verdict([{**row, "crops_top1": 0.1} for row in rows], dim=128, contrastive=True).state == "collapsed"
 
 
 def test_an_encoder_that_began_with_few_directions_has_not_collapsed():
