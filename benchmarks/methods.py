@@ -35,8 +35,9 @@ from record import RECORDS, commit_now, machine, tell
 from ssl_kit.data.opening import open_labelled
 from ssl_kit.embeddings.embeddings import embed
 from ssl_kit.encoders.encoder import Encoder
+from ssl_kit.encoders.wrapped import settled
 from ssl_kit.evaluation.attentive import Tokens, attentive_probe
-from ssl_kit.evaluation.features import FeatureSet, feature_sets, reduced
+from ssl_kit.evaluation.features import FeatureSet, feature_sets, few_views, reduced
 from ssl_kit.evaluation.linear import linear_probe
 from ssl_kit.evaluation.neighbours import knn
 from ssl_kit.verbs.finetune import finetune
@@ -124,7 +125,8 @@ def scores(run: Path, data: Path, seed: int, limit: int | None) -> list[Row]:
     by_network = {row["features"]: row for row in rows if row["reduced"] == "full"}
     for name, network in (("encoder", encoder), ("random_init", encoder.fresh(seed))):
         module = Tokens(network)
-        parts = [embed(module, part, view=plain(network.image_size)) for part in (train, test)]
+        with settled(network, partial(few_views, train, network.image_size)):
+            parts = [embed(module, part, view=plain(network.image_size)) for part in (train, test)]
         by_network[name] |= top1("attentive", attentive_probe(*parts, width=module.width, seed=seed).metrics)
     return rows
 

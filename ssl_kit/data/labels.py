@@ -115,6 +115,11 @@ def _class_like(ids: Sequence[str], names: Sequence[str | None]) -> bool:
     return not any(map(part_of, folders)) and len(ids) >= 2 * len(folders)
 
 
+def spread(count: int, most: int) -> np.ndarray:
+    """(min(count, most),) int64 positions, evenly spread over 0 .. count - 1."""
+    return np.linspace(0, count - 1, min(most, count)).astype(np.int64)
+
+
 def stratified(labels: np.ndarray, fraction: float, seed: int = 0, groups: np.ndarray | None = None) -> np.ndarray:
     """(N,) bool: True for a pseudo-random `fraction` of each class, rounded to the nearest, never a whole class.
 

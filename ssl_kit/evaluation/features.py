@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from ssl_kit.core.console import progress, say, warn
 from ssl_kit.core.files import DamagedError
 from ssl_kit.core.named import BASELINES
+from ssl_kit.data.labels import spread
 from ssl_kit.data.loader import ViewLoader
 from ssl_kit.data.sources import Source, pixels
 from ssl_kit.embeddings.embeddings import Embeddings, chosen_precision, embed, forward
 from ssl_kit.embeddings.exact import to_device
 from ssl_kit.encoders.encoder import Encoder
-from ssl_kit.encoders.wrapped import Wrapped
+from ssl_kit.encoders.wrapped import Wrapped, settled
 from ssl_kit.evaluation.patches import Patches
 from ssl_kit.views.recipe import View, plain
 
@@ -155,14 +156,21 @@ def feature_sets(
     if untrained is not None:
         device = next((weight.device for weight in encoder.parameters()), torch.device("cpu"))
         fresh = Network(untrained.to(device), layers)
-        made = cached(fresh, f"untrained {seed} of {encoder.sha256}")
-        yield FeatureSet("random_init", made[0], made[1], fresh)
+        with settled(untrained, lambda: few_views(train, untrained.image_size)):
+            made = cached(fresh, f"untrained {seed}, settled, of {encoder.sha256}")
+            yield FeatureSet("random_init", made[0], made[1], fresh)
         del made, fresh, untrained
     for name, other in (pretrained or {}).items():
         network = Network(other)
         made = cached(network, f"{other.sha256} {other.name} {json.dumps(other.args, sort_keys=True)}")
         yield FeatureSet(name, made[0], made[1], network)
         del made
+
+
+def few_views(source: Source, size: tuple[int, int]) -> Tensor:
+    """(N, C, H, W) in [0, 1]: up to 256 whole images from all over the source."""
+    some = source.subset(spread(len(source), _BATCH))
+    return next(iter(ViewLoader(some, [np.arange(len(some))], (plain(size),))))["views"][0]
 
 
 def pretrained_names(given: Sequence[str]) -> list[str]:

@@ -123,9 +123,7 @@ def verdict(
     return wrong or _gained(now, start, order, _signs(now, losses[-1], dim, chance_loss), counts, knn_judges)
 
 
-def _gained(
-    now: Row, start: Row, order: list[str], signs: str, counts: dict[str, int], knn_judges: bool
-) -> Verdict:
+def _gained(now: Row, start: Row, order: list[str], signs: str, counts: dict[str, int], knn_judges: bool) -> Verdict:
     """Of a run without a bad sign: has its score risen, and above what pixels give?"""
     if short := too_short(now["step"], now["epoch"]):
         return Verdict("unknown", f"{short}; {signs}")

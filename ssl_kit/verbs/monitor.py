@@ -18,11 +18,11 @@ from torch import Tensor
 from ssl_kit.core.console import detail
 from ssl_kit.core.files import if_room
 from ssl_kit.core.machine import cycles_freed, eager
-from ssl_kit.data.labels import stratified
+from ssl_kit.data.labels import spread, stratified
 from ssl_kit.data.loader import Batch, ViewLoader
 from ssl_kit.data.sources import Source
 from ssl_kit.encoders.encoder import Encoder
-from ssl_kit.encoders.wrapped import Wrapped
+from ssl_kit.encoders.wrapped import Wrapped, settled
 from ssl_kit.evaluation.features import Pca, Pixels, centre
 from ssl_kit.evaluation.health import alignment, uniformity
 from ssl_kit.evaluation.neighbours import knn_accuracy
@@ -41,13 +41,13 @@ from ssl_kit.training.distributed import (
 )
 from ssl_kit.training.verdict import verdict
 from ssl_kit.verbs.record import RunRecord
-from ssl_kit.verbs.several import Share, spread
+from ssl_kit.verbs.several import Share
 from ssl_kit.views.recipe import View, plain
 
 Arrays = list[np.ndarray]  # of one score: features, and labels where it needs them
 
 _MEASURED = 2_048  # images whose rank is followed
-_PAIRS = 256  # of them, whose two views are compared
+_PAIRS = 256  # of them, whose two views are compared, and which settle an untrained encoder's batch norms
 _GALLERY = 10_000  # labelled images that vote in the monitor's kNN, at most
 _QUERIES = 2_000  # labelled images held out for the monitor's kNN, at most
 _CROPPED = 512  # images of which one crop looks for the other, at most; held out where that costs 5 % at most
@@ -163,7 +163,8 @@ class Measure:
         few = images.subset(np.arange(min(_PAIRS, len(images))))
         rows = [np.arange(len(few))]
         self._untrained: Encoder | None = None
-        self._contrast = float(next(iter(ViewLoader(few, rows, (view,))))["views"][0].std())
+        self._few = lambda: next(iter(ViewLoader(few, rows, (view,))))["views"][0]
+        self._contrast = float(self._few().std())
         self._two_views = next(iter(ViewLoader(few, rows, pair)))["views"] if len(pair) == 2 else []
 
     def keep(self, encoder: Encoder) -> None:
@@ -175,7 +176,7 @@ class Measure:
         kept, self._untrained = self._untrained, None
         encoder = self.encoder(method) if kept is None else kept.to(method.device)
         same_buffers(encoder)
-        with eager():
+        with eager(), settled(encoder, self._few):
             vectors, _ = self.images.embedded(encoder, self.view, "rank")
             found = [score.embedded(encoder, self.view) for score in self.scores]
             pixels = self._pixels() if kept is not None or method.global_step == 0 else []

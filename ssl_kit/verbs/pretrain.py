@@ -19,6 +19,7 @@ from ssl_kit.core.reading import Function, reading_of
 from ssl_kit.core.sealed import Entries
 from ssl_kit.core.settings import verb
 from ssl_kit.data.fingerprint import fingerprint
+from ssl_kit.data.labels import spread
 from ssl_kit.data.listing import write_skipped
 from ssl_kit.data.module import ImageData
 from ssl_kit.data.opening import name_of, open_source, places
@@ -62,7 +63,6 @@ from ssl_kit.verbs.several import (
     clean_features,
     held,
     images_per_step,
-    spread,
 )
 from ssl_kit.views.recipe import ViewRecipe, plain
 

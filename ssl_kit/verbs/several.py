@@ -22,6 +22,7 @@ from ssl_kit.core.errors import UserError
 from ssl_kit.core.locking import lock
 from ssl_kit.core.process import on_this_machine, processes_asked, started
 from ssl_kit.core.sealed import read_object
+from ssl_kit.data.labels import spread
 from ssl_kit.data.sources import Source
 from ssl_kit.embeddings.embeddings import embed
 from ssl_kit.encoders.encoder import Encoder
@@ -147,11 +148,6 @@ class Processes(DDPStrategy):
             "num_nodes": started() // on_this_machine(),
             "plugins": [TorchElasticEnvironment()],  # not whatever scheduler the machine belongs to
         }
-
-
-def spread(count: int, most: int) -> np.ndarray:
-    """(min(count, most),) int64 positions, evenly spread over 0 .. count - 1."""
-    return np.linspace(0, count - 1, min(most, count)).astype(np.int64)
 
 
 class Share:

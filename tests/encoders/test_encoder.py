@@ -1,5 +1,6 @@
 """Every encoder obeys one contract: size stated, input normalised inside, a folder that timm alone can load."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from torch.optim.swa_utils import update_bn
 
 from ssl_kit.core.errors import UserError
 from ssl_kit.core.files import DamagedError, sha256, write_sealed
@@ -18,6 +20,7 @@ from ssl_kit.core.reading import Reading
 from ssl_kit.core.sealed import read_sealed
 from ssl_kit.encoders import Encoder, find_encoder
 from ssl_kit.encoders.pretrained import initialise, load_pretrained
+from ssl_kit.encoders.wrapped import settled
 from ssl_kit.verbs.embed import embed
 from ssl_kit.verbs.search import search
 
@@ -224,3 +227,37 @@ def test_an_encoder_of_the_package_is_found_by_its_name_and_serves_without_train
     Path(name).mkdir()
     with pytest.raises(UserError, match=r"holds no encoder\.json"):  # what is named so here goes before it
         find_encoder(name)
+
+
+def test_an_untrained_network_is_measured_with_batch_norms_that_have_seen_the_images(encoder):
+    """As `torch.optim.swa_utils.update_bn` settles a copy; afterwards nothing has changed."""
+    views, asked = torch.rand(100, encoder.channels, *encoder.image_size), images(encoder)
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    momenta = [getattr(part, "momentum", None) for part in encoder.modules()]
+    wanted = copy.deepcopy(encoder)
+    update_bn(views.chunk(2), wanted)
+    plain = encoder(asked)
+    with torch.inference_mode(), settled(encoder, lambda: views):
+        assert not any(part.training for part in encoder.modules())
+        inside = encoder(asked)
+    assert torch.allclose(inside, wanted.eval()(asked), atol=1e-5)
+    has_norms = any(isinstance(part, torch.nn.BatchNorm2d) for part in encoder.modules())
+    assert torch.equal(inside, plain) != has_norms
+    assert torch.equal(encoder(asked), plain) and momenta == [
+        getattr(one, "momentum", None) for one in encoder.modules()
+    ]
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+
+
+def test_a_network_that_has_seen_images_is_measured_as_it_is():
+    encoder = build(*CASES[0])
+    one = torch.rand(1, 3, 32, 32)
+    with settled(encoder, lambda: one):  # of one image nothing can be told
+        plain = encoder(one)
+    encoder.train()(torch.rand(8, 3, 32, 32))
+    seen = encoder.eval()(one)
+    with settled(encoder, lambda: pytest.fail("images were asked for")):
+        assert torch.equal(encoder(one), seen) and not torch.equal(seen, plain)
+    encoder.train()
+    with settled(encoder, lambda: one):
+        assert all(part.training for part in encoder.modules())

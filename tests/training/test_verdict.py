@@ -49,7 +49,11 @@ WRONG = [
     ({"now": {"turned": 1e-9}}, "stuck", "weights are where they were"),
     ({"now": {"grown": 60.0}}, "stuck", "have grown 60-fold"),
     ({"now": {"effective_rank": 2.9}}, "collapsed", "the features span 2.9 of 128 dimensions, 12.0 at the start"),
-    ({"now": {"effective_rank": 9.0, "knn_top1": 0.2}}, "collapsed", "9.0 of 128 dimensions, fewer than the 12.0 at the start"),
+    (
+        {"now": {"effective_rank": 9.0, "knn_top1": 0.2}},
+        "collapsed",
+        "9.0 of 128 dimensions, fewer than the 12.0 at the start",
+    ),
     ({"now": {"knn_top1": 0.15}}, "stuck", "kNN, 0.150, is below that at the start (0.200)"),
     (
         {"now": {"effective_rank": 11.0, "knn_top1": 0.21}},

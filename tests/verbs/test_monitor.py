@@ -96,6 +96,17 @@ def test_crops_are_the_left_and_the_right_of_an_image(images):
     assert 0.4 < scores["crops_pixels"] < 0.6 and "knn_top1" not in scores
 
 
+def test_the_untrained_encoder_is_looked_at_with_batch_norms_that_have_seen_the_images(images):
+    """Otherwise a step that moves nothing but their statistics looks as if something was learnt."""
+    method = Bare()
+    first = Measure(*hold_out(open_source(images)), plain(SIZE))(method)
+    for _ in range(100):  # the statistics of training: weights stay
+        method.encoder.train()(torch.from_numpy(images[0][:256]).permute(0, 3, 1, 2) / 255)
+    after = Measure(*hold_out(open_source(images)), plain(SIZE))(method)
+    assert after["crops_top1"] == pytest.approx(first["crops_top1"], abs=0.02)
+    assert after["effective_rank"] == pytest.approx(first["effective_rank"], rel=0.05)
+
+
 def test_pixels_are_measured_once_and_the_encoder_at_each_look(images):
     measure = Measure(*hold_out(open_source(images)), plain(SIZE))
     first, later = measure(Bare()), measure(Bare(step=1))
@@ -158,7 +169,8 @@ def test_the_run_is_judged_by_what_was_measured_and_by_what_fits_the_method(imag
     now = {"step": 200, "epoch": 4.0, "effective_rank": 9.0, "knn_top1": 0.65, "crops_top1": 0.2}
     told = judge([start, {"step": 200, "loss": 2.0}, now])
     assert told.state == state and f"of {learner.encoder.dim}, loss 2.000 against 5.000 at chance" in told.reason
-    assert judge([start, {"step": 200, "loss": 4.9}, now]).state == "stuck"
+    level = now | {"effective_rank": 4.5, "knn_top1": 0.3, "crops_top1": 0.05}
+    assert judge([start, {"step": 200, "loss": 4.9}, level]).state == "stuck"
     assert measure.held_out == 40 and judge([start, {"step": 200, "loss": 2.0}, now | {"knn_top1": 0.58}]).state == (
         "unknown" if kind is not MAE else "learning"  # 0.58 of 40 is not surely above 0.3
     )
