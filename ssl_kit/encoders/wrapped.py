@@ -46,11 +46,13 @@ def settled(network: nn.Module, images: Callable[[], Tensor]) -> Iterator[None]:
     if len(found) < 2:
         yield
         return
-    kept = [(part, part.momentum, {name: value.clone() for name, value in part.named_buffers()}) for part in norms]
+    saved = lambda part: {name: value.clone() for name, value in part.named_buffers()}
+    kept = [(part, part.training, part.momentum, saved(part)) for part in norms]
     device = next(network.parameters()).device
     try:
         with torch.no_grad(), in_eval_mode(network):
             for part in norms:
+                part.reset_running_stats()
                 part.training, part.momentum = True, None  # None: the plain mean over batches
             for batch in found.chunk(-(-len(found) // _SETTLING)):
                 network(batch.to(device))
@@ -58,8 +60,8 @@ def settled(network: nn.Module, images: Callable[[], Tensor]) -> Iterator[None]:
                 part.training = False
         yield
     finally:
-        for part, momentum, buffers in kept:
-            part.momentum = momentum
+        for part, mode, momentum, buffers in kept:
+            part.training, part.momentum = mode, momentum
             for name, value in buffers.items():
                 getattr(part, name).copy_(value)
 
