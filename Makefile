@@ -36,7 +36,7 @@ run-demo:
 
 # Two processes of two threads each: some faults need two threads; the passive ones do not spin for the other process.
 test: .venv/dev
-	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # What failed the last time, one after the other.
 test-failed: .venv/dev

@@ -12,6 +12,11 @@ from stripes import pattern
 from ssl_kit.core.console import configure, live
 from ssl_kit.encoders.encoder import Encoder
 
+LONG = [
+    *("test_docs", "test_several", "test_faults", "test_pretrain", "test_recipes", "test_api", "test_environment"),
+    *("test_stopping", "test_options", "test_slurm", "test_distributed", "test_browser", "test_page", "test_bounds"),
+]
+
 
 def pytest_addoption(parser):
     parser.addoption(
@@ -25,6 +30,11 @@ def pytest_configure(config):
     if config.option.markexpr.strip() != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, at the first product
+
+
+def pytest_collection_modifyitems(items):
+    """Files of minutes come first: begun last, one of them keeps one of two processes waiting for ten minutes."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 @pytest.fixture(autouse=True)

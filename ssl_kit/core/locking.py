@@ -9,13 +9,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 
 from ssl_kit.core.errors import UserError
 
+fcntl: ModuleType | None
 try:
     import fcntl
 except ImportError:  # Windows: nothing is locked, and what killed writers leave stays
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None
 
 LOCK = ".lock"
 
@@ -113,6 +115,7 @@ def locked(path: Path, *, wait: bool) -> Iterator[bool]:
 
 
 def _lock(handle: int, how: int) -> bool:
+    assert fcntl is not None, "asked only where there are locks"
     try:
         fcntl.flock(handle, how)
     except OSError:  # held by another, or a file system without locks

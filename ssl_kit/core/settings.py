@@ -13,9 +13,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from importlib import import_module
 from types import ModuleType
-from typing import Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from ssl_kit.core.errors import check_numbers
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 S = TypeVar("S")
 R = TypeVar("R")
@@ -45,17 +48,17 @@ def verb(settings: type[S]) -> Callable[[Callable[[S], R]], Callable[..., R]]:
     return decorate
 
 
-def typed(command: str, settings: object, *names: str) -> str:
+def typed(command: str, settings: DataclassInstance, *names: str) -> str:
     """A command with those of the options `names` that are not at their default, as one would type them."""
     return " ".join([command, *_typed(settings, names)])
 
 
-def _typed(settings: object, names: tuple[str, ...], prefix: str = "--") -> Iterator[str]:
-    for one in fields(settings):  # type: ignore[arg-type]
+def _typed(settings: DataclassInstance, names: tuple[str, ...], prefix: str = "--") -> Iterator[str]:
+    for one in fields(settings):
         value = getattr(settings, one.name)
         if one.name not in names or value == one.default:
             continue
-        if is_dataclass(value):
+        if is_dataclass(value) and not isinstance(value, type):
             yield from _typed(value, tuple(inner.name for inner in fields(value)), f"{prefix}{one.name}.")
         else:
             text = str(list(value) if isinstance(value, tuple) else value)
@@ -65,6 +68,6 @@ def _typed(settings: object, names: tuple[str, ...], prefix: str = "--") -> Iter
 class VerbPackage(ModuleType):
     """A package that shares its name with a verb: called, it is that verb."""
 
-    def __call__(self, *given: Any, **named: Any) -> Any:
+    def __call__(self, *given: object, **named: object) -> object:
         """Calls the verb."""
         return getattr(import_module("ssl_kit.api"), self.__name__.rpartition(".")[2])(*given, **named)

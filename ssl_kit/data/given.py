@@ -354,8 +354,8 @@ def _named(items: Items, picked: tuple[str, str | None] | None, labels: list[obj
         names = getattr(getattr(items, "features", {}).get(picked[1]), "names", None)
     if not isinstance(names, list | tuple):
         return labels
-    whole = lambda label: isinstance(label, int | np.integer) and 0 <= label < len(names)
-    return [names[label] if whole(label) else None if label == -1 else label for label in labels]  # type: ignore[call-overload]
+    name_of = {**dict(enumerate(names)), -1: None}
+    return [name_of.get(int(label), label) if isinstance(label, int | np.integer) else label for label in labels]
 
 
 def pixels_given(image: object, reading: Reading, name: str) -> np.ndarray:

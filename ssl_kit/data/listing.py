@@ -50,7 +50,7 @@ _ESCAPED = re.compile(rb"%([0-9A-Fa-f]{2})")
 MAX_FILE_BYTES = 2 * 2**30  # more than the largest image that is decoded takes uncompressed
 
 
-class Ids(Sequence[str]):
+class Ids(Sequence[str]):  # noqa: PLW1641 (it equals lists, which have no hash)
     """Ids of images as an Arrow array: 8 bytes and the letters of each, where a `str` of Python takes 50 more.
 
     Attributes:
@@ -72,8 +72,6 @@ class Ids(Sequence[str]):
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and len(self) == len(other) and all(map(str.__eq__, self, other))
-
-    __hash__ = None  # type: ignore[assignment]
 
     def at(self, rows: np.ndarray) -> Ids:
         """Those of the images at `rows` (R,) int64."""

@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import faiss
 import numpy as np
@@ -35,6 +35,7 @@ from ssl_kit.embeddings.folder import part_names
 
 FILE = "index.faiss"
 VARIABLE = "SSL_KIT_KEY"
+_untyped: Any = faiss  # its stubs do not know readers and lists that are made of others
 FaissIndex: TypeAlias = faiss.Index
 _SIZE = 32  # bytes
 _SIGNED = "ssl_kit index 1"  # what a signature is of
@@ -189,7 +190,7 @@ def write_index(index: faiss.Index, path: Path) -> str:
         if kept and isinstance(kept[0], faiss.HStackInvertedLists):
             _write_stacked(index, kept[0], write)
         else:
-            faiss.write_index(index, faiss.PyCallbackIOWriter(write, _WRITTEN))  # type: ignore[attr-defined]
+            faiss.write_index(index, _untyped.PyCallbackIOWriter(write, _WRITTEN))
     return digest.hexdigest()
 
 
@@ -203,10 +204,10 @@ def stack(index: faiss.Index, shards: Sequence[faiss.Index]) -> None:
         index: one that `can_be_stacked`.
         shards: copies of it, filled with rows that they know by their numbers in the whole; kept as long as `index` is.
     """
-    lists, parts = faiss.extract_index_ivf(index), faiss.InvertedListsPtrVector()  # type: ignore[attr-defined]
+    lists, parts = faiss.extract_index_ivf(index), _untyped.InvertedListsPtrVector()
     for shard in shards:
-        mapped = faiss.downcast_InvertedLists(faiss.extract_index_ivf(shard).invlists)  # type: ignore[arg-type]
-        mapped.prefetch_nthread = 0  # type: ignore[attr-defined]  # else each query starts 32 threads for each shard
+        mapped = _untyped.downcast_InvertedLists(faiss.extract_index_ivf(shard).invlists)
+        mapped.prefetch_nthread = 0  # else each query starts 32 threads for each shard
         parts.push_back(mapped)
     whole = faiss.HStackInvertedLists(parts.size(), parts.data())
     lists.replace_invlists(whole, False)

@@ -50,6 +50,7 @@ class Method(pl.LightningModule):
         compares_images: whether the loss of an image depends on the other images of its step.
         uses_labels: whether `loss` takes the labels as well, `loss(views, key, labels)`: (B,) int64, -1 where unknown
             or held out. The run says so.
+        chance_margin: share of `chance_loss` that a loss must have come down by to count as learning.
         external: names of frozen modules (a teacher of others) that are left out of checkpoints and averages; a
             resumed run must bring the same ones.
         remark: what a user should know before such a run begins; nothing by default.
@@ -61,6 +62,7 @@ class Method(pl.LightningModule):
     judged_by: ClassVar[tuple[str, ...]] = ("knn", "linear", "finetune", "attentive")
     compares_images: ClassVar[bool] = False
     uses_labels: ClassVar[bool] = False
+    chance_margin: ClassVar[float] = 0.05
     external: ClassVar[tuple[str, ...]] = ()
     remark: str = ""
     shows: ClassVar[str] = (

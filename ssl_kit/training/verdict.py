@@ -33,7 +33,6 @@ does not count against a run. `benchmarks/verdict.py` holds all this to delibera
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -42,12 +41,10 @@ from torch import Tensor
 
 _COLLAPSED_RANK = 0.02  # of the dimension; a healthy code is far above, one direction is 1 / dim
 _COLLAPSED_STD = 0.02  # of 1 / sqrt(dim), the std of isotropic features
-_LEARNED = 0.05  # of the way from chance to 0 that a loss must have come to count as learning
 _EXPLAINED = 0.02  # fraction of the target's variance
 _TURNED = 2e-3  # radians; 200 healthy steps turn a fresh encoder by 0.1 or more
 _GROWN = 10.0  # times; 200 healthy steps, also of Adam, stay below 4
 _FEWER = 0.8  # of the directions at the start
-_WIDER = 1.5  # times the directions at the start; 200 healthy steps of what compares images give two to four
 _LOST = 0.25  # of the directions at the start; 200 healthy steps of MAE leave more than half
 _NOISE = 2.0  # standard errors of kNN
 _Z = 1.96  # of a 95 % interval
@@ -80,6 +77,7 @@ def verdict(
     *,
     dim: int,
     chance_loss: float | None = None,
+    chance_margin: float = 0.05,
     contrastive: bool = False,
     held_out: int = 2_000,
     cropped: int = 512,
@@ -91,6 +89,7 @@ def verdict(
         history: rows in order; that of step 0, where there is one, holds the untrained encoder's measurement.
         dim: of the features.
         chance_loss: where a collapsed model's loss sits; None if unknown.
+        chance_margin: share of it that a loss must have come down by to count as learning.
         contrastive: whether the method holds images apart and their views together, so that rank and kNN must beat
             those of random weights.
         held_out: labelled images that `knn_top1` is measured on, where it is: how much of it is chance.
@@ -113,9 +112,8 @@ def verdict(
     counts = {"knn_top1": held_out, "crops_top1": cropped}
     order = [name for name in (_SCORES if knn_judges else reversed(_SCORES)) if name in now and name in start]
     risen = [name for name in order if _risen(now, start, name, counts[name])]
-    wider = contrastive and now["effective_rank"] > _WIDER * start.get("effective_rank", math.inf)
-    if wrong is None and not (risen or wider):  # DINO's loss stays near its chance level while features improve
-        wrong = _at_chance(losses, chance_loss)
+    if wrong is None and not risen:
+        wrong = _at_chance(losses[-1], chance_loss, chance_margin)
     if wrong is None and contrastive and not (risen and risen[0] == order[0]):
         wrong = _worse_than_random(now, start, dim, held_out)
     if wrong is not None and now["step"] < _EARLY:
@@ -213,9 +211,8 @@ def _not_moving(now: Row) -> Verdict | None:
     return None
 
 
-def _at_chance(losses: Sequence[float], chance_loss: float | None) -> Verdict | None:
-    loss = losses[-1]
-    if chance_loss is not None and loss > chance_loss - _LEARNED * abs(chance_loss):
+def _at_chance(loss: float, chance_loss: float | None, margin: float) -> Verdict | None:
+    if chance_loss is not None and loss > chance_loss - margin * abs(chance_loss):
         return Verdict("stuck", f"the loss, {loss:.3f}, is where a model that sees nothing sits ({chance_loss:.3f})")
     return None
 

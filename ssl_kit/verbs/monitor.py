@@ -208,6 +208,7 @@ def judge_of(learner: Method, measure: Measure, record: RunRecord) -> Judge:
         rows,
         dim=learner.encoder.dim,
         chance_loss=record.entries.get("chance_loss"),
+        chance_margin=learner.chance_margin,
         contrastive=learner.compares_images,
         held_out=measure.held_out,
         cropped=measure.cropped,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 from ssl_kit.core.console import say
 from ssl_kit.core.errors import UserError
@@ -159,9 +159,9 @@ class ViewRecipe:
             say(f"views: saturation, hue and loss of colour are left out of {chosen} (no red, green and blue)")
         if min(size) >= _SMALL:
             return replace(self, preset=chosen)
-        given = {"strength": 0.5, "blur": 0.0} | ({"scale": _SMALL_SCALE} if chosen in _CROPPED else {})
+        given: dict[str, Any] = {"strength": 0.5, "blur": 0.0} | ({"scale": _SMALL_SCALE} if chosen in _CROPPED else {})
         left_open = {name: value for name, value in given.items() if getattr(self, name) is None}
-        return replace(self, preset=chosen, **left_open)  # type: ignore[arg-type]
+        return replace(self, preset=chosen, **left_open)
 
     def build(self, size: tuple[int, int], channels: int, count: int) -> tuple[View, ...]:
         """The `count` views (1 to 10) of one image; `size` (height, width) is that of the global ones.
@@ -185,7 +185,7 @@ class ViewRecipe:
         if self.preset == "aavae" and view == plain(view.size):
             return view
         s = 1.0 if self.strength is None else self.strength
-        changes: dict[str, float | tuple[float, float]] = {
+        changes: dict[str, Any] = {
             "brightness": view.brightness * s,
             "contrast": view.contrast * s,
             "saturation": view.saturation * s,
@@ -197,7 +197,7 @@ class ViewRecipe:
             changes["bands"] = channels
         if self.preset == "dino" and "scale" in changes and view.scale == _DINO_LOCAL:
             del changes["scale"]  # `scale` speaks of the global crops
-        return replace(view, **changes)  # type: ignore[arg-type]
+        return replace(view, **changes)
 
 
 def plain(size: tuple[int, int], fraction: float = 1.0) -> View:

@@ -74,7 +74,7 @@ class Browser:
         return told["result"].get("value")
 
     async def until(self, script: str):
-        for _ in range(100):
+        for _ in range(600):  # a minute: beside other work a page takes its time
             with suppress(Reloaded):
                 if value := await self.run(script):
                     return value
