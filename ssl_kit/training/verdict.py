@@ -25,10 +25,11 @@
     crops_pca           likewise for PCA of them                                     before the first step
 
 kNN decides where it was measured and judges the method, otherwise crops do. Everything is compared with what the same
-encoder gave before the first step, since what is healthy differs between encoders and images. "Surely" is by 95 %
-intervals of Wilson 1927 over the images asked: above the start when the two intervals do not touch; below a baseline
-when the score's interval lies below the baseline's value. Between the two the score is level with the baseline, which
-does not count against a run. `benchmarks/verdict.py` holds all this to deliberately broken and to healthy runs.
+encoder gave before the first step, with batch norms that have seen the images (`encoders.wrapped.settled`), since what
+is healthy differs between encoders and images. "Surely" is by 95 % intervals of Wilson 1927 over the images asked:
+above or below the start when the two do not touch; below a baseline when the score's interval lies below its value.
+Between the two the score is level with the baseline, which does not count against a run. `benchmarks/verdict.py` holds
+all this to deliberately broken and to healthy runs.
 """
 
 from __future__ import annotations
@@ -44,9 +45,8 @@ _COLLAPSED_STD = 0.02  # of 1 / sqrt(dim), the std of isotropic features
 _EXPLAINED = 0.02  # fraction of the target's variance
 _TURNED = 2e-3  # radians; 200 healthy steps turn a fresh encoder by 0.1 or more
 _GROWN = 10.0  # times; 200 healthy steps, also of Adam, stay below 4
-_FEWER = 0.8  # of the directions at the start
+_FEWER = 0.45  # of the directions at the start; 200 healthy steps of what compares images leave 0.54 to 0.9
 _LOST = 0.25  # of the directions at the start; 200 healthy steps of MAE leave more than half
-_NOISE = 2.0  # standard errors of kNN
 _Z = 1.96  # of a 95 % interval
 _OUTSIDE = 0.01  # views may leave [0, 1] by rounding
 _CONTRAST = 0.1  # of the images' own; the strongest views keep more
@@ -90,8 +90,7 @@ def verdict(
         dim: of the features.
         chance_loss: where a collapsed model's loss sits; None if unknown.
         chance_margin: share of it that a loss must have come down by to count as learning.
-        contrastive: whether the method holds images apart and their views together, so that rank and kNN must beat
-            those of random weights.
+        contrastive: whether the method holds images apart, so that it must not lose most directions, nor kNN.
         held_out: labelled images that `knn_top1` is measured on, where it is: how much of it is chance.
         cropped: images that `crops_top1` is measured on, likewise.
         knn_judges: whether kNN is what the method is judged by; otherwise crops are, and kNN never counts against it.
@@ -146,9 +145,9 @@ def _gained(now: Row, start: Row, order: list[str], signs: str, counts: dict[str
     return Verdict(BELOW if below else "learning", told)
 
 
-def _risen(now: Row, start: Row, score: str, count: int) -> bool:
+def _risen(now: Row, before: Row, score: str, count: int) -> bool:
     """Not paired: which images were right is not kept."""
-    return _interval(now[score], count)[0] > _interval(start[score], count)[1]
+    return _interval(now[score], count)[0] > _interval(before[score], count)[1]
 
 
 def too_short(steps: float, epochs: float) -> str:
@@ -225,21 +224,13 @@ def _lost(now: Row, start: Row, dim: int) -> Verdict | None:
 
 
 def _worse_than_random(now: Row, start: Row, dim: int, held_out: int) -> Verdict | None:
-    """What contrastive codes gain first: directions (three times as many in 200 steps) and neighbours."""
+    """What compares images keeps directions apart, half and more of those that the untrained encoder has."""
     rank, before = now["effective_rank"], start.get("effective_rank", 0.0)
     if rank < _FEWER * before:
-        reason = f"the features span {rank:.1f} of {dim} dimensions, fewer than the {before:.1f} at the start"
+        reason = f"the features span {rank:.1f} of {dim} dimensions, far fewer than the {before:.1f} at the start"
         return Verdict("collapsed", reason)
-    neighbours, untrained = now.get("knn_top1", 1.0), start.get("knn_top1", 0.0)
-    noise = _NOISE * (untrained * (1 - untrained) / max(1, held_out)) ** 0.5
-    if neighbours < untrained - noise:
-        return Verdict("stuck", f"kNN, {neighbours:.3f}, is below that at the start ({untrained:.3f})")
-    if rank < before and neighbours < untrained + noise:
-        return Verdict(
-            "stuck",
-            f"neither directions ({rank:.1f}, {before:.1f} at the start) nor kNN ({neighbours:.3f}, {untrained:.3f} at "
-            "the start) have gained",
-        )
+    if "knn_top1" in now and "knn_top1" in start and _risen(start, now, "knn_top1", held_out):
+        return Verdict("stuck", f"kNN, {now['knn_top1']:.3f}, is below that at the start ({start['knn_top1']:.3f})")
     return None
 
 

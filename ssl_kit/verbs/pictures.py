@@ -261,22 +261,31 @@ def spread(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     return order[np.lexsort((labels[order], turn[order]))][:count]
 
 
+_ALIKE = 1e-7  # of the largest value of a feature: less is rounding of float32
+
+
 def flattened(vectors: np.ndarray, seed: int, of: str = "test images", quick: bool = False) -> tuple[np.ndarray, str]:
     """(N, 2) for the map, and how it was made: t-SNE of 50 principal components, PCA when there are few images.
 
+    PCA also where features are all alike or single numbers: t-SNE divides by their spread, and ends the process by a
+    segmentation fault when that is 0.
+
     Args:
-        vectors: (N, D).
+        vectors: (N, D); their scale does not matter.
         seed: of both.
         of: what the images are, in words.
         quick: PCA in any case, for a map that may not take seconds.
     """
-    pca, count = Pca.of(vectors, 50, seed), f"{len(vectors):,} {of}"
-    if quick or len(vectors) < 100:
-        return _padded(pca.apply(vectors, 2)), f"PCA of {count}"
+    largest, count = np.abs(vectors).max(initial=0.0), f"{len(vectors):,} {of}"
+    vectors = vectors / largest if largest > 0 else vectors
+    pca = Pca.of(vectors, 50, seed)
+    reduced = pca.apply(vectors)
+    if quick or len(vectors) < 100 or reduced.shape[1] < 2 or reduced[:, 0].std() < _ALIKE:
+        return _padded(reduced[:, :2]), f"PCA of {count}"
     from sklearn.manifold import TSNE
 
     tsne: Callable[[np.ndarray], np.ndarray] = TSNE(init="pca", max_iter=500, random_state=seed).fit_transform
-    return tsne(pca.apply(vectors)), f"t-SNE of {count}"
+    return tsne(reduced), f"t-SNE of {count}"
 
 
 def _padded(positions: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from ssl_kit.evaluation.linear import linear_probe
 from ssl_kit.report.page import render
 from ssl_kit.report.read import read_run
 from ssl_kit.verbs.evaluate import evaluate
-from ssl_kit.verbs.pictures import write_classes, write_suspects
+from ssl_kit.verbs.pictures import flattened, write_classes, write_suspects
 
 
 def rows_of(path):
@@ -106,3 +106,21 @@ def test_probabilities_are_kept_only_when_asked_for():
     assert np.array_equal(kept.probabilities.argmax(axis=1), kept.predictions)
     assert np.array_equal(kept.probabilities.max(axis=1), kept.confidences)
     assert json.dumps(kept.to_json())
+
+
+@pytest.mark.parametrize(
+    ("vectors", "how"),
+    [
+        (np.full((200, 8), 0.3), "PCA"),  # a run that has collapsed: t-SNE would end the process
+        (np.zeros((200, 8)), "PCA"),
+        (np.linspace(0, 1, 200)[:, None], "PCA"),  # a code of one number
+        (np.repeat(np.eye(2, 8), 100, axis=0), "t-SNE"),
+        (1e-25 * np.random.default_rng(0).standard_normal((200, 8)), "t-SNE"),
+        (1e25 * np.random.default_rng(0).standard_normal((200, 8)), "t-SNE"),
+        (np.random.default_rng(0).standard_normal((99, 8)), "PCA"),
+    ],
+)
+def test_every_kind_of_features_has_a_map(vectors, how):
+    positions, projection = flattened(vectors.astype(np.float32), seed=0)
+    assert positions.shape == (len(vectors), 2) and np.isfinite(positions).all() and projection.startswith(how)
+    assert (positions.std() > 0) == (vectors.std(axis=0).max() > 0)

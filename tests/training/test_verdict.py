@@ -41,7 +41,7 @@ def test_a_healthy_run_is_learning():
     )
 
 
-GAINED_NOTHING = {"effective_rank": 17.9, "knn_top1": 0.21}  # 1.5 times the directions, a surer kNN would count
+GAINED_NOTHING = {"effective_rank": 12.0, "knn_top1": 0.21}
 WRONG = [
     ({"logged": {"loss": 6.2}, "now": GAINED_NOTHING}, "stuck", "where a model that sees nothing sits (6.236)"),
     ({"now": {"effective_rank": 1.2}}, "collapsed", "the features span 1.2 of 128 dimensions"),
@@ -50,16 +50,11 @@ WRONG = [
     ({"now": {"grown": 60.0}}, "stuck", "have grown 60-fold"),
     ({"now": {"effective_rank": 2.9}}, "collapsed", "the features span 2.9 of 128 dimensions, 12.0 at the start"),
     (
-        {"now": {"effective_rank": 9.0, "knn_top1": 0.2}},
+        {"now": {"effective_rank": 5.3, "knn_top1": 0.2}},
         "collapsed",
-        "9.0 of 128 dimensions, fewer than the 12.0 at the start",
+        "5.3 of 128 dimensions, far fewer than the 12.0 at the start",
     ),
     ({"now": {"knn_top1": 0.15}}, "stuck", "kNN, 0.150, is below that at the start (0.200)"),
-    (
-        {"now": {"effective_rank": 11.0, "knn_top1": 0.21}},
-        "stuck",
-        "neither directions (11.0, 12.0 at the start) nor kNN",
-    ),
     ({"logged": {"views_high": 255.0}}, "stuck", "the views hold values from 0 to 255; wanted [0, 1]"),
     ({"logged": {"views_low": -2.1}}, "stuck", "the views hold values from -2.1 to 1"),
     ({"logged": {"views_std": 0.001}}, "stuck", "contrast is 0.001, that of the images 0.25"),
@@ -165,18 +160,18 @@ def test_without_a_score_nothing_is_learning():
         assert told.state == "unknown" and told.reason.startswith("no score was measured that could show it")
 
 
-@pytest.mark.parametrize(
-    "now", [{"effective_rank": 11.0}, {"knn_top1": 0.21}, {"effective_rank": 13.0, "knn_top1": 0.19}]
-)
-def test_one_gain_of_the_two_is_enough_not_to_be_stuck(now):
-    assert judged(now=now).state == ("learning" if "knn_top1" not in now else "unknown")
+@pytest.mark.parametrize("now", [{"effective_rank": 5.5, "knn_top1": 0.2}, {"effective_rank": 5.5, "knn_top1": 0.17}])
+def test_half_of_the_directions_and_a_level_knn_are_no_fault(now):
+    assert judged(now=now).state == "unknown"
 
 
 def test_how_much_of_knn_is_chance_depends_on_the_images_held_out():
-    # two standard errors at 0.2 are 0.018 of 2,000 images and 0.056 of 200
-    assert judged(now={"knn_top1": 0.175}, held_out=2_000).state == "stuck"
-    assert judged(now={"knn_top1": 0.175}, held_out=200).state == "unknown"
-    assert judged(now={"knn_top1": 0.14}, held_out=200).state == "stuck"
+    # the intervals of 0.2 and 0.16 do not touch for 2,000 images, those of 0.2 and 0.1 do for 200
+    assert judged(now={"knn_top1": 0.16}, held_out=2_000).state == "stuck"
+    assert judged(now={"knn_top1": 0.18}, held_out=2_000).state == "unknown"
+    assert judged(now={"knn_top1": 0.12}, held_out=200).state == "unknown"
+    assert judged(now={"knn_top1": 0.08}, held_out=200).state == "stuck"
+    assert judged(now={"knn_top1": 0.08}, held_out=200, contrastive=False).state == "unknown"
 
 
 def test_a_method_that_compares_nothing_may_lose_directions_but_not_nearly_all():
@@ -196,14 +191,18 @@ def test_a_loss_must_have_come_a_twentieth_of_the_way_from_chance(chance):
     far, near = chance - 0.0501 * abs(chance), chance - 0.0499 * abs(chance)
     at = lambda loss, **now: judged(logged={"loss": loss}, now=GAINED_NOTHING | now, chance_loss=chance).state
     assert at(far) == "unknown" and at(near) == at(chance) == "stuck"
-    assert at(near, effective_rank=18.1) == "unknown" and at(near, knn_top1=0.3) == "learning"  # DINO's stays there
-    assert judged(logged={"loss": near}, now=GAINED_NOTHING, chance_loss=chance, contrastive=False).state == "stuck"
-    wider = {"effective_rank": 40.0, "knn_top1": 0.21}  # says nothing of what compares no images
-    assert judged(logged={"loss": near}, now=wider, chance_loss=chance, contrastive=False).state == "stuck"
+    assert at(near, knn_top1=0.3) == "learning"  # DINO's stays there while features improve
+    tight = lambda loss: (
+        judged(logged={"loss": loss}, now=GAINED_NOTHING, chance_loss=chance, chance_margin=0.002).state
+    )
+    assert (
+        tight(near) == tight(chance - 0.0021 * abs(chance)) == "unknown"
+        and tight(chance - 0.0019 * abs(chance)) == "stuck"
+    )
 
 
 def test_somewhat_fewer_directions_do_not_outweigh_a_score_that_has_surely_risen():
-    fewer = {"effective_rank": 9.0}
+    fewer = {"effective_rank": 5.0}
     assert judged(now=fewer).state == "learning" and judged(now={**fewer, "knn_top1": 0.21}).state == "collapsed"
     rows = [{**START, "crops_top1": 0.1}, LOGGED, {**NOW, **fewer, "crops_top1": 0.4}]
     assert verdict(rows, dim=128, contrastive=True).state == "learning"
