@@ -54,6 +54,7 @@ from ssl_kit.views.recipe import ViewRecipe
 _HELD_OUT = 0.1  # of the labelled training images: the epoch is chosen on them
 _LOOKS = 30  # at the held-out images, at most
 _STREAM = 100_011  # of core/random.py
+_EPOCHS = 30  # by default
 _FEWEST_STEPS = 500  # with few labels an epoch is a handful of steps: there are more epochs then
 _BATCH = 32, 256  # least and most of it where the images are counted: the fewest steps come first
 _LAYER_DECAY = 0.75  # of transformers (Bao et al. 2021, arXiv:2106.08254)
@@ -73,7 +74,7 @@ class Settings:
             built-in set.
         out: folder for results; the run's own by default. The classifier goes to OUT/finetuned, a timm folder.
         fraction: of the labelled training images of each class to use, such as 0.01.
-        epochs: passes over the images; more where that is under 500 steps.
+        epochs: passes over the images; by default 30, or as many as make 500 steps.
         batch_size: images per step, at most.
         lr: peak learning rate of AdamW for 256 images a step.
         weight_decay: of matrices and filters.
@@ -119,7 +120,7 @@ class Settings:
     batch_size: int = 256
     seed: int = 0
     # How long
-    epochs: int = 30
+    epochs: int | None = None
     warmup_epochs: float = 2.0
     patience: int | None = None
     # Where it goes
@@ -221,7 +222,7 @@ def from_scratch(encoder: Path, train: Source, folder: Path, seed: int) -> Encod
     batch_size = int(np.clip(images // _FEWEST_STEPS, *_BATCH))
     epochs = max(1, round(images / len(fitted)))
     settings = Settings(str(encoder), train.name, epochs=epochs, batch_size=batch_size, seed=seed)
-    say(f"scratch: the same network is trained on the labels, {settings.epochs:,} epochs of {len(fitted):,} images")
+    say(f"scratch: the same network is trained on the labels, {epochs:,} epochs of {len(fitted):,} images")
     network, place = loaded.fresh(seed), folder / "finetuning" / "scratch"
     with lock(folder), record_in(folder), Signals() as signals:
         parts = train.subset(fitted), train.subset(held)
@@ -267,17 +268,17 @@ def _record(path: Path, results: list[Result], training: str) -> None:
 
 
 def _long_enough(settings: Settings, images: int) -> Settings:
-    """The settings with epochs, and their share of warm-up, for the fewest steps that teach anything; says so."""
-    steps = math.ceil(images / settings.batch_size)  # an epoch
-    epochs = max(settings.epochs, math.ceil(_FEWEST_STEPS / steps))
-    if epochs == settings.epochs:
+    """The settings with epochs, where they are left open, for the fewest steps that teach anything; says so."""
+    if settings.epochs is not None:
         return settings
-    say(
-        f"epochs: {epochs:,}, for {settings.epochs * steps:,} steps of {settings.epochs:,} epochs are fewer than the "
-        f"{_FEWEST_STEPS} that a fine-tuning takes"
-    )
-    warmup = settings.warmup_epochs * epochs / settings.epochs
-    return replace(settings, epochs=epochs, warmup_epochs=warmup)
+    steps = math.ceil(images / settings.batch_size)  # an epoch
+    epochs = max(_EPOCHS, math.ceil(_FEWEST_STEPS / steps))
+    if epochs > _EPOCHS:
+        say(
+            f"epochs: {epochs:,}, for {_EPOCHS * steps:,} steps of {_EPOCHS} epochs are fewer than the {_FEWEST_STEPS} "
+            "that a fine-tuning takes"
+        )
+    return replace(settings, epochs=epochs, warmup_epochs=settings.warmup_epochs * epochs / _EPOCHS)
 
 
 def _with_layer_decay(settings: Settings, encoder: Encoder) -> Settings:
@@ -310,6 +311,7 @@ def _train(
 ) -> list[float]:
     """Trains the network in place, to its best epoch; the scores of the held-out images at every look."""
     training, held_out = parts
+    assert settings.epochs is not None, "_long_enough has chosen it"
     pl.seed_everything(settings.seed, verbose=False)
     device = choose_device()
     batch_size = min(settings.batch_size, len(training))

@@ -345,10 +345,15 @@ def test_patience_ends_a_training_and_a_resumed_one(vit, coloured, tmp_path, mon
     assert [len(one["settings"]["held_out_top1"]) for one in record["results"]] == [3, 3]  # of 8
 
 
-def test_more_epochs_than_were_asked_for_are_said(tuned, coloured, tmp_path, monkeypatch, capsys):
+def test_epochs_that_are_left_open_make_enough_steps_and_typed_ones_are_kept(
+    tuned, coloured, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr("ssl_kit.verbs.finetune._FEWEST_STEPS", 20)
-    options = QUICK | {"epochs": 1, "scratch": False, "out": str(tmp_path)}
-    record = finetune(str(tuned[0] / "encoder"), str(coloured), **options)
-    said = "epochs: 3, for 8 steps of 1 epochs are fewer than the 20 that a fine-tuning takes\n"
-    assert said in capsys.readouterr().out and record["results"][0]["settings"]["epochs"] == 3
-    assert len(record["results"][0]["settings"]["held_out_top1"]) == 3
+    monkeypatch.setattr("ssl_kit.verbs.finetune._EPOCHS", 1)
+    encoder, said = str(tuned[0] / "encoder"), "epochs: 3, for 8 steps of 1 epochs are fewer than the 20 that a fine-"
+    for epochs, wanted in ((None, 3), (1, 1)):
+        record = finetune(encoder, str(coloured), **QUICK | {"epochs": epochs, "scratch": False, "out": str(tmp_path)})
+        assert (said in capsys.readouterr().out) == (epochs is None)
+        assert record["results"][0]["settings"]["epochs"] == wanted
+        assert len(record["results"][0]["settings"]["held_out_top1"]) == wanted
+        assert record["results"][0]["settings"]["warmup_epochs"] == wanted * QUICK["warmup_epochs"]
