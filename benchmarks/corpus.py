@@ -380,7 +380,8 @@ def told(row: Row, rows: list[dict[str, float]] | None = None) -> str:
         return "ended"
     return verdict(
         rows or row["looks"], dim=row["dim"], chance_loss=row["chance_loss"], contrastive=row["compares_images"],
-        cropped=ASKED, knn_judges=row["judged_by"] == "knn",
+        chance_margin=planted.FAMILIES[row["method"]][0].chance_margin, cropped=ASKED,
+        knn_judges=row["judged_by"] == "knn",
     ).state  # fmt: skip
 
 

@@ -3,7 +3,7 @@
     learning     from 200 steps and one epoch on: a score is surely above that of the encoder before the first step
     learns, less than raw pixels know    the same, while the score is surely below raw pixels or PCA of the pixels
     stuck, collapsed                     from 100 steps on: a sign below is wrong; a loss near its chance level, or
-                                         somewhat fewer directions, counts only where nothing was surely gained
+                                         fewer directions, counts only where nothing was surely gained
     unknown      everything else, with what is missing
 
     sign                what it is                                                   measured
