@@ -171,6 +171,8 @@ def test_the_run_is_judged_by_what_was_measured_and_by_what_fits_the_method(imag
     assert told.state == state and f"of {learner.encoder.dim}, loss 2.000 against 5.000 at chance" in told.reason
     level = now | {"effective_rank": 4.5, "knn_top1": 0.3, "crops_top1": 0.05}
     assert judge([start, {"step": 200, "loss": 4.9}, level]).state == "stuck"
+    learner.chance_margin = 0.01  # of a method's own
+    assert judge([start, {"step": 200, "loss": 4.9}, level]).state == "unknown"
     assert measure.held_out == 40 and judge([start, {"step": 200, "loss": 2.0}, now | {"knn_top1": 0.58}]).state == (
         "unknown" if kind is not MAE else "learning"  # 0.58 of 40 is not surely above 0.3
     )
