@@ -4,8 +4,12 @@ import numpy as np
 import pytest
 import torch
 from sklearn.decomposition import PCA
+from stripes import pattern
+from torch.optim.swa_utils import update_bn
 
-from ssl_kit.evaluation.features import MAX_VALUES, Pca, Pixels, centre
+from ssl_kit.data.opening import open_source
+from ssl_kit.encoders.encoder import Encoder
+from ssl_kit.evaluation.features import MAX_VALUES, Pca, Pixels, centre, feature_sets
 
 
 def correlated(count, dim, seed=0):
@@ -59,3 +63,20 @@ def test_pca_of_what_does_not_vary_is_finite():
     pca = Pca.of(constant, 8)
     assert np.isfinite(pca.directions).all() and np.abs(pca.apply(constant)).max() == 0
     assert np.allclose(pca.directions.T @ pca.directions, np.eye(8), atol=1e-6)
+
+
+def test_the_untrained_network_has_batch_norms_that_have_seen_the_training_images(tmp_path):
+    images = np.stack([pattern(row % 4, row) for row in range(160)])
+    train, test = open_source(images[:128]), open_source(images[128:])
+    encoder = Encoder.load(Encoder("resnet18_small", {"channels": [8, 8, 8, 16]}, (16, 16)).save(tmp_path / "encoder"))
+    as_tensor = lambda some: torch.from_numpy(some).permute(0, 3, 1, 2) / 255
+    wanted = encoder.fresh(3)
+    update_bn(as_tensor(images[:128]).chunk(2), wanted)
+    wanted = wanted.eval()(as_tensor(images)).detach().numpy()
+    for _ in range(2):  # made, and read again
+        *_, untrained = feature_sets(encoder, train, test, tmp_path / "kept", baselines=["random_init"], seed=3)
+        assert untrained.name == "random_init"
+        assert np.allclose(np.concatenate([untrained.train.vectors, untrained.test.vectors]), wanted, atol=1e-4)
+    for one in feature_sets(encoder, train, test, tmp_path / "kept", baselines=["random_init"], seed=3):
+        made = one.network(as_tensor(images[128:]))  # other views are of the same network
+    assert np.allclose(made, wanted[128:], atol=1e-4)
