@@ -16,6 +16,7 @@ from ssl_kit.methods.dino import DINO, dino_loss, hidden_blocks, koleo
 from ssl_kit.methods.parts import Center, by_size, sinkhorn
 from ssl_kit.training.distributed import leave, share_weight
 from ssl_kit.training.optim import cosine_decay
+from ssl_kit.training.verdict import verdict
 from ssl_kit.views.recipe import ViewRecipe
 
 SIZE = (16, 16)
@@ -263,3 +264,19 @@ def test_patches_are_hidden_of_transformers_only():
     large = DINO(eva, small_crops=0, prototypes=12, hidden=(16, 8), ibot=0.5)
     crops, key = views(4)
     assert large.loss(crops[:2], key)["patches"].isfinite()
+
+
+@pytest.mark.parametrize(("loss", "state"), [(5.444, "unknown"), (5.545, "stuck")])
+def test_a_healthy_run_is_not_called_stuck_for_a_loss_near_that_of_uniform_guesses(loss, state):
+    """Curves of dino/healthy/0 of `benchmarks/verdict.py`; and the loss that dino/uniform/0 has."""
+    start = {"step": 0, "epoch": 0, "effective_rank": 63.2, "knn_top1": 0.238, "crops_top1": 0.184}
+    now = {"step": 200, "epoch": 6.7, "effective_rank": 48.7, "knn_top1": 0.203, "crops_top1": 0.234}
+    told = verdict(
+        [start, {"step": 200, "loss": loss}, now],
+        dim=128,
+        chance_loss=math.log(256),
+        chance_margin=DINO.chance_margin,
+        contrastive=DINO.compares_images,
+        held_out=202,
+    )
+    assert told.state == state
