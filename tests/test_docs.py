@@ -14,6 +14,7 @@ import shutil
 import sys
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import fields
+from fnmatch import fnmatch
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -254,3 +255,21 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
         if cell["cell_type"] == "code":
             exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
     assert names["score"] > 0.7 and names["run"].report._repr_html_()
+
+
+TABLE = re.compile(r"^```\{measured\} (\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if "```{measured}" in page.read_text()], ids=lambda page: page.stem
+)
+def test_tables_of_numbers_name_their_rows_and_columns(page):
+    """What `make docs` would refuse, which needs Sphinx."""
+    for record, text in TABLE.findall(page.read_text(encoding="utf-8")):
+        asked = dict(re.findall(r"^:([\w-]+): *(.*)$", text, re.MULTILINE))
+        assert {"ids", "columns"} <= asked.keys(), record
+        rows = json.loads((ROOT / "docs" / "numbers" / f"{record}.json").read_text())["rows"]
+        patterns = [one.strip() for one in asked["ids"].split(",")]
+        found = [row for row in rows if any(fnmatch(row["id"], one) for one in patterns)]
+        for column in asked["columns"].split(","):
+            assert any(column.strip().partition("=")[0] in row for row in found), (record, column)
